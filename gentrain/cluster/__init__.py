@@ -1,0 +1,1 @@
+"""Where processes run: Ray Train workers, the inline runner, generation fleets. The only package that imports ray."""

@@ -1,0 +1,1 @@
+"""What generated samples are worth: distances between samples, class accuracy, intervals."""

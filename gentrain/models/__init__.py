@@ -1,0 +1,1 @@
+"""Networks and the Denoiser (network + preconditioning) through which methods and samplers see them."""

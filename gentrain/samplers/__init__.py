@@ -1,0 +1,1 @@
+"""Samplers: from noise to data along a path, with classifier-free guidance."""

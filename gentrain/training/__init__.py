@@ -1,0 +1,1 @@
+"""The multi-role training engine: the only package that imports deepspeed."""
