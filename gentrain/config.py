@@ -11,9 +11,11 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 import types
 import typing
+import zlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -97,40 +99,35 @@ def _import_modules(package: str) -> None:
         importlib.import_module(f"{package}.{module.name}")
 
 
-def load_plugins(plugins: Iterable[str], directory: Path, source: str | None = None) -> list[str]:
+def load_plugins(plugins: Any, directory: Path, source: str | None = None) -> list[str]:
     """Imports the user's own modules, named in a config's `plugins:` list: a .py file (relative to the config) or a module name.
 
     Returns the list with files made absolute. Raises ConfigError when one is missing or fails to import.
     """
-    resolved = []
-    for index, plugin in enumerate(plugins):
-        key = f"plugins[{index}]"
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        raise ConfigError("expected a list of .py files or module names", source=source, key="plugins")
+    resolved = [str((directory / plugin).resolve()) if plugin.endswith(".py") else plugin for plugin in plugins]
+    for index, plugin in enumerate(resolved):
         try:
-            if plugin.endswith(".py"):
-                path = (directory / plugin).resolve()
-                if not path.is_file():
-                    raise ConfigError(f"no such plugin file: {path}", source=source, key=key)
-                name = f"gentrain_plugin_{path.stem}"
-                if name not in sys.modules:
-                    spec = importlib.util.spec_from_file_location(name, path)
-                    assert spec is not None and spec.loader is not None
-                    module = importlib.util.module_from_spec(spec)
-                    sys.modules[name] = module
-                    try:
-                        spec.loader.exec_module(module)
-                    except BaseException:
-                        del sys.modules[name]
-                        raise
-                resolved.append(str(path))
-            else:
-                importlib.import_module(plugin)
-                resolved.append(plugin)
-        except ConfigError:
-            raise
+            _import_file(Path(plugin)) if plugin.endswith(".py") else importlib.import_module(plugin)
         except Exception as error:  # a plugin is foreign code: whatever it raises is reported as a fault of that plugin
-            message = f"plugin {plugin!r} failed to import: {type(error).__name__}: {error}"
-            raise ConfigError(message, source=source, key=key) from error
+            message = f"plugin {plugins[index]!r} failed to import: {type(error).__name__}: {error}"
+            raise ConfigError(message, source=source, key=f"plugins[{index}]") from error
     return resolved
+
+
+def _import_file(path: Path) -> None:
+    name = f"gentrain_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # two plugins may have the same file name
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
 
 
 # --- loading and composing --------------------------------------------------------------------------------------------------
@@ -143,16 +140,17 @@ class Document:
     values: dict[str, Any]
     file: str
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    place: str = ""  # dotted key of this document in the whole one, for messages
 
     def error(self, key: str, message: str) -> ConfigError:
-        return ConfigError(message, source=self.origin(key), key=key)
+        return ConfigError(message, source=self.origin(key), key=_join(self.place, key))
 
     def origin(self, key: str) -> str:
         """The file (or the command line) that last set `key`, or its nearest parent."""
         while key:
             if key in self.origins:
                 return self.origins[key]
-            key = key.rpartition(".")[0]
+            key = re.sub(r"(^|\.)[^.\[]*$|\[[^\[]*$", "", key)
         return self.file
 
     def section(self, key: str) -> Document:
@@ -162,7 +160,7 @@ class Document:
             values = values[part]
         prefix = key + "."
         origins = {name.removeprefix(prefix): file for name, file in self.origins.items() if name.startswith(prefix)}
-        return Document(values, self.origin(key), origins)
+        return Document(values, self.origin(key), origins, _join(self.place, key))
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), extra: Mapping[str, Any] | None = None) -> Document:
@@ -185,7 +183,9 @@ def load(path: str | Path, overrides: Iterable[str] = (), extra: Mapping[str, An
             message = f"cannot read the value of the override {item!r}: {_first_line(error)}"
             raise ConfigError(message, source=COMMAND_LINE, key=key) from error
         _merge(values, cast(dict[str, Any], parsed))
-        origins.update(dict.fromkeys(_leaves(cast(dict[str, Any], parsed)), COMMAND_LINE))
+        for name, whole in _keys(cast(dict[str, Any], parsed)):
+            if whole or name not in origins:  # a section that a file began stays that file's, where it lacks a key
+                origins[name] = COMMAND_LINE
     document = Document(values, str(path), origins)
     try:
         document.values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))
@@ -246,13 +246,20 @@ def _compose(own: dict[str, Any], path: Path, above: tuple[Path, ...], origins: 
 
 
 def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
+    return f"{key}.{name}" if key and name else key or name
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Deep merge; lists are replaced, and so is a component whose `name` changes (the old one's keys are not the new one's)."""
+    """Deep merge; lists are replaced, and so is a component whose `name` changes (the old one's keys are not the new one's).
+
+    A component may be written as its bare name on either side.
+    """
     for name, value in new.items():
         present = into.get(name)
+        if isinstance(present, str) and isinstance(value, Mapping) and "name" not in value and "${" not in present:
+            present = into[name] = {"name": present}
+        elif isinstance(value, str) and isinstance(present, dict) and "name" in present and "${" not in value:
+            value = {"name": value}
         if isinstance(value, Mapping):
             if not isinstance(present, dict) or ("name" in present and value.get("name", present["name"]) != present["name"]):
                 present = into[name] = {}
@@ -261,11 +268,12 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             into[name] = value
 
 
-def _leaves(values: Mapping[str, Any], key: str = "") -> Iterable[str]:
+def _keys(values: Mapping[str, Any], key: str = "") -> Iterable[tuple[str, bool]]:
+    """Every dotted key, and whether it holds a value rather than a section."""
     for name, value in values.items():
-        yield _join(key, name)
+        yield _join(key, name), not isinstance(value, Mapping)
         if isinstance(value, Mapping):
-            yield from _leaves(value, _join(key, name))
+            yield from _keys(value, _join(key, name))
 
 
 # --- building dataclasses ---------------------------------------------------------------------------------------------------
@@ -278,6 +286,8 @@ def build(schema: type[T], document: Document) -> T:
 
 def _build(schema: Any, value: Any, key: str, document: Document) -> Any:
     origin = typing.get_origin(schema)
+    if value == "???":
+        raise document.error(key, f"a value is required: {describe(schema)}; set it in the file or on the command line")
     if origin in (typing.Union, types.UnionType):
         arms = typing.get_args(schema)
         if value is None and type(None) in arms:
@@ -294,17 +304,25 @@ def _build(schema: Any, value: Any, key: str, document: Document) -> Any:
     elif origin in (list, tuple) and _is_nested(typing.get_args(schema)[0]):
         if not isinstance(value, list):
             raise document.error(key, f"expected a list, got {value!r}")
-        return origin(_build(typing.get_args(schema)[0], v, _join(key, str(i)), document) for i, v in enumerate(value))
-    if value == "???":
-        raise document.error(key, "a value is required; set it in the file or on the command line")
-    if isinstance(value, bool) and schema in (int, float):
-        raise document.error(key, f"expected {describe(schema)}, got {value!r}")
+        return origin(_build(typing.get_args(schema)[0], v, f"{key}[{i}]", document) for i, v in enumerate(value))
     try:
+        if _holds_bool(value) and not _allows_bool(schema):
+            raise document.error(key, f"expected {describe(schema)}, got {value!r}")
         return _adapter(schema).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+        place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int) or (isinstance(value, Mapping) and part in value))
         raise document.error(key + place, f"expected {describe(schema)}, got {first['input']!r} ({first['msg']})") from None
+
+
+def _holds_bool(value: Any) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return isinstance(value, bool) or any(map(_holds_bool, inner))
+
+
+def _allows_bool(schema: Any) -> bool:
+    """pydantic takes true for 1; a config that says true where a number belongs is a mistake."""
+    return schema in (bool, Any, dict, list) or isinstance(schema, bool) or any(map(_allows_bool, typing.get_args(schema)))
 
 
 @cache
@@ -322,8 +340,10 @@ def describe(schema: Any) -> str:
         return "null"
     if typing.get_origin(schema) is Annotated:
         base, *constraints = typing.get_args(schema)
-        rules = [str(part) for c in constraints for part in (getattr(c, "metadata", None) or [c])]
-        return f"{describe(base)} with {', '.join(rules)}" if rules else describe(base)
+        signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+        parts = [part for constraint in constraints for part in getattr(constraint, "metadata", [constraint])]
+        rules = [f"{sign} {getattr(part, name)}" for part in parts for name, sign in signs.items() if hasattr(part, name)]
+        return " ".join([describe(base), " and ".join(rules)]).strip()
     if typing.get_origin(schema) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(schema)))
     if typing.get_origin(schema) in (typing.Union, types.UnionType):
@@ -332,7 +352,8 @@ def describe(schema: Any) -> str:
         return str(schema).replace("typing.", "")
     if isinstance(schema, type) and issubclass(schema, Component):
         return f"a {schema.kind}"
-    return {str: "text", float: "a number", int: "a whole number", bool: "true or false"}.get(schema) or getattr(schema, "__name__", str(schema))
+    words = {str: "text", float: "a number", int: "a whole number", bool: "true or false"}
+    return words[schema] if schema in words else str(getattr(schema, "__name__", schema))
 
 
 def _suggest(word: str, known: Iterable[str], what: str) -> str:
@@ -352,7 +373,7 @@ def _build_nested(schema: Any, value: Any, key: str, document: Document) -> Any:
         name = values.pop("name", None)
         if name is None:
             raise document.error(key, f"`name` is missing; available {schema.kind}s: {', '.join(available)}")
-        if name not in available:
+        if not isinstance(name, str) or name not in available:
             raise document.error(f"{key}.name", f"no {schema.kind} is called {name!r}; {_suggest(name, available, 'available')}")
         schema = available[name]
     if not isinstance(values, Mapping):

@@ -35,7 +35,7 @@ def derive(seed: int, *parts: int | str) -> int:
     key = torch.tensor(seed, dtype=torch.int64)
     for part in parts:
         number = zlib.crc32(part.encode()) if isinstance(part, str) else part
-        key = _mix(_mix(key) + _GOLDEN * (number + 1))
+        key = _mix(_mix(key) + torch.tensor(_GOLDEN) * (number + 1))  # a tensor, so that the product wraps
     return int(key) & (2**63 - 1)
 
 
@@ -64,7 +64,7 @@ class Noise:
             raise ValueError(f"the first dimension must be the {len(self.rows)} samples, got shape {tuple(shape)}")
         self._calls += 1
         count = math.prod(shape[1:]) if count is None else count
-        keys = _mix(self._keys + _GOLDEN * self._calls)
+        keys = _mix(self._keys + torch.tensor(_GOLDEN) * self._calls)
         counters = torch.arange(1, count + 1, device=self.rows.device, dtype=torch.int64) * _GOLDEN
         return _mix(keys[:, None] + counters)
 
@@ -80,11 +80,11 @@ class Noise:
 
     def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 in [low, high): 24 random bits, so that 1 is never reached."""
-        return _shift(self._bits(shape), 40).to(torch.float32) * ((high - low) * 2**-24) + low
+        return _shift(self._bits(shape), 40).reshape(shape).to(torch.float32) * ((high - low) * 2**-24) + low
 
     def randint(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
         """int64 in [low, high). The bias is below (high - low) / 2^63."""
-        return low + _shift(self._bits(shape), 1) % (high - low)
+        return low + _shift(self._bits(shape), 1).reshape(shape) % (high - low)
 
     def bernoulli(self, probability: float, shape: tuple[int, ...]) -> Tensor:
         """bool, True with `probability`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,13 +16,39 @@ class CorruptItem(Exception):
 
 
 class Items(Protocol):
-    """A split of a data set: random access by index."""
+    """A split of a data set: random access by index. Worker processes read it, so it can be pickled."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """{"x": float32 in [-1, 1] for images [C, H, W], any range for vectors [D]; "label": int64 []}. Raises CorruptItem."""
         ...
+
+
+@runtime_checkable
+class BatchItems(Items, Protocol):
+    """Items that read many at once, faster than one by one, and are never corrupt: the loader needs no workers for them."""
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """indices [B] int64 -> the items stacked: {"x": [B, ...], "label": [B]}."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TensorItems:
+    """A split that is held in memory: x [N, C, H, W] or [N, D] float32, label [N] int64."""
+
+    x: Tensor
+    label: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "label": self.label[index]}
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        return {"x": self.x[indices], "label": self.label[indices]}
 
 
 class Data(Component, kind="data"):
@@ -43,5 +70,11 @@ class Data(Component, kind="data"):
         raise NotImplementedError
 
     def split(self, name: str) -> Items:
-        """The fixed split "train" or "held_out"."""
+        """The fixed split "train" or "held_out". Raises ValueError for another name."""
         raise NotImplementedError
+
+
+def check_split(name: str) -> None:
+    """Raises ValueError unless `name` is "train" or "held_out"."""
+    if name not in ("train", "held_out"):
+        raise ValueError(f"no split is called {name!r}; there are train and held_out")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
-from gentrain.config import Component
+from gentrain.config import Component, option
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -12,10 +17,19 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
+@dataclass(kw_only=True)
 class Path(Component, kind="path"):
-    """Time runs from data (t_min) to noise (t_max). Every function takes t of any shape and works in t's dtype and device."""
+    """Time runs from data (t_min) to noise (t_max). Every function takes t of any shape and works in t's dtype and device.
 
-    sigma_data: float = 0.5  # standard deviation of the data, for EDM preconditioning
+    Attributes:
+        unbounded: x_t grows without bound with t, so that every network must be given x_t / its standard deviation.
+        pure_noise: alpha(t_max) = 0, so that the noise-to-signal ratio sigma / alpha has no upper end.
+    """
+
+    unbounded: ClassVar[bool] = False
+    pure_noise: ClassVar[bool] = False
+
+    sigma_data: PositiveFloat = option(0.5, "standard deviation of the data, for EDM preconditioning", source="arXiv:2206.00364, table 1")
 
     @property
     def t_min(self) -> float:
@@ -40,7 +54,7 @@ class Path(Component, kind="path"):
         raise NotImplementedError
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """Inverse of `log_snr`."""
+        """Inverse of `log_snr`; beyond the path's ends, infinite values included, the nearer end."""
         raise NotImplementedError
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -48,7 +62,7 @@ class Path(Component, kind="path"):
         raise NotImplementedError
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """2 log(alpha / sigma), decreasing in t."""
+        """2 log(alpha / sigma), decreasing in t; infinite where sigma or alpha is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def perturb(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -59,9 +73,28 @@ class Path(Component, kind="path"):
         """d x_t / dt at fixed x0 and eps."""
         return expand(self.alpha_prime(t), x0) * x0 + expand(self.sigma_prime(t), x0) * eps
 
+    def sampling_times(self, steps: int) -> Tensor:
+        """[steps] decreasing float64 times at which a sampler asks the network; after the last one it goes to clean data.
+
+        Equally spaced from t_max, where clean data (t = 0) would be the next.
+        """
+        return self.t_max * (1 - torch.arange(steps, dtype=torch.float64) / steps)
+
+    def karras_times(self, steps: int) -> Tensor:
+        """As `sampling_times`, equally spaced in (sigma / alpha)^(1/7) from t_max to t_min (arXiv:2206.00364, eq. 5).
+
+        Raises:
+            ValueError: sigma / alpha is infinite at t_max.
+        """
+        if self.pure_noise:
+            raise ValueError(f"{self.registered_name} ends in pure noise, where Karras spacing does not exist; use spacing: path")
+        low, high = (-self.log_snr(torch.tensor([self.t_min, self.t_max], dtype=torch.float64)) / 14).exp()
+        position = torch.linspace(0, 1, steps, dtype=torch.float64)
+        return self.time_of_log_snr(-14 * (high + position * (low - high)).log())
+
 
 def convert_time(t: Tensor, source: Path, target: Path) -> Tensor:
-    """The time of `target` at which its signal-to-noise ratio equals that of `source` at t."""
+    """The time of `target` at which its signal-to-noise ratio equals that of `source` at t (the nearer end where it has none)."""
     return target.time_of_log_snr(source.log_snr(t))
 
 
@@ -74,5 +107,3 @@ class TimeLaw(Component, kind="time law"):
         The method draws `uniform` from the noise it is handed, so that a sample meets the same t on any number of ranks.
         """
         raise NotImplementedError
-
-

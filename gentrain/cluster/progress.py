@@ -1,0 +1,55 @@
+"""A progress bar for a training run, read from its metrics: the same for every place a run can live in."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gentrain.training.run import METRICS, RunConfig
+
+
+@contextmanager
+def follow(run: RunConfig) -> Iterator[None]:
+    """Shows samples, loss, samples/s and ETA while the body trains the run; nothing when the output is not a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    done = threading.Event()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(run.output, total=run.training.samples, detail="starting")
+
+        def watch() -> None:
+            while not done.wait(0.5):
+                record = _last_record(run.directory / METRICS)
+                if record:
+                    losses = ", ".join(f"{key.removeprefix('loss/')} {value:.4g}" for key, value in record.items() if key.startswith("loss/"))
+                    detail = f"{record['samples']:,} samples · {record.get('samples_per_second', 0):,.0f}/s · loss {losses}"
+                    progress.update(task, completed=record["samples"], detail=detail)
+
+        thread = threading.Thread(target=watch, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _last_record(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 16_384))
+            lines = file.read().decode(errors="replace").splitlines()
+        record: dict[str, Any] = json.loads(lines[-1])
+        return record
+    except (OSError, ValueError, IndexError):  # not there yet, or a line being written
+        return None

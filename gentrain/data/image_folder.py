@@ -1,0 +1,146 @@
+"""Images of any size on disk, one folder per class."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from gentrain.config import Fraction, option, register
+from gentrain.data.base import CorruptItem, Data, check_split
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # what is left out of Pillow runs other programs or is rarely tested
+_LONGEST = 20  # times the shorter side: beyond it a centre crop shows next to nothing of the image
+
+
+@register("image_folder")
+@dataclass
+class ImageFolder(Data):
+    """Every image below `path`/CLASS/, at any depth; CLASS is its label, classes are sorted by name.
+
+    The shorter side is resized to `size` and the centre cropped; transparent parts become white; the camera's orientation is applied.
+    Links below `path` are not followed. Whether an image is held out depends on its own relative path alone, so new files move no old ones.
+    """
+
+    path: str = option(help="the folder that holds one folder per class")
+    size: PositiveInt = option(64, "height and width that samples get", unit="pixels")
+    held_out: Fraction = option(0.1, "part of the images that is kept from training")
+    colours: Literal["rgb", "grey"] = option("rgb", "3 channels or 1")
+    max_pixels: PositiveInt = option(50_000_000, "larger images count as corrupt: they could fill the memory", unit="pixels")
+    licence: str = option("not stated", "origin and licence of the images, for the model card")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3 if self.colours == "rgb" else 1, self.size, self.size)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return sorted({file.split("/")[0] for file in self._files})
+
+    @cached_property
+    def _files(self) -> list[str]:
+        """Paths of all images, relative to `path`, sorted. Raises ValueError if there are none."""
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"no such folder: {root} (path: {self.path!r}, looked for from {Path.cwd()})")
+        files, links = [], 0
+        for folder, folders, names in os.walk(root, onerror=_refuse):
+            entries = [Path(folder, name) for name in names if name.lower().endswith(SUFFIXES)]
+            links += sum(Path(folder, name).is_symlink() for name in folders) + sum(entry.is_symlink() for entry in entries)
+            files += [entry.relative_to(root).as_posix() for entry in entries if entry.is_file() and not entry.is_symlink()]
+        if links:
+            log.warning("%s: %d links were not followed", root, links)
+        classed = sorted(file for file in files if "/" in file)
+        if len(classed) < len(files):
+            log.warning("%s: %d images lie in no class folder and are left out", root, len(files) - len(classed))
+        if not classed:
+            raise ValueError(f"no images below {root}; looked for {root}/CLASS/**/*({' '.join(SUFFIXES)}), links not followed")
+        return classed
+
+    def split(self, name: str) -> ImageItems:
+        check_split(name)
+        files = [file for file in self._files if (_fraction(file) < self.held_out) == (name == "held_out")]
+        if not files:
+            message = (
+                f"none of the {len(self._files)} images below {self.path} falls into the {name} split; change held_out ({self.held_out})"
+            )
+            raise ValueError(message)
+        number = {name: index for index, name in enumerate(self.class_names)}
+        labels = torch.tensor([number[file.split("/")[0]] for file in files])
+        return ImageItems(Path(self.path).expanduser(), files, labels, self.size, self.colours, self.max_pixels)
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def _fraction(file: str) -> float:
+    """The relative path's place in [0, 1), the same on every machine."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(file)).digest()[:8], "big") / 2**64
+
+
+@dataclass(frozen=True, eq=False)
+class ImageItems:
+    """A split of a folder: `files` are relative to `root`, `labels` [N] int64."""
+
+    root: Path
+    files: Sequence[str]
+    labels: Tensor
+    size: int
+    colours: Literal["rgb", "grey"]
+    max_pixels: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        file = self.root / self.files[index]
+        try:
+            x = self._decode(file)
+        except Exception as error:  # of hostile bytes, Pillow's decoders raise almost anything
+            raise CorruptItem(f"{file}: {error or type(error).__name__}") from error
+        return {"x": x, "label": self.labels[index]}
+
+    def _decode(self, file: Path) -> Tensor:
+        """[C, size, size] float32 in [-1, 1]."""
+        import numpy as np
+        from PIL import Image, ImageOps
+
+        with Image.open(file, formats=FORMATS) as image:
+            long, short = max(image.size), min(image.size)
+            if long * short > self.max_pixels:
+                raise ValueError(f"{image.width} x {image.height} is more than {self.max_pixels} pixels")
+            if long > _LONGEST * short:
+                raise ValueError(f"{image.width} x {image.height} is more than {_LONGEST} times as long as wide")
+            if image.mode[0] in "IF":
+                raise ValueError(f"pixels of more than 8 bits (mode {image.mode}) are not supported; convert the image")
+            image.draft("RGB", (2 * self.size, 2 * self.size))  # lets the JPEG decoder skip detail that resizing would drop
+            upright = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.colours == "rgb" else "L")
+            # crops first, so that a long image is never enlarged as a whole
+            square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(square)).reshape(self.size, self.size, -1)
+        return pixels.permute(2, 0, 1).float().contiguous() / 127.5 - 1
+
+
+def _opaque(image: Image) -> Image:
+    from PIL import Image as images
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return images.alpha_composite(images.new("RGBA", image.size, "white"), image)

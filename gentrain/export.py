@@ -1,0 +1,197 @@
+"""Export: a directory from which diffusers draws the same images for the same noise, without gentrain."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gentrain.models.conditional import ConditionalNetwork
+from gentrain.models.denoiser import Denoiser
+from gentrain.samplers.base import Sampler
+
+_STOCK_USE = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+image = pipeline(num_inference_steps={steps}).images[0]"""
+
+_CUSTOM_USE = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
+image = pipeline({call}).images[0]"""
+
+_CUSTOM_NOTE = """
+`trust_remote_code=True` runs `pipeline.py` of this directory, about a hundred lines that no pipeline of diffusers stands for: read it first.
+"""
+
+_CARD = """---
+{{ card_data }}
+---
+# {{ name }}
+
+Draws {{ size }} images{% if classes %} of {{ classes | length }} classes ({{ classes | join(", ") }}){% endif %}. \
+{{ parameters }} parameters. Made with gentrain {{ gentrain }}.
+
+## Use
+Replace `{{ name }}` by the path of this directory. Needs torch and diffusers (written by {{ diffusers }}), not gentrain.
+```python
+{{ use }}
+```
+{{ note }}
+## Data
+{{ licence }}
+
+## Method
+{{ method }}; path {{ path }}, prediction {{ prediction }}; drawn with {{ sampler }}, {{ steps }} steps, guidance {{ guidance }}.
+
+## Metrics
+{% if metrics %}| metric | value | 95 % interval | better | definition |
+|---|---|---|---|---|
+{% for m in metrics %}| {{ m.name }} | {{ "%.4g" | format(m.value) }} | {{ "%.4g" | format(m.low) }} to {{ "%.4g" | format(m.high) }} | \
+{{ m.better }} | {{ m.definition }} |
+{% endfor %}{% else %}None were measured.
+{% endif %}
+## Limits
+It draws images like those of its data and nothing else, {{ size }} pixels only. The metrics hold for the sampler, steps and guidance above.
+Nothing was done to keep it from repeating images of its data.
+
+## Configuration
+```yaml
+{{ config }}```
+"""
+
+
+def export(
+    out: Path,
+    denoiser: Denoiser,
+    sampler: Sampler,
+    *,
+    class_names: Sequence[str],
+    licence: str,
+    config: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Writes a diffusers directory (weights as safetensors, scheduler, model card) and returns its path.
+
+    A pipeline of diffusers itself where one takes the sampler's steps (DDIMPipeline), else `pipeline.py` in the directory.
+
+    Args:
+        out: must not exist, or be an empty directory; it appears whole or not at all.
+        denoiser: of a `ConditionalNetwork` with its full weights.
+        sampler: whose steps the directory's scheduler takes.
+        class_names: one per class; empty without classes.
+        licence: of the data, for the card.
+        config: the resolved configuration; `config["method"]["name"]` is named in the card.
+        metrics: {"name", "value", "low", "high", "better", "definition"} each.
+
+    Raises:
+        FileExistsError: `out` is there and not an empty directory.
+        ValueError: the network is none of diffusers', or no diffusers scheduler takes the sampler's steps.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty directory; name another or remove it")
+    pipeline = _pipeline(denoiser, sampler, class_names)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        pipeline.save_pretrained(partial)
+        custom = type(pipeline).__module__ == "gentrain.export_pipeline"
+        if custom:
+            _add_code(partial, type(pipeline))
+        _write_card(partial, out.name, custom, denoiser, sampler, class_names, licence, config, metrics)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) -> Any:
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    from gentrain.export_pipeline import ClassConditionalPipeline
+
+    network, path = denoiser.network, denoiser.path
+    if not isinstance(network, ConditionalNetwork):
+        raise ValueError(f"only the networks unet and dit can be exported to diffusers, this one is a {type(network).__name__}")
+    scheduler = sampler.diffusers_scheduler(path, denoiser.prediction)
+    if scheduler is None:
+        raise ValueError(
+            f"no diffusers scheduler takes the steps of sampler {sampler.registered_name} ({sampler.steps} steps) on path "
+            f"{path.registered_name} with prediction {denoiser.prediction}; sampler euler has one for rectified_flow with velocity, "
+            "variance_preserving with eps, x0 or v, and variance_exploding with edm"
+        )
+    if getattr(sampler, "eta", 0):
+        raise ValueError("a sampler that draws fresh noise on the way cannot draw the same images elsewhere; export with eta: 0")
+    plain = network.num_classes is None and network.space_to_depth == 1 and isinstance(network.backbone, UNet2DModel)
+    if plain and isinstance(scheduler, DDIMScheduler):
+        return DDIMPipeline(network.backbone, scheduler)
+    edm = type(scheduler).__name__.startswith("EDM")  # their timesteps are log(sigma) / 4
+    return ClassConditionalPipeline(
+        network.backbone,
+        scheduler,
+        num_classes=network.num_classes,
+        class_names={str(index): name for index, name in enumerate(class_names)},
+        space_to_depth=network.space_to_depth,
+        guidance_scale=sampler.guidance,
+        num_inference_steps=sampler.steps,
+        timestep_scale=1000.0 if edm else 1.0,
+        init_noise_sigma=sampler.start(path) if edm else None,
+    )
+
+
+def _add_code(directory: Path, pipeline: type) -> None:
+    """Puts the pipeline's source beside the weights and has model_index.json name it, as diffusers finds code in a directory."""
+    (directory / "pipeline.py").write_text(inspect.getsource(inspect.getmodule(pipeline)), encoding="utf-8")  # type: ignore[arg-type]
+    index = directory / "model_index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["_class_name"] = ["pipeline", pipeline.__name__]
+    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_card(
+    directory: Path,
+    name: str,
+    custom: bool,
+    denoiser: Denoiser,
+    sampler: Sampler,
+    class_names: Sequence[str],
+    licence: str,
+    config: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+) -> None:
+    import diffusers
+    from huggingface_hub import ModelCard, ModelCardData
+
+    backbone, block = denoiser.network.backbone, denoiser.network.space_to_depth  # type: ignore[attr-defined]
+    sides = backbone.config.sample_size
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    call = f'class_labels=["{class_names[0]}"]' if class_names else ""
+    card = ModelCard.from_template(
+        ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=["gentrain"]),
+        template_str=_CARD,
+        name=name,
+        size=f"{height * block}x{width * block}",
+        classes=list(class_names),
+        parameters=f"{backbone.num_parameters():,}",
+        gentrain=version("gentrain"),
+        diffusers=diffusers.__version__,
+        use=_CUSTOM_USE.format(name=name, call=call) if custom else _STOCK_USE.format(name=name, steps=sampler.steps),
+        note=_CUSTOM_NOTE if custom else "",
+        licence=licence,
+        method=config.get("method", {}).get("name", "not recorded"),
+        path=denoiser.path.registered_name,
+        prediction=denoiser.prediction,
+        sampler=sampler.registered_name,
+        steps=sampler.steps,
+        guidance=sampler.guidance,
+        metrics=metrics,
+        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
+    )
+    card.save(directory / "README.md")

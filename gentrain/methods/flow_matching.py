@@ -1,0 +1,47 @@
+"""Flow matching: regression of the path's velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gentrain.config import Fraction, option, register
+from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update
+from gentrain.methods.matching import loss_by_noise_level, noised
+from gentrain.noise import Noise
+from gentrain.paths.base import TimeLaw
+from gentrain.paths.times import LogitNormal
+
+
+def flow_matching_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
+    """Squared error of the velocity, averaged over C, H, W: [B, ...] -> [B] (conditional flow matching, arXiv:2210.02747, eq. 9)."""
+    return (predicted - velocity).square().flatten(1).mean(1)
+
+
+@register("flow_matching")
+@dataclass
+class FlowMatching(Method):
+    """Flow matching (arXiv:2210.02747; rectified flow, arXiv:2209.03003): the denoiser's velocity meets d x_t / dt of the path.
+
+    Any prediction and path will do, but a network that predicts x0 or eps has its error divided by sigma or alpha here; "velocity" and
+    "edm" have not.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {"model": Trained(ema=True)}
+    generator: ClassVar[str | None] = "model"
+
+    times: TimeLaw = option(LogitNormal, "law of the training times", source="arXiv:2403.03206, section 5.1")
+    label_dropout: Fraction = option(0.1, "probability that a label becomes the null class", source="arXiv:2207.12598")
+
+    def updates(self, clock: Clock) -> Iterator[Update]:
+        yield Update("model", self.loss)
+
+    def loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        path = nets.model.path
+        sample = noised(batch, noise, path, self.times, self.label_dropout)
+        predicted = nets.model.velocity(sample.x_t, sample.t, sample.condition)
+        loss = flow_matching_loss(predicted, path.velocity(sample.x0, sample.eps, sample.t))
+        return Loss(loss.mean(), loss_by_noise_level(loss, path.log_snr(sample.t)))

@@ -1,0 +1,69 @@
+"""Distances between two samples of vectors. Computed in float64; what they estimate is 0 only for equal distributions
+(Frechet: for equal means and covariances)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gentrain.metrics.base import Metric, bootstrap_interval
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Wasserstein-2 distance between the normal laws with the samples' means and (unbiased) covariances.
+
+    |mean a - mean b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson and Landau 1982; FID when the features are Inception's). No
+    shrinkage: it would bias the distance by an amount that depends on the spectrum. The trace of the root is the nuclear norm of
+    R_a R_b^T with C = R^T R, which needs no inverse and no root of a nearly singular product. Finite samples make the distance too
+    large, so compare at equal sizes or use `distance_metric`, which corrects most of that.
+
+    Args:
+        a, b: features [N, D], [M, D]. Raises ValueError unless N, M > D: the covariance would be singular whatever the data.
+    """
+    if min(len(a), len(b)) <= a.shape[1]:
+        raise ValueError(
+            f"{min(len(a), len(b))} samples cannot give a covariance of {a.shape[1]} features; use more samples (5 times as many)"
+        )
+    a, b = a.double(), b.double()
+    root_a, root_b = (torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5, mode="r").R for x in (a, b))
+    traces = root_a.square().sum() + root_b.square().sum() - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + traces)
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 128, seed: int = 0) -> float:
+    """Root of the mean over random directions of the squared Wasserstein-2 distance of the projections (Bonneel et al. 2015).
+
+    Args:
+        a, b: [N, D], [M, D].
+        projections: directions, the same for the same seed.
+    """
+    import ot
+
+    return float(ot.sliced_wasserstein_distance(a.double().numpy(), b.double().numpy(), n_projections=projections, seed=seed))
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| (Szekely and Rizzo 2013), not its root; means over all pairs, so never negative.
+
+    Args:
+        a, b: [N, D], [M, D].
+    """
+    a, b = a.double(), b.double()
+    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+
+
+def distance_metric(
+    name: str, distance: Callable[[Tensor, Tensor], float], generated: Tensor, reference: Tensor, definition: str, seed: int = 0
+) -> Metric:
+    """A distance with its bootstrap interval, corrected for the samples' finite size; cut at 0, which no true distance is below.
+
+    Raises ValueError if a sample holds NaN or inf.
+    """
+    for sample, what in ((generated, "generated"), (reference, "reference")):
+        if not sample.isfinite().all():
+            raise ValueError(f"{name}: some {what} samples are NaN or inf")
+    value, low, high = (max(0.0, bound) for bound in bootstrap_interval(distance, generated, reference, seed=seed))
+    sizes = f"{len(generated)} against {len(reference)} samples, bootstrap interval and correction for their finite number"
+    return Metric(name, value, low, high, "lower", f"{definition}; {sizes}")

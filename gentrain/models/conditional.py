@@ -1,0 +1,38 @@
+"""Class labels as networks take them, and diffusers' backbones behind the project's forward(x, t, condition)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from gentrain.models.base import Condition
+
+
+def class_index(condition: Condition | None, x: Tensor, num_classes: int) -> Tensor:
+    """Row of the label embedding for each of the B samples of x: the label, or `num_classes` (the null class). [B] int64."""
+    if condition is None:
+        return torch.full((len(x),), num_classes, dtype=torch.int64, device=x.device)
+    label: Tensor = condition["label"]
+    return torch.where(label < 0, num_classes, label)
+
+
+class ConditionalNetwork(nn.Module):
+    """A diffusers UNet2DModel or DiTTransformer2DModel as a network of the project.
+
+    Args:
+        backbone: the diffusers model, for images [B, C s^2, H / s, W / s].
+        num_classes: the backbone's label embedding has one more row, the null class; None = it has no label embedding.
+        space_to_depth: s: the backbone sees each s x s block of pixels as channels.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int | None, space_to_depth: int = 1):
+        super().__init__()
+        self.backbone, self.num_classes, self.space_to_depth = backbone, num_classes, space_to_depth
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """x [B, C, H, W], t [B] in [0, 1000], condition {"label": [B] int64, -1 = null} -> [B, C, H, W] in the weights' dtype."""
+        labels = None if self.num_classes is None else class_index(condition, x, self.num_classes)
+        # t stays as it is: half precision cannot tell neighbouring times apart
+        hidden = pixel_unshuffle(x.to(self.backbone.dtype), self.space_to_depth)
+        return pixel_shuffle(self.backbone(hidden, t, class_labels=labels, return_dict=False)[0], self.space_to_depth)

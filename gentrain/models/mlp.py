@@ -1,0 +1,56 @@
+"""Multilayer perceptron for vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from gentrain.config import option, register
+from gentrain.models.base import Condition, Model
+from gentrain.models.conditional import class_index
+
+
+@register("mlp")
+@dataclass
+class MLP(Model):
+    """Residual perceptron; sinusoidal time embedding and label embedding enter every layer."""
+
+    width: PositiveInt = option(128, "hidden units of a layer")
+    depth: PositiveInt = option(3, "residual layers")
+
+    def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """Raises ValueError when the samples are not vectors (D,)."""
+        if len(shape) != 1:
+            raise ValueError(f"mlp is for vectors (D,), got samples of shape {shape}; use unet or dit for images")
+        return MLPNetwork(shape[0], num_classes, self.width, self.depth)
+
+
+class MLPNetwork(nn.Module):
+    """forward: x [B, dim], t [B] in [0, 1000], condition {"label": [B] int64, -1 = null} -> [B, dim] in the weights' dtype."""
+
+    def __init__(self, dim: int, num_classes: int, width: int, depth: int):
+        from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+        super().__init__()
+        self.num_classes = num_classes
+        self.time = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(width, width)
+        self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.input = nn.Linear(dim, width)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
+        )
+        self.output = nn.Linear(width, dim)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        dtype = self.input.weight.dtype
+        embedding = self.time_embedding(self.time(t).to(dtype))
+        if self.label_embedding is not None:
+            embedding = embedding + self.label_embedding(class_index(condition, x, self.num_classes))
+        hidden = self.input(x.to(dtype))
+        for layer in self.layers:
+            hidden = hidden + layer(silu(hidden + embedding))
+        return self.output(silu(hidden))

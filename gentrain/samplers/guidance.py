@@ -1,0 +1,23 @@
+"""Classifier-free guidance (arXiv:2207.12598)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gentrain.models.base import Condition
+from gentrain.models.denoiser import Denoiser, drop_condition
+
+
+def guided_x0(denoiser: Denoiser, x_t: Tensor, t: float, condition: Condition | None, weight: float) -> Tensor:
+    """null + weight (conditional - null) of the x0 prediction [B, ...] at one time for all rows; one network call.
+
+    Every prediction is affine in the network's output, so guiding x0 is guiding any of them. Without a condition, or with weight 1, there is
+    nothing to mix and the batch is not doubled.
+    """
+    if condition is None or weight == 1:
+        return denoiser.x0(x_t, x_t.new_full((len(x_t),), t), condition)
+    null_condition = drop_condition(condition, torch.ones_like(condition["label"], dtype=torch.bool))
+    both = {key: torch.cat([value, null_condition[key]]) for key, value in condition.items()}
+    conditional, null = denoiser.x0(torch.cat([x_t, x_t]), x_t.new_full((2 * len(x_t),), t), both).chunk(2)
+    return null + weight * (conditional - null)

@@ -1,0 +1,34 @@
+"""The arguments with which diffusers' own schedulers take gentrain's steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gentrain.models.denoiser import Prediction
+from gentrain.paths.base import Path
+from gentrain.paths.variance_exploding import VarianceExploding
+from gentrain.paths.variance_preserving import VariancePreserving
+
+_PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+
+
+def variance_preserving_arguments(path: Path, prediction: Prediction) -> dict[str, Any] | None:
+    """For the schedulers of DDPM's family; None if the path or the prediction is none of theirs."""
+    if not isinstance(path, VariancePreserving) or prediction not in _PREDICTION_TYPES:
+        return None
+    return {
+        "num_train_timesteps": path.num_train_timesteps,
+        "beta_start": path.beta_start,
+        "beta_end": path.beta_end,
+        "beta_schedule": _BETA_SCHEDULES[path.schedule],
+        "prediction_type": _PREDICTION_TYPES[prediction],
+        "timestep_spacing": "trailing",
+    }
+
+
+def edm_arguments(path: Path, prediction: Prediction) -> dict[str, Any] | None:
+    """For the EDM schedulers; None if the path or the prediction is none of theirs."""
+    if not isinstance(path, VarianceExploding) or prediction != "edm":
+        return None
+    return {"sigma_min": path.sigma_min, "sigma_max": path.sigma_max, "sigma_data": path.sigma_data}

@@ -1,0 +1,111 @@
+"""What happens beside the steps: lines of metrics, TensorBoard, sample grids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gentrain.images import save_grid
+from gentrain.methods.base import Clock, Trained
+from gentrain.noise import Noise, derive
+from gentrain.training.roles import build_network
+from gentrain.training.run import METRICS, SAMPLES
+
+if TYPE_CHECKING:
+    from gentrain.training.loop import Trainer
+
+
+def due(clock: Clock, every: int) -> bool:
+    """Whether the step that ended at `clock` passed a multiple of `every` samples."""
+    return every > 0 and clock.samples // every > (clock.samples - clock.batch_size) // every
+
+
+class Callback:
+    """Called on every rank at the same places, so that it may communicate."""
+
+    def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
+        """After a logging step, with its line of metrics."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """After every step."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last checkpoint of a run that ended as it should."""
+
+
+class MetricsFile(Callback):
+    """Appends to metrics.jsonl. Lines of an earlier attempt beyond the checkpoint it resumed from are dropped."""
+
+    def __init__(self, trainer: Trainer):
+        self._path = trainer.run.directory / METRICS
+        self._last = (trainer.clock.samples, trainer.seconds)
+        if trainer.world.is_main and self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines() if _samples_of(line) <= trainer.clock.samples]
+            self._path.write_text("".join(f"{line}\n" for line in lines))
+
+    def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
+        if trainer.world.is_main:
+            samples, seconds = self._last
+            self._last = (record["samples"], record["seconds"])
+            speed = (record["samples"] - samples) / max(record["seconds"] - seconds, 1e-9)
+            with self._path.open("a") as file:
+                file.write(json.dumps({**record, "samples_per_second": round(speed, 1)}) + "\n")
+
+
+def _samples_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["samples"])
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
+        return float("inf")
+
+
+class TensorBoard(Callback):
+    """Writes every number of a record to <run>/tensorboard."""
+
+    def __init__(self, trainer: Trainer):
+        if trainer.world.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(trainer.run.directory / "tensorboard"), purge_step=trainer.clock.samples)
+
+    def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
+        if trainer.world.is_main:
+            for key, value in record.items():
+                self._writer.add_scalar(key, value, record["samples"])
+
+    def on_end(self, trainer: Trainer) -> None:
+        if trainer.world.is_main:
+            self._writer.close()
+
+
+class Previews(Callback):
+    """Draws a grid of images with the averaged weights: the same noise and labels each time, shared by the ranks."""
+
+    def __init__(self, trainer: Trainer):
+        self._network: nn.Module | None = None
+
+    def after_step(self, trainer: Trainer) -> None:
+        run = trainer.run
+        role = run.method.generator
+        if role is None or len(run.data.shape) != 3 or not due(trainer.clock, run.training.preview_every):
+            return
+        if self._network is None:
+            self._network = build_network(run, role).to(trainer.world.device).eval().requires_grad_(False)
+        engine, trained = trainer.roles.engines[role], run.method.roles[role]
+        averaged = isinstance(trained, Trained) and trained.ema
+        self._network.load_state_dict(engine.ema_weights() if averaged else engine.weights())
+        world = trainer.world
+        share = -(-run.training.preview_count // world.size)
+        rows = torch.arange(world.rank * share, (world.rank + 1) * share)
+        noise = Noise(derive(run.seed, "preview"), rows, world.device)
+        classes = len(run.data.class_names)
+        condition = {"label": (rows % classes).to(world.device)} if classes else None
+        with torch.no_grad():
+            images = run.sampler.sample(trainer.roles.as_seen(role, self._network), run.data.shape, noise, condition)
+        images = trainer.roles.group.gather(images)[: run.training.preview_count]
+        if world.is_main:
+            save_grid(images.cpu(), run.directory / SAMPLES / f"{trainer.clock.samples:012d}.png", columns=classes or 8)

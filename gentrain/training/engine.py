@@ -1,0 +1,298 @@
+"""What holds a network that learns: forward, backward, step, averages, and its whole state by parameter name.
+
+`RoleEngine` is the contract and does everything but the parallelism; `TorchEngine` here is the reference implementation, DeepSpeed's is
+in `zero.py`. Both give the same loss curve in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from gentrain.config import Component, option, register
+from gentrain.training.optimizers import Optimizer, Partition
+from gentrain.training.world import World
+
+Precision = Literal["fp32", "bf16"]
+State = dict[str, Tensor]
+
+
+class EngineMisuse(RuntimeError):
+    """A use of an engine that would train something else than the method says. The message names the role and the remedy."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A stretch of a parameter and where this rank keeps it: parameter[start:start + size] is partition[offset:offset + size]."""
+
+    name: str
+    start: int
+    size: int
+    partition: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: of all parameters over all ranks, before clipping. applied: False when it was not finite and the step was skipped."""
+
+    grad_norm: float
+    applied: bool
+
+
+class RoleEngine:
+    """One learning role on one rank.
+
+    Subclasses set `partitions` (this rank's float32 master weights, flat or shaped), `fragments` and `optimizer` (torch's, whose state is
+    keyed by the partitions), and implement `_forward`, `_through`, `_backward` and `_step`.
+    """
+
+    partitions: list[Tensor]
+    fragments: list[Fragment]
+    optimizer: torch.optim.Optimizer
+    sharded: bool  # whether ranks hold different partitions
+
+    def __init__(self, role: str, module: nn.Module, world: World, gradient_clipping: float | None):
+        self.role, self.module, self.world, self.clipping = role, module, world, gradient_clipping
+        self.shapes = {name: p.shape for name, p in module.named_parameters()}
+        self.ema: list[Tensor] | None = None
+        self._forwards = 0
+        self._backwards = 0
+
+    # --- the step ---
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The network's forward, float32, whose output the next `backward` may reach."""
+        if torch.is_grad_enabled():
+            self._forwards += 1
+        return self._forward(x, *args, **kwargs).float()
+
+    def through(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The network's output, float32, inside another role's loss: gradients reach `x`, never the weights (see `frozen`)."""
+        return self._through(x, *args, **kwargs).float()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of `loss`; `last` before the step. Raises EngineMisuse where the result would be silently wrong."""
+        if not loss.requires_grad:
+            raise EngineMisuse(
+                f"the loss of role {self.role!r} does not depend on its weights: call nets.{self.role} with gradients enabled in this loss"
+            )
+        if self._forwards == 0:
+            raise EngineMisuse(
+                f"a backward of role {self.role!r} without a new forward of it: compute the network's output inside each loss, or sum the "
+                "losses that share it (gradients of a second backward are dropped or doubled by sharded engines)"
+            )
+        self._forwards = 0
+        self._backward(loss, last)
+        self._backwards = -1 if last else self._backwards + 1
+
+    def step(self, lr: float) -> StepResult:
+        """One optimiser step at learning rate `lr`, skipped on all ranks alike when the gradient is not finite."""
+        if self._backwards != -1:
+            raise EngineMisuse(f"a step of role {self.role!r} without a last backward: pass last=True to the final one")
+        self._backwards = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return self._step()
+
+    def update_ema(self, decay: float) -> None:
+        """ema <- decay * ema + (1 - decay) * master weights, on this rank's partitions, without communication."""
+        if self.ema is None:
+            raise EngineMisuse(f"role {self.role!r} keeps no average")
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.partitions], 1 - decay)
+
+    def start_ema(self) -> None:
+        """Starts from the master weights themselves (under bf16 they are not the weights the module was built with)."""
+        self.ema = [p.detach().clone() for p in self.partitions]
+
+    # --- state by name: collective, every rank must call ---
+
+    def weights(self) -> State:
+        """Full float32 master weights and the module's buffers, on every rank, on the host."""
+        return self._assemble([p.detach() for p in self.partitions]) | self._buffers()
+
+    def ema_weights(self) -> State:
+        """Full average, with the module's buffers as they are now."""
+        if self.ema is None:
+            raise EngineMisuse(f"role {self.role!r} keeps no average")
+        return self._assemble(self.ema) | self._buffers()
+
+    def optimizer_state(self) -> State:
+        """`<key>/<parameter>` for what has a parameter's shape, `<key>` for numbers that all parameters share (the step count)."""
+        state: State = {}
+        entries = [self.optimizer.state.get(p, {}) for p in self.partitions]
+        for key in sorted({key for entry in entries for key in entry}):
+            values = [entry[key] for entry in entries]
+            if all(value.shape == p.shape for value, p in zip(values, self.partitions, strict=True)):
+                state |= {f"{key}/{name}": value for name, value in self._assemble(values).items()}
+            else:
+                state[key] = torch.as_tensor(values[0]).detach().cpu().clone()
+        return state
+
+    def load(self, weights: State, ema: State | None, optimizer: State) -> None:
+        """Restores a state written by the three functions above, at any number of ranks.
+
+        The module must have been built from the same `weights`, so that only what has more bits than the live weights is missing.
+        """
+        with torch.no_grad():
+            self._scatter(weights, self.partitions)
+            if ema is not None:
+                self.start_ema()
+                assert self.ema is not None
+                self._scatter(ema, self.ema)
+            keys = {name.partition("/")[0]: "/" in name for name in optimizer}
+            for key, per_parameter in keys.items():
+                if per_parameter:
+                    values = [torch.zeros_like(p) for p in self.partitions]
+                    prefix = f"{key}/"
+                    self._scatter({name.removeprefix(prefix): v for name, v in optimizer.items() if name.startswith(prefix)}, values)
+                else:
+                    values = [optimizer[key].clone() for _ in self.partitions]
+                for partition, value in zip(self.partitions, values, strict=True):
+                    self.optimizer.state[partition][key] = value
+
+    def _buffers(self) -> State:
+        return {name: v.detach().cpu().clone() for name, v in self.module.state_dict().items() if name not in self.shapes}
+
+    def _assemble(self, partitions: list[Tensor]) -> State:
+        full = {name: torch.zeros(shape.numel(), dtype=torch.float32) for name, shape in self.shapes.items()}
+        for f in self.fragments:
+            full[f.name][f.start : f.start + f.size] = partitions[f.partition].reshape(-1)[f.offset : f.offset + f.size].cpu()
+        if self.sharded and self.world.size > 1:
+            for value in full.values():  # exactly one rank holds each element, so the sum is exact
+                dist.all_reduce(value)
+        return {name: value.reshape(self.shapes[name]) for name, value in full.items()}
+
+    def _scatter(self, full: State, partitions: list[Tensor]) -> None:
+        for f in self.fragments:
+            value = full[f.name].reshape(-1)[f.start : f.start + f.size]
+            partitions[f.partition].view(-1)[f.offset : f.offset + f.size].copy_(value)
+
+    # --- what the parallelism decides ---
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _through(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        raise NotImplementedError
+
+    def _step(self) -> StepResult:
+        raise NotImplementedError
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it no parameter of `module` gathers a gradient and layers behave as in evaluation."""
+    training, trainable = module.training, [p for p in module.parameters() if p.requires_grad]
+    module.eval()
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+        module.train(training)
+
+
+class Engine(Component, kind="engine"):
+    """An engine as configured."""
+
+    precision: Precision
+
+    @property
+    def shows(self) -> frozenset[Partition]:
+        """What an optimiser can see of a parameter under this engine: it must contain the optimiser's `needs`."""
+        raise NotImplementedError
+
+    @property
+    def live_dtype(self) -> torch.dtype:
+        """Of the weights that forward uses."""
+        raise NotImplementedError
+
+    def build(self, role: str, module: nn.Module, optimizer: Optimizer, world: World) -> RoleEngine:
+        """An engine around a module that holds its initial weights, in `live_dtype`, on the world's device."""
+        raise NotImplementedError
+
+
+class ReplicatedEngine(RoleEngine):
+    """Every rank holds every parameter: the partitions are the parameters themselves."""
+
+    sharded = False
+
+    def __init__(self, role: str, module: nn.Module, optimizer: torch.optim.Optimizer, world: World, gradient_clipping: float | None):
+        super().__init__(role, module, world, gradient_clipping)
+        self.optimizer = optimizer
+        self.partitions = [p for _, p in module.named_parameters()]
+        self.fragments = [Fragment(name, 0, p.numel(), i, 0) for i, (name, p) in enumerate(module.named_parameters())]
+
+    def clip(self) -> StepResult:
+        """Clips the averaged gradients, which are alike on all ranks; so is the verdict on whether they are finite."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        value = norm.item()
+        finite = value == value and value != float("inf")
+        if finite and self.clipping is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clipping, norm)
+        return StepResult(value, finite)
+
+
+class _TorchRoleEngine(ReplicatedEngine):
+    def __init__(self, engine: TorchEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
+        super().__init__(role, module, optimizer.build(module.parameters()), world, engine.gradient_clipping)
+        self._autocast = engine.precision == "bf16"
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._autocast):
+            output: Tensor = self.module(x, *args, **kwargs)
+        return output
+
+    _through = _forward
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+        if last and self.world.size > 1:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            flat = torch._utils._flatten_dense_tensors(gradients)
+            dist.all_reduce(flat)
+            flat /= self.world.size
+            for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(mean)
+
+    def _step(self) -> StepResult:
+        result = self.clip()
+        if result.applied:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return result
+
+
+@register("torch")
+@dataclass
+class TorchEngine(Engine):
+    """The reference: a plain module and optimiser, gradients averaged over ranks. bf16 is autocast on float32 weights."""
+
+    precision: Precision = option("fp32", "arithmetic of forward and backward; weights stay float32")
+    gradient_clipping: PositiveFloat | None = option(1.0, "largest norm of the gradient over all parameters; null = no clipping")
+
+    @property
+    def shows(self) -> frozenset[Partition]:
+        return frozenset({"elementwise", "global_scalar", "per_tensor", "matrix"})
+
+    @property
+    def live_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def build(self, role: str, module: nn.Module, optimizer: Optimizer, world: World) -> RoleEngine:
+        return _TorchRoleEngine(self, role, module, optimizer, world)

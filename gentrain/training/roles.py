@@ -1,0 +1,146 @@
+"""The networks of a run: built, given their first weights, and shown to each loss with only one of them learning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gentrain.config import ConfigError
+from gentrain.methods.base import Nets, Trained
+from gentrain.models.denoiser import Denoiser
+from gentrain.noise import derive
+from gentrain.training import checkpoint as checkpoints
+from gentrain.training.engine import RoleEngine, State, frozen
+from gentrain.training.run import CHECKPOINTS, RunConfig, open_run
+from gentrain.training.world import RankGroup, World
+
+
+class _Nets:
+    """See methods.base.Nets."""
+
+    def __init__(self, group: RankGroup, networks: dict[str, Any]):
+        self.group = group
+        self.__dict__.update(networks)
+
+    def __getattr__(self, role: str) -> Any:
+        raise AttributeError(f"the method has no role {role!r}; its roles: {', '.join(name for name in self.__dict__ if name != 'group')}")
+
+
+class Roles:
+    """Every role's network: an engine for those that learn, a plain frozen module for the others.
+
+    Args:
+        resume: a verified checkpoint to continue from, None for a fresh start.
+    """
+
+    def __init__(self, run: RunConfig, world: World, resume: Path | None = None):
+        self.run, self.world, self.group = run, world, RankGroup(world.size)
+        self.engines: dict[str, RoleEngine] = {}
+        self.frozen: dict[str, nn.Module] = {}
+        initial: dict[str, State] = {}
+        for name, role in run.method.roles.items():
+            module = build_network(run, name)
+            if isinstance(role, Trained) and resume is not None:
+                initial[name] = checkpoints.load_tensors(resume, f"{name}.weights")
+            elif run.role_settings(name).weights is not None:
+                initial[name] = load_weights(str(run.role_settings(name).weights), f"roles.{name}.weights")
+            elif role.init is not None:
+                initial[name] = initial[role.init]
+            if name in initial:
+                _load_into(module, initial[name], name)
+            else:
+                initial[name] = {key: value.clone() for key, value in module.state_dict().items()}
+            module = module.to(world.device, run.engine_of(name).live_dtype)
+            if isinstance(role, Trained):
+                self.engines[name] = self._engine(name, role, module, initial[name], resume)
+            else:
+                self.frozen[name] = module.eval().requires_grad_(False)
+        self._views = {name: self._view(name) for name in self.engines}
+
+    def _engine(self, name: str, role: Trained, module: nn.Module, weights: State, resume: Path | None) -> RoleEngine:
+        engine = self.run.engine_of(name).build(name, module, self.run.optimizer_of(name), self.world)
+        if resume is not None:
+            ema = checkpoints.load_tensors(resume, f"{name}.ema") if role.ema else None
+            engine.load(weights, ema, checkpoints.load_tensors(resume, f"{name}.optimizer"))
+        elif role.ema:
+            engine.start_ema()
+        return engine
+
+    def _view(self, stepped: str) -> Nets:
+        """What a loss of the role `stepped` sees."""
+        calls: dict[str, Callable[..., Tensor]] = {name: _frozen_call(module) for name, module in self.frozen.items()}
+        calls |= {name: engine if name == stepped else engine.through for name, engine in self.engines.items()}
+        return _Nets(self.group, {name: self.as_seen(name, call) for name, call in calls.items()})
+
+    def as_seen(self, role: str, network: Any) -> Any:
+        """The role's network as methods see it: a Denoiser, or bare."""
+        return Denoiser(network, self.run.path, self.run.prediction) if self.run.method.roles[role].denoiser else network
+
+    @contextmanager
+    def stepping(self, role: str) -> Iterator[Nets]:
+        """Within it only `role` learns; its losses get what this yields."""
+        with ExitStack() as stack:
+            for name, engine in self.engines.items():
+                if name != role:
+                    stack.enter_context(frozen(engine.module))
+            self.engines[role].module.train()
+            yield self._views[role]
+
+
+def _frozen_call(module: nn.Module) -> Callable[..., Tensor]:
+    dtype = next(module.parameters()).dtype
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = module(x.to(dtype), *args, **kwargs)
+        return output.float()
+
+    return call
+
+
+def build_network(run: RunConfig, role: str) -> nn.Module:
+    """The role's network with the random weights that (seed, role) give. Raises ConfigError when it does not fit the data."""
+    torch.manual_seed(derive(run.seed, "weights", role))
+    try:
+        return run.model_of(role).build(run.data.shape, len(run.data.class_names))
+    except ValueError as error:
+        key = f"roles.{role}.model" if run.role_settings(role).model is not None else "model"
+        raise ConfigError(str(error), source=run.output, key=key) from error
+
+
+def _load_into(module: nn.Module, weights: State, role: str) -> None:
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(f"the weights for role {role!r} do not fit its network: {error}", key=f"roles.{role}") from error
+
+
+def load_weights(directory: str, key: str = "") -> State:
+    """The generator's weights (or the only role's) of a run's newest checkpoint: the average where it keeps one. Raises ConfigError."""
+    run = open_run(directory)
+    names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
+    role = run.method.generator or names[0]
+    found = checkpoints.latest(Path(directory) / CHECKPOINTS)
+    if found is None:
+        raise ConfigError(f"{directory} has no checkpoint yet; train it first", key=key)
+    checkpoints.verify(found)
+    trained = run.method.roles[role]
+    return checkpoints.load_tensors(found, f"{role}.ema" if isinstance(trained, Trained) and trained.ema else f"{role}.weights")
+
+
+def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
+    """A run's generator as a Denoiser (or its bare network, for a method without one), in evaluation mode, and its configuration.
+
+    Raises ConfigError when the run has no checkpoint, CheckpointError when that is damaged.
+    """
+    run = open_run(directory)
+    names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
+    role = run.method.generator or names[0]
+    module = build_network(run, role)
+    _load_into(module, load_weights(str(directory)), role)
+    module.eval().requires_grad_(False)
+    return Denoiser(module, run.path, run.prediction) if run.method.roles[role].denoiser else module, run

@@ -1,0 +1,79 @@
+"""The ranks that train together: who we are, how we agree, where tensors live."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. Made by `join`; reads the variables that Ray Train and torchrun both set."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join(timeout_s: float = 1800.0) -> World:
+    """Joins the process group named by RANK, WORLD_SIZE and MASTER_*; without them the process is a world of its own.
+
+    One process meets itself through a store in memory, so that nothing listens on any port.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        if size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    return World(rank, size, device)
+
+
+def leave() -> None:
+    """Leaves the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class RankGroup:
+    """The `nets.group` of methods (see methods.base.Group); the identity on one process."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def mean(self, value: Tensor) -> Tensor:
+        if self.size == 1:
+            return value.detach()
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def gather(self, value: Tensor) -> Tensor:
+        if self.size == 1:
+            return value.detach()
+        parts = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(parts, value.detach().contiguous())
+        return torch.cat(parts)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Travels between hosts, so that no accelerator has to be waited for."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())

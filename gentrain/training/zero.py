@@ -1,0 +1,183 @@
+"""The one door to DeepSpeed: ZeRO 0-3 behind the RoleEngine contract.
+
+What DeepSpeed lets pass silently with several engines in one process is made an error here or impossible by construction; each case has
+a test in tests/distributed. Names of DeepSpeed's fp32 partitions are internal to it: pyproject.toml keeps its version range narrow.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from gentrain.config import ConfigError, option, register
+from gentrain.training.engine import Engine, Fragment, Precision, ReplicatedEngine, RoleEngine, StepResult
+from gentrain.training.optimizers import Optimizer, Partition
+from gentrain.training.world import World
+
+# Keys that the engine sets itself: setting them elsewhere too is how a run comes to train something else than its config says.
+_OWNED = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.batch_size",
+    "gradient_accumulation_steps": "training.micro_batches",
+    "gradient_clipping": "engine.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "managed_gradient_accumulation": "training.micro_batches",
+    "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.memory_efficient_linear": "nothing: it replaces F.linear in the whole process and breaks jvp of every network",
+}
+
+
+@register("deepspeed")
+@dataclass
+class DeepSpeedEngine(Engine):
+    """DeepSpeed ZeRO. Stage 1 shards optimiser state, 2 gradients too, 3 weights too. bf16 keeps float32 master weights."""
+
+    zero_stage: Literal[0, 1, 2, 3] = option(1, "what is sharded over the ranks")
+    precision: Precision = option("fp32", "weights and arithmetic; masters are float32 either way")
+    gradient_clipping: PositiveFloat | None = option(1.0, "largest norm of the gradient over all parameters; null = no clipping")
+    settings: dict[str, Any] = option(dict, "further DeepSpeed settings, merged into its configuration")
+
+    def __post_init__(self) -> None:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ConfigError("bf16 needs zero_stage 1 or more: DeepSpeed's stage 0 gives other losses in bf16", key="zero_stage")
+        for key, instead in _OWNED.items():
+            if _has(self.settings, key):
+                raise ConfigError(f"this DeepSpeed key is set by the engine; set {instead} instead", key=f"settings.{key}")
+
+    @property
+    def shows(self) -> frozenset[Partition]:
+        whole: frozenset[Partition] = frozenset({"elementwise", "global_scalar", "per_tensor", "matrix"})
+        return whole if self.zero_stage == 0 else frozenset({"elementwise"})
+
+    @property
+    def live_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def build(self, role: str, module: nn.Module, optimizer: Optimizer, world: World) -> RoleEngine:
+        kinds = {0: _Stage0Engine, 1: _Stage12Engine, 2: _Stage12Engine, 3: _Stage3Engine}
+        return kinds[self.zero_stage](self, role, module, optimizer, world)
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The configuration handed to deepspeed.initialize. Batch sizes are formal: losses and boundaries are ours."""
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            # Said explicitly: left out, DeepSpeed clips at 1.0. Stage 0 is clipped by us, who need the norm before the step.
+            "gradient_clipping": (self.gradient_clipping or 0.0) if self.zero_stage else 0.0,
+            "zero_optimization": {"stage": self.zero_stage, "memory_efficient_linear": False},
+            "bf16": {"enabled": self.precision == "bf16"},
+            "zero_allow_untested_optimizer": True,  # which optimisers survive sharding is checked by Engine.shows
+            "steps_per_print": None,
+        }
+        return _merged(config, self.settings)
+
+
+def _has(settings: Mapping[str, Any], key: str) -> bool:
+    head, _, rest = key.partition(".")
+    return head in settings and (not rest or (isinstance(settings[head], Mapping) and rest in settings[head]))
+
+
+def _merged(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    both = {**config, **settings}
+    return {k: {**config[k], **v} if isinstance(v, Mapping) and isinstance(config.get(k), Mapping) else v for k, v in both.items()}
+
+
+def _initialize(engine: DeepSpeedEngine, module: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # says on stdout that it guessed, otherwise
+    os.environ.setdefault("LOCAL_RANK", "0")  # a single process that no launcher started
+    import deepspeed
+    import deepspeed.ops
+
+    # torch renamed two collectives that DeepSpeed calls: one line per step otherwise.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Compiled at every start on Linux, waits without limit for the lock of a killed build, and fails without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=engine.deepspeed_config())[0]
+
+
+class _DeepSpeedMixin(RoleEngine):
+    """Forward, backward and step through a DeepSpeed engine, one backward per forward group, boundaries said explicitly."""
+
+    deepspeed: Any
+    dtype: torch.dtype
+
+    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = self.deepspeed(x.to(self.dtype), *args, **kwargs)
+        return output
+
+    def _through(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Around the engine: its forward would count as one of its own, and stages 2 and 3 would see gradients they did not ask for.
+        output: Tensor = self.deepspeed.module(x.to(self.dtype), *args, **kwargs)
+        return output
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
+
+
+class _Stage0Engine(_DeepSpeedMixin, ReplicatedEngine):
+    def __init__(self, engine: DeepSpeedEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
+        super().__init__(role, module, optimizer.build(module.parameters()), world, engine.gradient_clipping)
+        self.deepspeed, self.dtype = _initialize(engine, module, self.optimizer), engine.live_dtype
+
+    def _step(self) -> StepResult:
+        result = self.clip()
+        if result.applied:
+            self.deepspeed.step()
+        else:  # DeepSpeed checks nothing at stage 0 in fp32
+            self.deepspeed.zero_grad()
+        return result
+
+
+class _ShardedEngine(_DeepSpeedMixin):
+    sharded = True
+
+    def __init__(self, engine: DeepSpeedEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
+        super().__init__(role, module, world, engine.gradient_clipping)
+        self.dtype = engine.live_dtype
+        self.deepspeed = _initialize(engine, module, optimizer.build(module.parameters()))
+        self.optimizer = self.deepspeed.optimizer.optimizer
+
+    def _step(self) -> StepResult:
+        self.deepspeed.step()
+        return StepResult(float(self.deepspeed.get_global_grad_norm() or 0.0), not self.deepspeed.optimizer.overflow)
+
+
+class _Stage12Engine(_ShardedEngine):
+    def __init__(self, engine: DeepSpeedEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
+        super().__init__(engine, role, module, optimizer, world)
+        self.partitions = list(self.deepspeed.optimizer.single_partition_of_fp32_groups)
+        self.fragments = []
+        for name, p in module.named_parameters():
+            mapping = p._hp_mapping  # type: ignore[attr-defined]  # None where another rank holds the parameter
+            if mapping is not None:
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                self.fragments.append(Fragment(name, here.start, here.numel, mapping.param_group_index, there.start))
+
+
+class _Stage3Engine(_ShardedEngine):
+    def __init__(self, engine: DeepSpeedEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
+        super().__init__(engine, role, module, optimizer, world)
+        zero = self.deepspeed.optimizer
+        self.partitions = list(zero.fp32_partitioned_groups_flat)
+        self.fragments = []
+        for name, p in module.named_parameters():
+            group, offset, size = zero.grad_position[zero.get_param_id(p)]
+            start = world.rank * size  # equal slices, the last ones padded
+            held = min(size, self.shapes[name].numel() - start)
+            if held > 0:
+                self.fragments.append(Fragment(name, start, held, group, offset))

@@ -1,0 +1,242 @@
+import io
+import itertools
+import logging
+import os
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gentrain.data.base import BatchItems, CorruptItem
+from gentrain.data.image_folder import ImageFolder
+from gentrain.data.loader import Loader
+
+
+def save(path, colour=(255, 0, 0), size=(20, 12), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """30 images of two classes, each of a colour of its own."""
+    for number in range(30):
+        save(tmp_path / ("ant" if number % 2 else "bee/deep") / f"{number}.png", (number * 8, 0, 255))
+    return tmp_path
+
+
+def one(path, **options):
+    """The only image of a folder."""
+    return ImageFolder(str(path), held_out=0, **options).split("train")[0]["x"]
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------------------
+
+
+def test_classes_and_labels_come_from_folders(folder):
+    data = ImageFolder(str(folder), size=8)
+    assert data.class_names == ["ant", "bee"] and data.shape == (3, 8, 8)
+    for name in ("train", "held_out"):
+        items = data.split(name)
+        assert not isinstance(items, BatchItems)
+        for item in map(pickle.loads(pickle.dumps(items)).__getitem__, range(len(items))):
+            number = round(float(item["x"][0, 0, 0] + 1) * 127.5) // 8
+            assert item["label"] == (0 if number % 2 else 1)
+            assert item["x"].shape == (3, 8, 8) and item["x"].dtype == torch.float32 and item["label"].dtype == torch.int64
+
+
+def test_new_files_move_no_old_ones(folder):
+    def files(name):
+        return set(ImageFolder(str(folder), held_out=0.3).split(name).files)
+
+    train, held_out = files("train"), files("held_out")
+    assert not train & held_out and len(train | held_out) == 30 and 3 <= len(held_out) <= 15
+    for number in range(40):
+        save(folder / "added" / f"{number}.png")
+    save(folder / "ant" / "0.png")
+    assert train < files("train") and held_out < files("held_out")
+
+
+def test_the_split_depends_on_the_relative_path_alone(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "copy"
+    os.rename(folder, elsewhere)
+    held_out = ImageFolder(str(elsewhere), held_out=0.3).split("held_out").files
+    assert held_out == []
+
+
+def test_held_out_share(tmp_path):
+    (tmp_path / "a").mkdir()
+    for number in range(2000):
+        (tmp_path / "a" / f"{number}.png").touch()
+    data = ImageFolder(str(tmp_path), held_out=0.2)
+    assert abs(len(data.split("held_out")) - 400) < 5 * (2000 * 0.2 * 0.8) ** 0.5
+    assert len(data.split("train")) + len(data.split("held_out")) == 2000
+
+
+def test_other_files_and_images_without_class_are_left_out(folder, caplog):
+    (folder / "ant" / "notes.txt").write_text("no image")
+    save(folder / "cover.png")
+    data = ImageFolder(str(folder), held_out=0)
+    assert len(data.split("train")) == 30
+    assert "1 images lie in no class folder" in caplog.text
+
+
+def test_links_are_not_followed(folder, tmp_path_factory, caplog):
+    outside = tmp_path_factory.mktemp("outside")
+    save(outside / "secret" / "1.png")
+    (folder / "ant" / "link.png").symlink_to(outside / "secret" / "1.png")
+    (folder / "linked_class").symlink_to(outside / "secret")
+    (folder / "ant" / "loop").symlink_to(folder)
+    data = ImageFolder(str(folder), held_out=0)
+    assert len(data.split("train")) == 30 and data.class_names == ["ant", "bee"]
+    assert "3 links were not followed" in caplog.text
+    at_root = tmp_path_factory.mktemp("root") / "link"
+    at_root.symlink_to(folder)
+    assert len(ImageFolder(str(at_root), held_out=0).split("train")) == 30  # the user named this one
+
+
+def test_a_pipe_is_not_opened(folder):
+    os.mkfifo(folder / "ant" / "pipe.png")
+    assert len(ImageFolder(str(folder), held_out=0).split("train")) == 30
+
+
+def test_a_missing_folder_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"no such folder: .*/absent"):
+        ImageFolder(str(tmp_path / "absent")).split("train")
+    with pytest.raises(ValueError, match=r"no images below .*; looked for .*/CLASS/\*\*/\*\(\.png"):
+        ImageFolder(str(tmp_path)).split("train")
+
+
+def test_an_empty_split_says_how_to_mend_it(folder):
+    with pytest.raises(ValueError, match=r"none of the 30 images .* held_out split; change held_out \(0"):
+        ImageFolder(str(folder), held_out=0).split("held_out")
+
+
+# --- how an image is read ---------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_exact(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
+    assert one(tmp_path, size=16).equal(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
+    grey = one(tmp_path, size=16, colours="grey")
+    luma = (torch.from_numpy(pixels).double() @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)) / 127.5 - 1
+    assert grey.shape == (1, 16, 16) and (grey[0] - luma).abs().max() <= 1 / 127.5
+
+
+@pytest.mark.parametrize("size", [(90, 30), (30, 90)], ids=["wide", "tall"])
+def test_the_centre_is_cropped(tmp_path, size):
+    """Thirds in red, green and blue: only the middle one stays."""
+    image = Image.new("RGB", size)
+    for third, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        step = (third * 30, 0) if size[0] > size[1] else (0, third * 30)
+        image.paste(colour, (*step, step[0] + 30, step[1] + 30))
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "1.png")
+    x = one(tmp_path, size=10)
+    assert (x[:, 2:8, 2:8] - torch.tensor([-1.0, 1, -1])[:, None, None]).abs().max() < 0.02
+
+
+def test_orientation_transparency_and_palette(tmp_path):
+    turned = Image.new("RGB", (40, 40), "black")
+    turned.paste("white", (0, 0, 40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: the upper half belongs on the right
+    for kind in ("turned", "clear", "palette"):
+        (tmp_path / kind / "c").mkdir(parents=True)
+    turned.save(tmp_path / "turned/c/1.png", exif=exif)
+    x = one(tmp_path / "turned", size=8)
+    assert (x[:, :, :3] < -0.9).all() and (x[:, :, 5:] > 0.9).all()
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(tmp_path / "clear/c/1.png")
+    assert (one(tmp_path / "clear", size=8) == 1).all()
+    Image.new("RGB", (9, 9), (0, 0, 255)).quantize(4).save(tmp_path / "palette/c/1.gif")
+    assert one(tmp_path / "palette", size=8).equal(torch.tensor([-1.0, -1, 1])[:, None, None].expand(3, 8, 8))
+
+
+def test_a_large_jpeg_is_read_in_reduced_detail_but_rightly(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 1200, dtype=np.uint8)[:, None, None], (1, 1200, 3))
+    (tmp_path / "a").mkdir()
+    Image.fromarray(ramp).save(tmp_path / "a" / "1.jpg", quality=95)
+    expected = (torch.arange(32) + 0.5) / 32 * 2 - 1
+    assert (one(tmp_path, size=32) - expected[None, :, None]).abs().max() < 0.03
+
+
+# --- hostile images ---------------------------------------------------------------------------------------------------------------
+
+
+def encoded(form, size=(64, 64), mode="RGB"):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], len(mode)), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise.squeeze()).save(buffer, form)
+    return buffer.getvalue()
+
+
+def png_header(width, height):
+    """A PNG that claims a size and has no pixels to speak of."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def text_bomb():
+    bomb = zlib.compress(bytes(100_000_000), 9)
+    chunk = struct.pack(">I", len(bomb) + 3) + b"zTXt" + b"a\0\0" + bomb + struct.pack(">I", zlib.crc32(b"zTXta\0\0" + bomb))
+    png = encoded("PNG")
+    return png[:33] + chunk + png[33:]
+
+
+HOSTILE = {
+    "empty.png": b"",
+    "text.jpg": b"<html>not found</html>",
+    "zeros.png": bytes(1000),
+    "magic_only.png": b"\x89PNG\r\n\x1a\n",
+    **{f"truncated.{form.lower()}": encoded(form)[: len(encoded(form)) // 2] for form in ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")},
+    "flipped_bytes.png": encoded("PNG")[:200] + bytes(64) + encoded("PNG")[264:],
+    "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(never run) print\n",
+    "bomb.png": png_header(60_000, 60_000),
+    "warned_bomb.png": png_header(10_000, 10_000),
+    "thread.png": encoded("PNG", (2000, 1)),
+    "no_width.png": png_header(0, 10),
+    "sixteen_bits.png": encoded("PNG")[:0] + (lambda b: (Image.fromarray(np.full((9, 9), 300, np.uint16)).save(b, "PNG"), b.getvalue())[1])(io.BytesIO()),
+    "text_bomb.png": text_bomb(),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_images_are_corrupt_and_named(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(HOSTILE[name])
+    with pytest.raises(CorruptItem, match=rf"/a/{name}: .+"):
+        one(tmp_path)
+
+
+def test_limits_are_configurable_and_named(tmp_path):
+    save(tmp_path / "a" / "1.png", size=(50, 40))
+    with pytest.raises(CorruptItem, match="50 x 40 is more than 1999 pixels"):
+        one(tmp_path, max_pixels=1999)
+    assert one(tmp_path, max_pixels=2000).shape == (3, 64, 64)
+
+
+def test_a_vanished_file_is_corrupt(folder):
+    items = ImageFolder(str(folder), held_out=0).split("train")
+    (folder / items.files[3]).unlink()
+    with pytest.raises(CorruptItem, match="No such file"):
+        items[3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_past_hostile_images(folder, workers, caplog):
+    for name, content in HOSTILE.items():
+        (folder / "bee" / name).write_bytes(content)
+    items = ImageFolder(str(folder), held_out=0, size=8).split("train")
+    loader = Loader(items, 0, 10, workers=workers)
+    with caplog.at_level(logging.WARNING):
+        batches = [batch for step in itertools.islice(loader, len(items) // 10 + 1) for batch in step]
+    assert len(loader.corrupt) == len(HOSTILE) == len(items) - 30
+    assert all(sum(f"bee/{name}: " in record.message for record in caplog.records) == 1 for name in HOSTILE)
+    assert all(batch["x"].shape == (10, 3, 8, 8) for batch in batches)

@@ -1,0 +1,60 @@
+"""Runs a function on several ranks that talk over loopback, as a test calls for it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_S = 240
+
+
+def _rank_main(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], results: Any) -> None:
+    os.environ.update(environment)
+    import torch
+
+    from gentrain.training.world import join, leave
+
+    torch.set_num_threads(1)
+    try:
+        world = join(timeout_s=60)
+        results.put((world.rank, True, pickle.dumps(function(world, *arguments))))  # by value: tensors must outlive this process
+        leave()
+    except BaseException:  # reported by the parent
+        results.put((int(environment["RANK"]), False, traceback.format_exc()))
+        raise
+
+
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(world, *arguments) on `size` processes; their results in rank order. Raises with the traceback of a rank that failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(size):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        process = context.Process(target=_rank_main, args=(function, arguments, environment, results))
+        process.start()
+        processes.append(process)
+    try:
+        gathered: dict[int, Any] = {}
+        for _ in range(size):
+            rank, good, value = results.get(timeout=TIMEOUT_S)
+            if not good:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            gathered[rank] = pickle.loads(value)
+        for process in processes:
+            process.join(TIMEOUT_S)
+        return [gathered[rank] for rank in range(size)]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
