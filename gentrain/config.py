@@ -163,20 +163,22 @@ class Document:
         return Document(values, self.origin(key), origins, _join(self.place, key))
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), extra: Mapping[str, Any] | None = None) -> Document:
-    """Reads a YAML file with its `base:` files, then applies `key=value` overrides and resolves interpolations.
+def load(path: str | Path | None, overrides: Iterable[str] = (), extra: Mapping[str, Any] | None = None) -> Document:
+    """Reads a YAML file (None: none) with its `base:` files, then applies `key=value` overrides and resolves interpolations.
 
     `extra` is merged below everything else, for values the caller provides to interpolations. Raises ConfigError.
     """
-    path = Path(path)
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
     _merge(values, dict(extra or {}))
-    _merge(values, _read(path, (), origins))
+    if path is not None:
+        _merge(values, _read(Path(path), (), origins))
     for item in overrides:
         key, equals, _ = item.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"cannot read the override {item!r}; write it as key=value", source=COMMAND_LINE)
+        if "[" in key:
+            raise ConfigError("an override cannot reach into a list; give the whole list", source=COMMAND_LINE, key=key)
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -186,7 +188,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), extra: Mapping[str, An
         for name, whole in _keys(cast(dict[str, Any], parsed)):
             if whole or name not in origins:  # a section that a file began stays that file's, where it lacks a key
                 origins[name] = COMMAND_LINE
-    document = Document(values, str(path), origins)
+    document = Document(values, COMMAND_LINE if path is None else str(path), origins)
     try:
         document.values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))
     except OmegaConfBaseException as error:
@@ -210,8 +212,8 @@ def _read(path: Path, above: tuple[Path, ...], origins: dict[str, str]) -> dict[
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         asked_by = f" (named in `base:` of {above[-1]})" if above else ""
         raise ConfigError(f"no such file{asked_by}{hint}", source=source) from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"cannot read it: {_first_line(error)}", source=source) from error
+    except (OSError, UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        raise ConfigError(f"cannot read it as a mapping of keys to values: {_first_line(error)}", source=source) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""

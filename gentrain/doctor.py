@@ -116,7 +116,9 @@ def _torchvision() -> Check:
     version = _version("torchvision")
     if version is None:
         return Check("torchvision", "ok", "absent, as it must be")
-    return Check("torchvision", "fail", f"{version} is installed; it breaks imports of diffusers and transformers", "pip uninstall torchvision")
+    return Check(
+        "torchvision", "fail", f"{version} is installed; it breaks imports of diffusers and transformers", "pip uninstall torchvision"
+    )
 
 
 def _accelerator() -> Check:
@@ -182,7 +184,12 @@ def _threads() -> Check:
 def _memory() -> Check:
     free = psutil.virtual_memory().available / GIB
     if free < 4:
-        return Check("memory", "warn", f"{free:.1f} GiB available", "Ray and two workers take about 3 GiB: end other programs, or use the inline runner")
+        return Check(
+            "memory",
+            "warn",
+            f"{free:.1f} GiB available",
+            "Ray and two workers take about 3 GiB: end other programs, or use the inline runner",
+        )
     return Check("memory", "ok", f"{free:.0f} GiB available")
 
 
@@ -206,7 +213,9 @@ def _disk(directory: Path) -> Check:
     free = shutil.disk_usage(_existing(directory)).free / GIB
     detail = f"{free:.1f} GiB free for {directory}"
     if free < 5:
-        return Check("disk", "fail" if free < 0.5 else "warn", detail, "checkpoints are kept there: free some space, or write to another disk")
+        return Check(
+            "disk", "fail" if free < 0.5 else "warn", detail, "checkpoints are kept there: free some space, or write to another disk"
+        )
     return Check("disk", "ok", detail)
 
 
@@ -216,7 +225,9 @@ def _write_access(directory: Path) -> Check:
         with tempfile.NamedTemporaryFile(dir=place):
             return Check("write access", "ok", f"{place} can be written")
     except OSError as error:
-        return Check("write access", "fail", f"cannot write in {place}: {error.strerror}", "change its owner, or write runs to another directory")
+        return Check(
+            "write access", "fail", f"cannot write in {place}: {error.strerror}", "change its owner, or write runs to another directory"
+        )
 
 
 def _hub() -> Check:

@@ -28,7 +28,7 @@ pipeline = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)
 image = pipeline({call}).images[0]"""
 
 _CUSTOM_NOTE = """
-`trust_remote_code=True` runs `pipeline.py` of this directory, about a hundred lines that no pipeline of diffusers stands for: read it first.
+`trust_remote_code=True` runs this directory's `pipeline.py`, for no pipeline of diffusers itself draws as this one does: read it first.
 """
 
 _CARD = """---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -23,8 +23,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        network,
-        scheduler,
+        network: UNet2DModel | DiTTransformer2DModel,
+        scheduler: SchedulerMixin,
         num_classes: int | None = None,
         class_names: dict[str, str] | None = None,
         space_to_depth: int = 1,
@@ -105,9 +105,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(steps, device=self._execution_device)
 
     def _guided(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float) -> torch.Tensor:
-        null = None if self.config.num_classes is None else torch.full((len(x),), self.config.num_classes, device=x.device)
         if hasattr(self.scheduler, "scale_model_input"):
             x = self.scheduler.scale_model_input(x, t)
+        if self.config.num_classes is None:
+            return self._predict(x, t, None)
+        null = torch.full((len(x),), self.config.num_classes, device=x.device)
         if labels is None or guidance_scale == 1:
             return self._predict(x, t, null if labels is None else labels)
         conditional, unconditional = self._predict(torch.cat([x, x]), t, torch.cat([labels, null])).chunk(2)

@@ -32,7 +32,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def derive(seed: int, *parts: int | str) -> int:
     """A seed in [0, 2^63) for a purpose named by `parts`: different purposes get unrelated streams."""
-    key = torch.tensor(seed, dtype=torch.int64)
+    key = torch.tensor(seed, dtype=torch.int64, device="cpu")  # also where the default device is meta
     for part in parts:
         number = zlib.crc32(part.encode()) if isinstance(part, str) else part
         key = _mix(_mix(key) + torch.tensor(_GOLDEN) * (number + 1))  # a tensor, so that the product wraps

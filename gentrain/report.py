@@ -94,27 +94,29 @@ def _stage(name: str, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     config = _text(directory / "config.yaml")
     evaluation = _json(directory / "metrics.json") or {}
     grids = _pick(sorted((directory / "samples").glob("*.png")), MAX_GRIDS)
-    info = _json(directory / "info.json") or {}
+    info = _json(directory / "info.json") or evaluation.get("settings")
     counts = {key: value for row in rows for key, value in row.items() if key.startswith("skipped/")}  # the last of each role
     return {
         "name": name,
         "kind": state.get("kind", "train"),
         "status": state.get("status", ""),
-        "reason": state.get("reason", ""),
         "seconds": float(state.get("seconds") or (rows[-1].get("seconds", 0) if rows else 0)),
         "facts": _facts(config),
         "config": config,
         "metrics": evaluation.get("metrics", []),
-        "settings": evaluation.get("settings", {}),
         "charts": _charts(rows),
         "samples": rows[-1]["samples"] if rows else None,
         "notes": [
-            *([f"Steps skipped because their loss or gradient was not finite: {sum(counts.values()):.0f}."] if any(counts.values()) else []),
+            *(
+                [f"Steps skipped because their loss or gradient was not finite: {sum(counts.values()):.0f}."]
+                if any(counts.values())
+                else []
+            ),
             *([f"Unreadable lines of metrics.jsonl left out: {unreadable}."] if unreadable else []),
         ],
         "grids": [_image(path, f"{int(path.stem):,} samples seen" if path.stem.isdecimal() else path.stem) for path in grids],
         "grid": _image(directory / "grid.png", "") if (directory / "grid.png").is_file() else None,
-        "info": {key: value for key, value in info.items() if not isinstance(value, dict | list)},
+        "info": yaml.safe_dump(info, sort_keys=False, allow_unicode=True) if info else "",
     }
 
 

@@ -12,7 +12,20 @@ import yaml
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from gentrain import config
-from gentrain.config import COMMAND_LINE, Component, ConfigError, Fraction, build, describe, load, load_plugins, option, register, to_dict, to_yaml
+from gentrain.config import (
+    COMMAND_LINE,
+    Component,
+    ConfigError,
+    Fraction,
+    build,
+    describe,
+    load,
+    load_plugins,
+    option,
+    register,
+    to_dict,
+    to_yaml,
+)
 
 
 class Shape(Component, kind="shape"):
@@ -165,6 +178,13 @@ def test_the_file_beats_what_the_caller_adds(tmp_path: Path) -> None:
     assert load(write(tmp_path, main="title: mine\n"), extra={"title": "theirs"}).values == {"title": "mine"}
 
 
+def test_without_a_file_the_command_line_is_the_source() -> None:
+    document = load(None, ["shape.radius=2"], {"shape": {"name": "circle"}})
+    assert build(Drawing, document).shape == Circle(2.0)
+    with pytest.raises(ConfigError, match=r"^command line: shape: a value is required"):
+        build(Drawing, load(None))
+
+
 def test_numbers_read_as_people_write_them(tmp_path: Path) -> None:
     drawing = draw(tmp_path, main="shape: circle\nscale: 1e-3\ncopies: 1e3\nweights: {a: 1}\nflag: true\nout: some/where\n")
     assert (drawing.scale, drawing.copies, drawing.weights, drawing.flag, drawing.out) == (1e-3, 1000, {"a": 1.0}, True, Path("some/where"))
@@ -264,7 +284,7 @@ def test_a_plugin_that_cannot_be_imported(tmp_path: Path, plugins: Any, key: str
     with pytest.raises(ConfigError, match=message) as caught:
         load_plugins(plugins, tmp_path, "main.yaml")
     assert (caught.value.source, caught.value.key) == ("main.yaml", key)
-    assert not any("broken" in name for name in sys.modules)
+    assert not any("plugin_broken" in name for name in sys.modules)
 
 
 # --- round trip -------------------------------------------------------------------------------------------------------------
@@ -332,7 +352,14 @@ MISTAKES = [
     ("no such component", "shape: circel\n", None, MAIN, "shape.name", "no shape is called 'circel'; did you mean 'circle'?"),
     ("nothing like it", "shape: qqq\n", None, MAIN, "shape.name", "available: circle, group, polygon"),
     ("nested component", "shape: {name: group, shapes: [sphere]}\n", None, MAIN, "shape.shapes[0].name", "no shape is called 'sphere'"),
-    ("component in a mapping", "shape: circle\nnamed: {a: {radius: 1}}\n", None, MAIN, "named.a", "`name` is missing; available shapes: circle"),
+    (
+        "component in a mapping",
+        "shape: circle\nnamed: {a: {radius: 1}}\n",
+        None,
+        MAIN,
+        "named.a",
+        "`name` is missing; available shapes: circle",
+    ),
     ("component without name", "shape: {radius: 1}\n", None, MAIN, "shape", "`name` is missing; available shapes: circle, group, polygon"),
     ("name that is no text", "shape: {name: [circle]}\n", None, MAIN, "shape.name", "no shape is called ['circle']"),
     ("component as a number", "shape: 3\n", None, MAIN, "shape", "expected the name of a shape or a mapping with `name`, got 3"),
@@ -344,12 +371,26 @@ MISTAKES = [
     ("text for a number", "shape: circle\nscale: big\n", None, MAIN, "scale", "expected a number, got 'big'"),
     ("number for text", "shape: circle\ntitle: 3\n", None, MAIN, "title", "expected text, got 3"),
     ("out of range", "shape: circle\ncopies: 0\n", None, MAIN, "copies", "expected a whole number > 0, got 0"),
-    ("out of range in a base", "shape: circle\nbase: two.yaml\n", None, "two.yaml", "style.opacity", "expected a number >= 0 and <= 1, got 1.5"),
+    (
+        "out of range in a base",
+        "shape: circle\nbase: two.yaml\n",
+        None,
+        "two.yaml",
+        "style.opacity",
+        "expected a number >= 0 and <= 1, got 1.5",
+    ),
     ("out of range by an override", "shape: circle\n", "shape.radius=-1", COMMAND_LINE, "shape.radius", "expected a number > 0, got -1"),
     ("fraction for a count", "shape: circle\ncopies: 1.5\n", None, MAIN, "copies", "expected a whole number > 0, got 1.5"),
     ("true for a number", "shape: circle\ncopies: true\n", None, MAIN, "copies", "expected a whole number > 0, got True"),
     ("true among numbers", "shape: {name: polygon, corners: 2, sides: [1, true]}\n", None, MAIN, "shape.sides", "got [1, True]"),
-    ("not one of the choices", "shape: circle\nstyle: {kind: doted}\n", None, MAIN, "style.kind", "expected one of plain, dashed, got 'doted'"),
+    (
+        "not one of the choices",
+        "shape: circle\nstyle: {kind: doted}\n",
+        None,
+        MAIN,
+        "style.kind",
+        "expected one of plain, dashed, got 'doted'",
+    ),
     ("an item of a list", "shape: {name: polygon, corners: 2, sides: [1, -2]}\n", None, MAIN, "shape.sides[1]", "got -2"),
     ("a value of a mapping", "shape: circle\nweights: {a: 1, b: heavy}\n", None, MAIN, "weights[b]", "got 'heavy'"),
     ("null where a value belongs", "shape: circle\ncopies: null\n", None, MAIN, "copies", "expected a whole number > 0, got None"),
@@ -358,16 +399,24 @@ MISTAKES = [
     ("a mapping for a list", "shape: circle\nstyles: {fill: true}\n", None, MAIN, "styles", "expected a list, got {'fill': True}"),
     ("values that do not fit together", "shape: {name: polygon, corners: 3, sides: [1, 2]}\n", None, MAIN, "shape", "give one per corner"),
     ("interpolation of nothing", "shape: circle\nstyle: {opacity: '${nope}'}\n", None, MAIN, "style.opacity", "'nope' not found"),
-    ("interpolation in a circle", "shape: circle\ntitle: ${out}\nout: ${title}\n", None, MAIN, "", "ecursi"),
+    ("interpolation in a circle", "shape: circle\ntitle: ${out}\nout: ${title}\n", None, MAIN, "title", "Recursive interpolation detected"),
     ("override without a value", "shape: circle\n", "copies", COMMAND_LINE, "", "cannot read the override 'copies'; write it as key=value"),
     ("override without a key", "shape: circle\n", "=3", COMMAND_LINE, "", "write it as key=value"),
-    ("override with an empty part", "shape: circle\n", "style..fill=true", COMMAND_LINE, "", "style"),
+    ("override with an empty part", "shape: circle\n", "style..fill=true", COMMAND_LINE, "", "write it as key=value"),
     ("override that is no YAML", "shape: circle\n", "tags=[a", COMMAND_LINE, "tags", "cannot read the value of the override 'tags=[a'"),
     ("not YAML", "shape: circle\n  title: [\n", None, MAIN, "", "not valid YAML in line 2"),
     ("a key twice", "shape: circle\ntitle: a\ntitle: b\n", None, MAIN, "", "not valid YAML in line 3: found duplicate key title"),
     ("a list as a file", "- shape\n", None, MAIN, "", "the top level must be a mapping"),
-    ("a word as a file", "shape\n", None, MAIN, "", "the top level must be a mapping"),
-    ("a number as a file", "3\n", None, MAIN, "", "the top level must be a mapping"),
+    ("a word as a file", "shape\n", None, MAIN, "shape", "expected the name of a shape or a mapping with `name`, got None"),
+    ("a number as a file", "3\n", None, MAIN, "", "cannot read it as a mapping of keys to values"),
+    (
+        "an item of a list by an override",
+        "shape: circle\nstyles: [{}]\n",
+        "styles[0].fill=true",
+        COMMAND_LINE,
+        "styles[0].fill",
+        "give the whole list",
+    ),
     ("a key that is no text", "shape: circle\nstyle: {1: a}\n", None, MAIN, "style", "keys must be text, got 1"),
     ("no such base", "shape: circle\nbase: on.yaml\n", None, "on.yaml", "", "did you mean"),
     ("base that is no name", "shape: circle\nbase: {a: 1}\n", None, MAIN, "base", "expected a file name or a list of file names"),
@@ -399,7 +448,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read it"):
         load(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ConfigError, match=r"binary\.yaml: "):
+    with pytest.raises(ConfigError, match=r"binary\.yaml: cannot read it"):
         load(tmp_path / "binary.yaml")
 
 

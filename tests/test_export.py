@@ -108,7 +108,9 @@ def drawn(tmp_path_factory):
 def test_draws_the_same_images_for_the_same_noise_without_gentrain(drawn, name):
     images, expected = drawn[name]
     assert expected.std() > 0.05  # not all clipped to one value
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    # at most 8e-6 over six seeds; 7e-5 where x is 157 at the start, for float32 rounds there
+    atol = 2e-4 if name == "Euler in the variance-exploding frame" else 2e-5
+    torch.testing.assert_close(images, expected, rtol=0, atol=atol)
 
 
 def test_holds_safetensors_a_scheduler_and_a_card(tmp_path):
@@ -130,7 +132,14 @@ def test_holds_safetensors_a_scheduler_and_a_card(tmp_path):
         assert torch.equal(weights[name], value)
     assert "gentrain" not in {line.split()[1].split(".")[0] for line in (out / "pipeline.py").read_text().splitlines() if "import " in line}
     card = (out / "README.md").read_text()
-    for part in ("8x12", "cat, dog, owl", "trust_remote_code=True", "Made up for a test.", "| class accuracy | 0.98 | 0.97 to 0.99 |", "seed: 1"):
+    for part in (
+        "8x12",
+        "cat, dog, owl",
+        "trust_remote_code=True",
+        "Made up for a test.",
+        "| class accuracy | 0.98 | 0.97 to 0.99 |",
+        "seed: 1",
+    ):
         assert part in card
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["owls"]
 

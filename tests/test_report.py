@@ -57,7 +57,10 @@ def write_metrics(directory: Path, rows: list[dict[str, float]], tail: str = "")
 
 
 def rows(count: int) -> list[dict[str, float]]:
-    return [{"samples": 64 * i, "seconds": 0.5 * i, "loss/model": 1 / i, "lr/model": 1e-3, "samples_per_second": 128.0} for i in range(1, count + 1)]
+    return [
+        {"samples": 64 * i, "seconds": 0.5 * i, "loss/model": 1 / i, "lr/model": 1e-3, "samples_per_second": 128.0}
+        for i in range(1, count + 1)
+    ]
 
 
 def picture(path: Path, shade: int = 100) -> None:
@@ -74,7 +77,14 @@ def recipe(tmp_path: Path) -> Path:
         picture(directory / "generator" / "samples" / f"{samples:012d}.png", samples % 200)
     picture(directory / "draw" / "grid.png")
     (directory / "draw" / "info.json").write_text('{"steps": 20, "guidance": 2.0}')
-    metric = {"name": "class_accuracy", "value": 0.98312, "low": 0.97, "high": 0.99, "better": "higher", "definition": "share read as asked"}
+    metric = {
+        "name": "class_accuracy",
+        "value": 0.98312,
+        "low": 0.97,
+        "high": 0.99,
+        "better": "higher",
+        "definition": "share read as asked",
+    }
     (directory / "evaluate").mkdir()
     (directory / "evaluate" / "metrics.json").write_text(json.dumps({"metrics": [metric], "settings": {"count": 1000}}))
     (directory / "recipe.yaml").write_text("stages: {}\n")
@@ -125,7 +135,9 @@ def test_page_makes_no_request(recipe: Path) -> None:
 
 
 def test_curves_show_the_values(tmp_path: Path) -> None:
-    write_metrics(tmp_path, [{"samples": 10, "loss/model": 2.0}, {"samples": 20, "loss/model": math.nan}, {"samples": 30, "loss/model": 1.0}])
+    write_metrics(
+        tmp_path, [{"samples": 10, "loss/model": 2.0}, {"samples": 20, "loss/model": math.nan}, {"samples": 30, "loss/model": 1.0}]
+    )
     page = read(tmp_path)
     (chart,) = page.charts
     assert json.loads(chart["data-at"]) == ["10", "20", "30"]
@@ -184,11 +196,12 @@ def test_an_empty_directory_gives_a_page(tmp_path: Path) -> None:
     assert "Environment" in page
 
 
-def test_a_failed_stage_says_why(recipe: Path) -> None:
+@pytest.mark.parametrize("status", ["failed", "stopped"])
+def test_an_unfinished_stage_is_said_first(recipe: Path, status: str) -> None:
     states = json.loads((recipe / "stages.json").read_text())
-    states["draw"].update(status="failed", reason="no checkpoint")
+    states["draw"].update(status=status)
     (recipe / "stages.json").write_text(json.dumps(states))
-    assert "draw failed: no checkpoint" in read(recipe)
+    assert f"draw {status} before it was finished" in read(recipe)
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
@@ -233,6 +246,8 @@ def test_short(value: object, text: str) -> None:
     assert report.short(value) == text
 
 
-@pytest.mark.parametrize("seconds, text", [(1.44, "1.4 s"), (59.97, "60.0 s"), (200, "3 min 20 s"), (3599.9, "1 h 00 min"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+    "seconds, text", [(1.44, "1.4 s"), (59.97, "60.0 s"), (200, "3 min 20 s"), (3599.9, "1 h 00 min"), (7500, "2 h 05 min")]
+)
 def test_duration(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text

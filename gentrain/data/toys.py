@@ -42,7 +42,7 @@ class Toy(Data):
     """Base of the toys: classes are equally likely, all points lie in or near [-1, 1]^2."""
 
     seed: int = option(0, "another seed, other items")
-    held_out: PositiveInt = option(10_000, "items of the held-out split; the train split has no end", unit="items")
+    held_out: PositiveInt = option(2_000, "items of the held-out split; the train split has no end", unit="items")
 
     @property
     def shape(self) -> tuple[int, ...]:

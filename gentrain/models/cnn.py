@@ -32,7 +32,7 @@ class CNN(Model):
         if len(shape) != 3:
             raise ValueError(f"cnn is for images (C, H, W), got samples of shape {shape}")
         if min(shape[1:]) < 2 ** len(self.channels):
-            raise ValueError(f"images of {shape[1]}x{shape[2]} pixels are too small to halve {len(self.channels)} times; use fewer channels")
+            raise ValueError(f"images of {shape[1]}x{shape[2]} pixels are too small to halve {len(self.channels)} times; shorten channels")
         if num_classes < 2:
             raise ValueError(f"cnn is a classifier and needs data with classes, got {num_classes}")
         return Classifier(shape[0], num_classes, self.channels, self.norm_groups)

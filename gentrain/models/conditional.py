@@ -34,5 +34,5 @@ class ConditionalNetwork(nn.Module):
         """x [B, C, H, W], t [B] in [0, 1000], condition {"label": [B] int64, -1 = null} -> [B, C, H, W] in the weights' dtype."""
         labels = None if self.num_classes is None else class_index(condition, x, self.num_classes)
         # t stays as it is: half precision cannot tell neighbouring times apart
-        hidden = pixel_unshuffle(x.to(self.backbone.dtype), self.space_to_depth)
+        hidden = pixel_unshuffle(x.to(next(self.backbone.parameters()).dtype), self.space_to_depth)
         return pixel_shuffle(self.backbone(hidden, t, class_labels=labels, return_dict=False)[0], self.space_to_depth)

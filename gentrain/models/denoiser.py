@@ -31,8 +31,8 @@ class Denoiser:
     x_t / alpha at noise level sigma / alpha, written so that nothing is divided by alpha or sigma. The network is given
     x_t / deviation with the prediction "edm", and on an unbounded path (variance exploding) whatever the prediction; else x_t itself.
 
-    Limits: an x0 network says nothing of eps where sigma = 0, an eps network nothing of x0 where alpha = 0. There alpha and sigma
-    count as at least 1e-5, so that results stay finite: x_t may be amplified by at most 1e5. So does the score's 1 / sigma.
+    Limits: an x0 network says nothing of eps where sigma = 0, an eps network nothing of x0 where alpha = 0. For these two that sigma, that
+    alpha counts as at least 1e-5, so that results stay finite: x_t may be amplified by at most 1e5. So does the score's 1 / sigma.
 
     Args:
         network: (x [B, ...], t [B], condition or None) -> [B, ...]; t is the path's `network_time`. Half precision results are made
@@ -80,7 +80,11 @@ class Denoiser:
         """c x0 + d eps, by solving the two equations for x0 and eps (Cramer's rule)."""
         raw = self.raw(x_t, t, condition)
         a, b = self._coefficients(t)
-        alpha, sigma = self.path.alpha(t).clamp(min=_LEAST), self.path.sigma(t).clamp(min=_LEAST)
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        if self.prediction == "x0":
+            sigma = sigma.clamp(min=_LEAST)
+        elif self.prediction == "eps":
+            alpha = alpha.clamp(min=_LEAST)
         determinant = alpha * b - sigma * a
         return expand((c * b - d * a) / determinant, x_t) * x_t + expand((d * alpha - c * sigma) / determinant, x_t) * raw
 

@@ -40,9 +40,7 @@ class MLPNetwork(nn.Module):
         self.time_embedding = TimestepEmbedding(width, width)
         self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.input = nn.Linear(dim, width)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth))
         self.output = nn.Linear(width, dim)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:

@@ -40,8 +40,5 @@ class Euler(GridSampler):
             return FlowMatchEulerDiscreteScheduler()
         if (edm := edm_arguments(path, prediction)) is not None:
             return EDMEulerScheduler(**edm)
-        if (ddpm := variance_preserving_arguments(path, prediction)) is not None:
-            if self.spacing == "karras":
-                ddpm |= {"use_karras_sigmas": True, "timestep_spacing": "linspace"}  # diffusers takes the ends from that spacing
-            return EulerDiscreteScheduler(**ddpm)
-        return None
+        ddpm = variance_preserving_arguments(path, prediction, karras=self.spacing == "karras")
+        return None if ddpm is None else EulerDiscreteScheduler(**ddpm)

@@ -41,9 +41,5 @@ class Heun(GridSampler):
     def diffusers_scheduler(self, path: Path, prediction: Prediction) -> Any | None:
         from diffusers import HeunDiscreteScheduler
 
-        arguments = variance_preserving_arguments(path, prediction)
-        if arguments is None or prediction == "x0":  # diffusers' Heun does not take it
-            return None
-        if self.spacing == "karras":
-            arguments |= {"use_karras_sigmas": True, "timestep_spacing": "linspace"}  # diffusers takes the ends from that spacing
-        return HeunDiscreteScheduler(**arguments)
+        ddpm = variance_preserving_arguments(path, prediction, karras=self.spacing == "karras")
+        return None if ddpm is None or prediction == "x0" else HeunDiscreteScheduler(**ddpm)  # diffusers' Heun knows no x0 network

@@ -13,7 +13,7 @@ _PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 _BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
-def variance_preserving_arguments(path: Path, prediction: Prediction) -> dict[str, Any] | None:
+def variance_preserving_arguments(path: Path, prediction: Prediction, karras: bool = False) -> dict[str, Any] | None:
     """For the schedulers of DDPM's family; None if the path or the prediction is none of theirs."""
     if not isinstance(path, VariancePreserving) or prediction not in _PREDICTION_TYPES:
         return None
@@ -23,7 +23,8 @@ def variance_preserving_arguments(path: Path, prediction: Prediction) -> dict[st
         "beta_end": path.beta_end,
         "beta_schedule": _BETA_SCHEDULES[path.schedule],
         "prediction_type": _PREDICTION_TYPES[prediction],
-        "timestep_spacing": "trailing",
+        # with Karras spacing, diffusers takes the ends of the noise levels from the timesteps: only this spacing has both ends
+        **({"use_karras_sigmas": True, "timestep_spacing": "linspace"} if karras else {"timestep_spacing": "trailing"}),
     }
 
 

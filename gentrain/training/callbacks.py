@@ -105,7 +105,8 @@ class Previews(Callback):
         classes = len(run.data.class_names)
         condition = {"label": (rows % classes).to(world.device)} if classes else None
         with torch.no_grad():
-            images = run.sampler.sample(trainer.roles.as_seen(role, self._network), run.data.shape, noise, condition)
+            shape = (share, *run.data.shape)
+            images = run.sampler.sample(trainer.roles.as_seen(role, self._network), shape, noise, condition)
         images = trainer.roles.group.gather(images)[: run.training.preview_count]
         if world.is_main:
             save_grid(images.cpu(), run.directory / SAMPLES / f"{trainer.clock.samples:012d}.png", columns=classes or 8)

@@ -92,7 +92,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     for name, expected in hashes.items():
         path = checkpoint / name
         if Path(name).name != name or not path.is_file() or path.is_symlink():
-            raise CheckpointError(f"{path} is missing; resume from another checkpoint")
+            raise CheckpointError(f"{path} is missing or not a file of its own; resume from another checkpoint")
         if _hash(path) != expected:
             raise CheckpointError(f"{path} differs from its hash in the manifest; resume from another checkpoint")
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())

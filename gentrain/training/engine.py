@@ -6,6 +6,7 @@ in `zero.py`. Both give the same loss curve in a test.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class RoleEngine:
         self.shapes = {name: p.shape for name, p in module.named_parameters()}
         self.ema: list[Tensor] | None = None
         self._forwards = 0
-        self._backwards = 0
+        self._complete = False  # whether all gradients of the next step are there
 
     # --- the step ---
 
@@ -89,15 +90,17 @@ class RoleEngine:
                 f"a backward of role {self.role!r} without a new forward of it: compute the network's output inside each loss, or sum the "
                 "losses that share it (gradients of a second backward are dropped or doubled by sharded engines)"
             )
+        if self._complete:
+            raise EngineMisuse(f"a backward of role {self.role!r} after its last one: step first (gradients would be averaged twice)")
         self._forwards = 0
         self._backward(loss, last)
-        self._backwards = -1 if last else self._backwards + 1
+        self._complete = last
 
     def step(self, lr: float) -> StepResult:
         """One optimiser step at learning rate `lr`, skipped on all ranks alike when the gradient is not finite."""
-        if self._backwards != -1:
+        if not self._complete:
             raise EngineMisuse(f"a step of role {self.role!r} without a last backward: pass last=True to the final one")
-        self._backwards = 0
+        self._complete = False
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return self._step()
@@ -242,7 +245,7 @@ class ReplicatedEngine(RoleEngine):
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         value = norm.item()
-        finite = value == value and value != float("inf")
+        finite = math.isfinite(value)
         if finite and self.clipping is not None:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clipping, norm)
         return StepResult(value, finite)
@@ -262,7 +265,12 @@ class _TorchRoleEngine(ReplicatedEngine):
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
-        if last and self.world.size > 1:
+        if not last:
+            return
+        for p in self.module.parameters():
+            if p.grad is None:  # not reached on this rank: others may have, and ZeRO steps the whole partition
+                p.grad = torch.zeros_like(p)
+        if self.world.size > 1:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             flat = torch._utils._flatten_dense_tensors(gradients)
             dist.all_reduce(flat)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from gentrain.config import ConfigError
 from gentrain.data.loader import Loader
 from gentrain.methods.base import Batch, Clock, Update
 from gentrain.noise import Noise, derive
@@ -49,7 +51,11 @@ class Trainer:
         self.run, self.world = run, world
         portions = world.size * run.training.micro_batches
         if run.training.batch_size % portions:
-            raise ValueError(f"training.batch_size {run.training.batch_size} cannot be shared by {world.size} ranks x micro_batches; set a multiple of {portions}")
+            raise ConfigError(
+                f"{run.training.batch_size} samples cannot be shared by {world.size} ranks x {run.training.micro_batches} micro-batches; set a "
+                f"multiple of {portions}",
+                key="training.batch_size",
+            )
         root = run.directory / CHECKPOINTS
         resume = checkpoints.latest(root)
         state: dict[str, Any] = checkpoints.verify(resume) if resume else {"samples": 0, "seconds": 0.0, "skipped": {}}
@@ -60,8 +66,9 @@ class Trainer:
         self.clock = Clock(samples=state["samples"], batch_size=batch, total=total)
         self.skipped: dict[str, int] = {role: state["skipped"].get(role, 0) for role in self.roles.engines}
         self._in_a_row = dict.fromkeys(self.roles.engines, 0)
+        self._lr: dict[str, float] = {}
+        self._published = self.clock.samples if resume else None
         self._sums: dict[str, Tensor] = {}
-        self._logged_at = self.clock.samples
         self._seconds_before, self._started = float(state["seconds"]), time.monotonic()
 
     @property
@@ -76,7 +83,6 @@ class Trainer:
             start=self.clock.samples, workers=run.training.data_workers, max_corrupt=run.training.max_corrupt,
         )  # fmt: skip
         outcome = Outcome.FINISHED
-        published = self.clock.samples
         batches = iter(loader)
         while self.clock.samples < self.clock.total:
             if self.roles.group.any(should_stop()):
@@ -91,8 +97,7 @@ class Trainer:
                 callback.after_step(self)
             if due(self.clock, run.training.checkpoint_every):
                 self.publish()
-                published = self.clock.samples
-        if published != self.clock.samples or self.clock.samples == 0:
+        if self._published != self.clock.samples:
             self.publish()
         for callback in callbacks:
             callback.on_end(self)
@@ -109,14 +114,15 @@ class Trainer:
         run, role = self.run, update.role
         engine = self.roles.engines[role]
         passes = [(number, loss, batch) for number, loss in enumerate(update.losses) for batch in micro_batches]
+        means: list[dict[str, Tensor]] = []
         with self.roles.stepping(role) as nets:
             for place, (number, compute, batch) in enumerate(passes):
                 noise = Noise(_stream(run.seed, index, number), batch["index"], self.world.device)
                 loss = compute(nets, batch, noise)
                 engine.backward(loss.value / len(micro_batches), last=place == len(passes) - 1)
-                self._accumulate({f"loss/{role}": loss.value, **loss.logs}, 1 / len(micro_batches))
-        schedule = run.schedule_of(role)
-        result = engine.step(run.optimizer_of(role).lr * schedule.factor(self.clock))
+                means.append({f"loss/{role}": loss.value.detach() * len(update.losses), **loss.logs})  # losses of one update add up
+        self._lr[role] = run.optimizer_of(role).lr * run.schedule_of(role).factor(self.clock)
+        result = engine.step(self._lr[role])
         self._in_a_row[role] = 0 if result.applied else self._in_a_row[role] + 1
         if not result.applied:
             self.skipped[role] += 1
@@ -124,10 +130,13 @@ class Trainer:
             if self._in_a_row[role] > run.training.max_skipped:
                 raise Diverged(
                     f"role {role!r}: {self._in_a_row[role]} steps in a row had a gradient that is not finite (training.max_skipped is "
-                    f"{run.training.max_skipped}); the last good checkpoint is {checkpoints.latest(run.directory / CHECKPOINTS)}. Lower "
-                    "optimizer.lr or set engine.gradient_clipping, then run again"
+                    f"{run.training.max_skipped}); the last good checkpoint is "
+                    f"{checkpoints.latest(run.directory / CHECKPOINTS) or 'none: no step was good'}. Lower optimizer.lr or set "
+                    "engine.gradient_clipping, then run again"
                 )
         else:
+            for values in means:
+                self._accumulate(values, 1 / len(micro_batches))
             self._accumulate({f"grad_norm/{role}": torch.tensor(result.grad_norm)}, 1.0)
             if engine.ema is not None:
                 engine.update_ema(_ema_decay(self.run, self.clock))
@@ -139,17 +148,17 @@ class Trainer:
             self._sums[key] = self._sums[key] + entry if key in self._sums else entry
 
     def _record(self) -> dict[str, Any]:
-        """Means since the last record, over all ranks."""
+        """Means since the last record over all ranks, of the steps that were not skipped; the learning rates of the last ones."""
         keys = sorted(self._sums)
-        sums = torch.stack([self._sums[key].to(self.world.device) for key in keys])
-        means = self.roles.group.mean(sums)
+        means = torch.zeros(0)
+        if keys:
+            means = self.roles.group.mean(torch.stack([self._sums[key].to(self.world.device) for key in keys]))
         self._sums = {}
         seconds = self.seconds
         record: dict[str, Any] = {"samples": self.clock.samples, "seconds": round(seconds, 3)}
         record |= {key: (pair[0] / pair[1]).item() for key, pair in zip(keys, means.cpu(), strict=True)}
-        for role in self.roles.engines:
-            record[f"lr/{role}"] = self.run.optimizer_of(role).lr * self.run.schedule_of(role).factor(self.clock)
-            record[f"skipped/{role}"] = self.skipped[role]
+        record |= {f"lr/{role}": lr for role, lr in self._lr.items()}
+        record |= {f"skipped/{role}": count for role, count in self.skipped.items()}
         return record
 
     def publish(self) -> None:
@@ -168,10 +177,11 @@ class Trainer:
             }  # fmt: skip
             try:
                 checkpoints.publish(self.run.directory / CHECKPOINTS, self.clock.samples, tensors, state, self.run.training.keep_last)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
                 failure = str(error)
         if self.roles.group.any(bool(failure)):
             raise OSError(f"no checkpoint could be written under {self.run.directory}: {failure or 'see rank 0'}")
+        self._published = self.clock.samples
 
 
 @cache

@@ -42,22 +42,16 @@ class Roles:
         self.run, self.world, self.group = run, world, RankGroup(world.size)
         self.engines: dict[str, RoleEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
-        initial: dict[str, State] = {}
         for name, role in run.method.roles.items():
             module = build_network(run, name)
             if isinstance(role, Trained) and resume is not None:
-                initial[name] = checkpoints.load_tensors(resume, f"{name}.weights")
-            elif run.role_settings(name).weights is not None:
-                initial[name] = load_weights(str(run.role_settings(name).weights), f"roles.{name}.weights")
-            elif role.init is not None:
-                initial[name] = initial[role.init]
-            if name in initial:
-                _load_into(module, initial[name], name)
+                weights = checkpoints.load_tensors(resume, f"{name}.weights")
             else:
-                initial[name] = {key: value.clone() for key, value in module.state_dict().items()}
+                weights = _first_weights(run, name, module)
+            _load_into(module, weights, name)
             module = module.to(world.device, run.engine_of(name).live_dtype)
             if isinstance(role, Trained):
-                self.engines[name] = self._engine(name, role, module, initial[name], resume)
+                self.engines[name] = self._engine(name, role, module, weights, resume)
             else:
                 self.frozen[name] = module.eval().requires_grad_(False)
         self._views = {name: self._view(name) for name in self.engines}
@@ -110,6 +104,20 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
     except ValueError as error:
         key = f"roles.{role}.model" if run.role_settings(role).model is not None else "model"
         raise ConfigError(str(error), source=run.output, key=key) from error
+
+
+def count_parameters(run: RunConfig, role: str) -> int:
+    """Of the role's network, without making its weights. Raises ConfigError when it does not fit the data."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_network(run, role).parameters())
+
+
+def _first_weights(run: RunConfig, role: str, module: nn.Module) -> State:
+    """What the role's freshly built network starts from; of a role that has gone on since, too, when a frozen one copies it."""
+    settings, copied = run.role_settings(role), run.method.roles[role].init
+    if settings.weights is not None:
+        return load_weights(settings.weights, f"roles.{role}.weights")
+    return _first_weights(run, copied, build_network(run, copied)) if copied is not None else module.state_dict()
 
 
 def _load_into(module: nn.Module, weights: State, role: str) -> None:

@@ -32,8 +32,11 @@ _OWNED = {
     "scheduler": "schedule",
     "bf16": "engine.precision",
     "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast": "engine.precision",
     "managed_gradient_accumulation": "training.micro_batches",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.compute_grad_norm": "nothing: whether a step is skipped, and what is logged, is read from the norm",
     "zero_optimization.memory_efficient_linear": "nothing: it replaces F.linear in the whole process and breaks jvp of every network",
 }
 

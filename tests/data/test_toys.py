@@ -39,7 +39,7 @@ def test_shape_classes_and_sizes(toy):
     classes = len(toy.class_names)
     assert len(shares) == classes
     assert (shares - 1 / classes).abs().max() < 5 * math.sqrt(1 / classes / COUNT)
-    assert len(toy.split("held_out")) == 10_000 and len(toy.split("train")) == UNLIMITED
+    assert len(toy.split("held_out")) == 2_000 and len(toy.split("train")) == UNLIMITED
 
 
 def test_rings_lie_at_their_radii():

@@ -80,6 +80,20 @@ def test_the_ends_of_the_path_are_finite(path: Path, prediction: Prediction, dty
 
 
 @every_path
+@pytest.mark.parametrize("prediction", ["x0", "v", "velocity", "edm"])
+def test_x0_is_exact_at_the_noise_end(path: Path, prediction: Prediction) -> None:
+    denoiser, x0, _, t, x_t = problem(path, prediction, margin=0.0)
+    torch.testing.assert_close(denoiser.x0(x_t, t)[-1], x0[-1], rtol=1e-9, atol=1e-9)
+
+
+@every_path
+@pytest.mark.parametrize("prediction", ["eps", "v", "velocity", "edm"])
+def test_eps_is_exact_at_the_data_end(path: Path, prediction: Prediction) -> None:
+    denoiser, _, eps, t, x_t = problem(path, prediction, margin=0.0)
+    torch.testing.assert_close(denoiser.eps(x_t, t)[0], eps[0], rtol=1e-9, atol=1e-9)
+
+
+@every_path
 def test_edm_is_the_preconditioning_of_the_paper_on_the_rescaled_sample(path: Path) -> None:
     torch.manual_seed(0)
     denoiser, _, _, t, x_t = problem(path, "edm")

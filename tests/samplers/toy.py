@@ -1,5 +1,6 @@
 """What the samplers' tests share: a smooth toy network, a loop around diffusers' schedulers, and a Gaussian whose flow is known."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def difference_from_diffusers(
     time_scale: float = 1.0,
     start: float | None = None,
     set_timesteps: dict[str, Any] | None = None,
-    step_arguments: Any = lambda: {},
+    step_arguments: Callable[[], dict[str, Any]] = dict,
 ) -> float:
     """Greatest difference of the samples from the same x at t_max, relative to the samples' own scale."""
     scheduler.set_timesteps(**(set_timesteps or {"num_inference_steps": sampler.steps}))

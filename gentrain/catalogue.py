@@ -1,0 +1,63 @@
+"""What `gentrain methods` prints: every registered component and its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gentrain.config import Component, ConfigError, describe, to_dict
+from gentrain.data.base import Data
+from gentrain.methods.base import Method
+from gentrain.models.base import Model
+from gentrain.paths.base import Path, TimeLaw
+from gentrain.recipes.base import Stage
+from gentrain.samplers.base import Sampler
+from gentrain.training.engine import Engine
+from gentrain.training.optimizers import Optimizer, Schedule
+
+_KINDS: tuple[type[Component], ...] = (Method, Path, TimeLaw, Model, Data, Sampler, Optimizer, Schedule, Engine, Stage)
+
+
+def kinds() -> dict[str, Mapping[str, type[Component]]]:
+    """Kind -> name -> class, of everything that configurations can name."""
+    return {kind.kind: kind.available() for kind in _KINDS}
+
+
+def show(name: str, console: Console) -> None:
+    """Prints what is registered under `name`, of any kind. Raises ConfigError with the nearest name."""
+    found = [(kind, entries[name]) for kind, entries in kinds().items() if name in entries]
+    if not found:
+        import difflib
+
+        everything = sorted({entry for entries in kinds().values() for entry in entries})
+        near = difflib.get_close_matches(name, everything, 1, cutoff=0.5)
+        raise ConfigError(f"nothing is called {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(everything)}"))
+    for kind, component in found:
+        console.print(f"[bold]{kind} {name}[/]\n{escape(_paragraphs(component.__doc__ or ''))}\n", highlight=False)
+        table = Table("field", "type", "default", "unit", "what it is", "source")
+        hints = typing.get_type_hints(component, include_extras=True)
+        for field in dataclasses.fields(typing.cast(typing.Any, component)):
+            meta = field.metadata
+            cells = (field.name, describe(hints[field.name]), _default(field), meta.get("unit", ""), meta.get("help", ""), meta.get("source", ""))
+            table.add_row(*map(escape, cells))
+        console.print(table if table.row_count else "It has no fields.")
+
+
+def _paragraphs(text: str) -> str:
+    import inspect
+
+    return inspect.cleandoc(text)
+
+
+def _default(field: dataclasses.Field[typing.Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return "null" if field.default is None else str(field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        value = to_dict(field.default_factory())
+        return str(value["name"]) if isinstance(value, dict) and "name" in value else str(value)
+    return "required"

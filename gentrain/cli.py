@@ -1,0 +1,265 @@
+"""The `gentrain` command. Thin: every command loads what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from gentrain.training.run import RunConfig
+
+app = typer.Typer(
+    name="gentrain", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    help="Trains, fine-tunes, distils, aligns and unlearns diffusion, consistency and flow models.",
+    epilog="Exit status: 0 done, 1 failed, 2 the command or a configuration must be mended, 75 stopped: run the same again to go on.",
+)  # fmt: skip
+console = Console()
+
+FAILED, MEND, RESUME = 1, 2, 75  # 75 = EX_TEMPFAIL, which schedulers can be told to requeue on
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.batch_size=128")]
+
+
+def main() -> None:
+    """Entry point: turns expected errors into one clear message and an exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
+    logging.getLogger("gentrain").setLevel(logging.INFO)
+    sys.exit(_guarded(app))
+
+
+def _guarded(command: Callable[..., Any]) -> int:
+    from gentrain.config import ConfigError
+
+    try:
+        status = command(standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted; what the last checkpoint holds is kept: run the same command again to go on", 130)
+    except ConfigError as error:
+        return _complain(str(error), MEND)
+    except typer.TyperException as error:
+        error.show()
+        return error.exit_code
+    except (OSError, ValueError, RuntimeError) as error:
+        logging.getLogger("gentrain").debug("traceback", exc_info=True)
+        return _complain(f"{error}", FAILED)
+
+
+def _complain(message: str, status: int) -> int:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escape(message)}", highlight=False)
+    return status
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+def run(recipe: Path, overrides: Overrides = None) -> int:
+    """Runs a recipe's stages, skipping what is finished and resuming what is not.
+
+    Example: gentrain run configs/quickstart.yaml stages.generator.run.training.samples=20000
+    """
+    from gentrain.cluster.session import session
+    from gentrain.recipes.base import Stopped, load_recipe, run_recipe
+    from gentrain.report import write_report
+
+    loaded = load_recipe(recipe, overrides or ())
+    with session():
+        try:
+            run_recipe(loaded, lambda line: console.print(f"[bold cyan]·[/] {_escape(line)}", highlight=False))
+        except Stopped:
+            console.print(f"stopped; a checkpoint is published. Go on with: gentrain run {recipe} {' '.join(overrides or ())}")
+            return RESUME
+    for metrics in sorted(loaded.directory.glob("*/metrics.json")):
+        _print_metrics(metrics)
+    console.print(f"report: {write_report(loaded.directory)}", soft_wrap=True)
+    return 0
+
+
+@app.command()
+def train(config: Path, overrides: Overrides = None) -> int:
+    """Trains one run, from its newest checkpoint if it has one. Ctrl-C publishes a checkpoint and stops.
+
+    Example: gentrain train configs/mnist5k/flow_matching.yaml cluster.place=ray cluster.workers=2
+    """
+    from gentrain.cluster.launch import launch
+    from gentrain.cluster.session import session
+    from gentrain.training.loop import Outcome
+    from gentrain.training.run import load_run
+
+    loaded = load_run(config, overrides or ())
+    with session():
+        outcome = launch(loaded)
+    if outcome is Outcome.STOPPED:
+        console.print(f"stopped; a checkpoint is published. Go on with: gentrain train {config} {' '.join(overrides or ())}")
+        return RESUME
+    console.print(f"trained: {loaded.directory}", soft_wrap=True)
+    return 0
+
+
+@app.command()
+def sample(run: Path, overrides: Overrides = None, out: Annotated[Path | None, typer.Option(help="Default: RUN/generated")] = None) -> int:
+    """Draws samples from a run's newest checkpoint.
+
+    Example: gentrain sample runs/quickstart/generator count=64 sampler.name=heun sampler.guidance=2 labels=[3,8]
+    """
+    from gentrain.recipes.generate import Generate
+
+    directory = out or run / "generated"
+    _execute(Generate, {"run": str(run)}, overrides, directory)
+    console.print(f"samples: {directory}", soft_wrap=True)
+    return 0
+
+
+@app.command()
+def evaluate(run: Path, overrides: Overrides = None) -> int:
+    """Compares a run's samples (see `sample`) with held-out data. A judge is a trained run of the method `classifier`.
+
+    Example: gentrain evaluate runs/quickstart/generator judge=runs/quickstart/judge
+    """
+    from gentrain.recipes.evaluate import METRICS, Evaluate
+    from gentrain.training.run import open_run
+
+    samples = run / "generated"
+    _execute(Evaluate, {"samples": {"generated": str(samples)}, "data": _plain(open_run(run).data)}, overrides, run / "evaluation")
+    _print_metrics(run / "evaluation" / METRICS)
+    return 0
+
+
+@app.command()
+def export(run: Path, out: Path, overrides: Overrides = None) -> int:
+    """Writes a run's generator as a diffusers pipeline directory with a model card.
+
+    Example: gentrain export runs/quickstart/generator digits-pipeline sampler.name=euler sampler.guidance=2
+    """
+    from gentrain.recipes.export import Export
+
+    stage = _stage(Export, {"run": str(run)}, overrides)
+    console.print(f"exported: {stage.write(out)}", soft_wrap=True)
+    return 0
+
+
+@app.command()
+def report(run: Path) -> int:
+    """Writes report.html for a run's or a recipe's directory and prints its path.
+
+    Example: gentrain report runs/quickstart
+    """
+    from gentrain.report import write_report
+
+    console.print(str(write_report(run)), soft_wrap=True)
+    return 0
+
+
+@app.command()
+def plan(config: Path, overrides: Overrides = None) -> int:
+    """Checks a run or a recipe without starting anything: resolved configuration, parameters per role, placement.
+
+    Example: gentrain plan configs/quickstart.yaml
+    """
+    from gentrain.config import load, to_yaml
+    from gentrain.recipes.base import load_recipe
+    from gentrain.recipes.train import Train
+    from gentrain.training.run import load_run
+
+    loaded: Any
+    if "stages" in load(config, overrides or (), {"output": ""}).values:
+        loaded = load_recipe(config, overrides or ())
+        runs = {name: stage.run for name, stage in loaded.stages.items() if isinstance(stage, Train)}
+    else:
+        loaded = load_run(config, overrides or ())
+        runs = {config.stem: loaded}
+    console.print(to_yaml(loaded), markup=False, highlight=False, soft_wrap=True)
+    for name, each in runs.items():
+        _print_roles(name, each)
+    return 0
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Of a method, path, sampler, ...; left out: list them")] = None) -> int:
+    """Lists what exists; with NAME, every field of it: type, default, unit, source.
+
+    Example: gentrain methods flow_matching
+    """
+    from gentrain.catalogue import kinds, show
+
+    if name is None:
+        for kind, entries in kinds().items():
+            table = Table("name", "what it is", title=f"{kind}s", title_justify="left")
+            for entry, component in entries.items():
+                table.add_row(entry, _escape((component.__doc__ or "").strip().splitlines()[0]))
+            console.print(table)
+    else:
+        show(name, console)
+    return 0
+
+
+@app.command()
+def doctor() -> int:
+    """Checks versions, accelerator, compiler, ports, Ray and DeepSpeed; says what is wrong and how to mend it."""
+    from gentrain.doctor import checks
+
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    table = Table("check", "", "found", "what to do")
+    found = checks()
+    for check in found:
+        table.add_row(check.name, f"[{colours[check.status]}]{check.status}[/]", _escape(check.detail), _escape(check.remedy))
+    console.print(table)
+    return FAILED if any(check.status == "fail" for check in found) else 0
+
+
+def _stage(schema: type[Any], values: dict[str, Any], overrides: list[str] | None) -> Any:
+    from gentrain.config import build, load
+
+    return build(schema, load(None, overrides or (), values))
+
+
+def _execute(schema: type[Any], values: dict[str, Any], overrides: list[str] | None, directory: Path) -> None:
+    from gentrain.cluster.session import session
+
+    stage = _stage(schema, values, overrides)
+    with session():
+        stage.execute(directory)
+
+
+def _plain(component: Any) -> Any:
+    from gentrain.config import to_dict
+
+    return to_dict(component)
+
+
+def _print_metrics(path: Path) -> None:
+    import json
+
+    table = Table("metric", "value", "95 % interval", "better", title=str(path.parent), title_justify="left")
+    for metric in json.loads(path.read_text())["metrics"]:
+        table.add_row(metric["name"], f"{metric['value']:.4g}", f"{metric['low']:.4g} to {metric['high']:.4g}", metric["better"])
+    console.print(table)
+
+
+def _print_roles(name: str, run: RunConfig) -> None:
+    from gentrain.config import to_dict
+    from gentrain.methods.base import Trained
+    from gentrain.training.roles import count_parameters
+
+    place = f"{run.cluster.workers} workers under Ray Train" if run.cluster.place == "ray" else "this process"
+    share = run.training.batch_size // (run.training.micro_batches * run.cluster.workers)
+    table = Table("role", "network", "parameters", "learns", "average", "engine", title=f"{name}: {place}, micro-batches of {share}")
+    for role, part in run.method.roles.items():
+        learns = isinstance(part, Trained)
+        engine = ", ".join(f"{key} {value}" for key, value in to_dict(run.engine_of(role)).items() if value) if learns else "frozen"
+        average = "yes" if isinstance(part, Trained) and part.ema else ""
+        count = f"{count_parameters(run, role):,}"
+        table.add_row(role, run.model_of(role).registered_name, count, "yes" if learns else "", average, engine)
+    console.print(table)

@@ -1,0 +1,73 @@
+"""Drawing samples from a trained run, in this process or on a fleet of Ray actors: the same samples either way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gentrain.cluster import session
+from gentrain.config import ConfigError
+from gentrain.noise import Noise, derive
+from gentrain.samplers.base import Sampler
+from gentrain.training.roles import load_network
+
+CHUNK = 100  # samples drawn together. Fixed: results must not depend on how the work is shared out
+
+
+class Generator:
+    """Holds a run's generator and draws chunks of its samples. One lives in each actor of a fleet."""
+
+    def __init__(self, directory: str, sampler: Sampler, seed: int, threads: int | None = None):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.denoiser, self.run = load_network(directory)
+        if self.run.method.generator is None:
+            raise ConfigError(f"{directory} holds a {self.run.method.registered_name}, which generates nothing")
+        self.denoiser.network.to(self.device)
+        self.sampler, self.seed = sampler, seed
+
+    def draw(self, first: int, labels: Tensor) -> Tensor:
+        """Samples number first, first + 1, ... with `labels` [B] (-1 = the null class): [B, ...] float32 on the host."""
+        rows = torch.arange(first, first + len(labels))
+        noise = Noise(derive(self.seed, "generate"), rows, self.device)
+        condition = {"label": labels.to(self.device)} if self.run.data.class_names else None
+        with torch.no_grad():
+            samples: Tensor = self.sampler.sample(self.denoiser, (len(labels), *self.run.data.shape), noise, condition)
+        return samples.cpu()
+
+
+def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int = 0, actors: int = 0) -> Tensor:
+    """Draws one sample per label from the newest checkpoint of a run. Sample i depends on (seed, i, its label), not on `actors`.
+
+    Args:
+        labels: [N] int64 classes, -1 = the null class.
+        actors: size of the Ray fleet; 0 = in this process, without Ray.
+
+    Returns:
+        [N, ...] float32.
+
+    Raises ConfigError when the run has no checkpoint or generates nothing.
+    """
+    chunks = [(first, labels[first : first + CHUNK]) for first in range(0, len(labels), CHUNK)]
+    if actors == 0:
+        generator = Generator(str(directory), sampler, seed)
+        return torch.cat([generator.draw(first, part) for first, part in chunks])
+    session.start()
+    import ray
+    from ray.util import ActorPool
+
+    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU", 0) >= actors else 0}
+    actor = ray.remote(**resources, max_restarts=3, max_task_retries=3)(Generator)
+    fleet = [actor.remote(str(Path(directory).resolve()), sampler, seed, threads=1) for _ in range(min(actors, len(chunks)))]
+    try:
+        parts = list(ActorPool(fleet).map(lambda member, chunk: member.draw.remote(*chunk), chunks))
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    finally:
+        for member in fleet:
+            ray.kill(member)
+    return torch.cat(parts)

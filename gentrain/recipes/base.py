@@ -1,0 +1,202 @@
+"""A recipe: ordered stages with named outputs. What is finished is skipped, what was interrupted resumes, what changed runs again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from gentrain.config import Component, ConfigError, build, load, load_plugins, option, to_dict, to_yaml
+
+RECIPE = "recipe.yaml"
+STAGES = "stages.json"
+
+
+class Stopped(Exception):
+    """A stage was asked to stop and has published what it had; running the recipe again goes on from there."""
+
+
+class Stage(Component, kind="stage"):
+    """One step of a recipe. Fields are its configuration; `${output:NAME}` in one is the directory of the stage NAME."""
+
+    def execute(self, directory: Path) -> None:
+        """Does the work; everything it makes lies under `directory`, where an interrupted attempt may have left something.
+
+        Raises Stopped when asked to stop.
+        """
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on: the stage runs again when this changes."""
+        values: dict[str, Any] = to_dict(self)
+        return values
+
+    def place(self, directory: Path) -> None:
+        """Told its directory before `settings` is asked for."""
+
+
+@dataclass
+class RecipeConfig:
+    """A recipe as configured."""
+
+    stages: dict[str, Stage] = option(help="name -> stage, run in this order")
+    plugins: list[str] = option(list, "the user's own modules: .py files or importable names")
+    output: str = option("runs/recipe", "the recipe's directory")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output)
+
+
+def _output_of(stage: str, *, _root_: Any) -> str:
+    """The resolver of `${output:STAGE}`."""
+    stages = list(_root_.stages)
+    if stage not in stages:
+        raise KeyError(f"no stage is called {stage!r}; stages: {', '.join(stages)}")
+    return f"{_root_.output}/{stage}"
+
+
+OmegaConf.register_resolver("output", _output_of, replace=True)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RecipeConfig:
+    """Reads a recipe; its directory is runs/<file name> unless it says otherwise. Raises ConfigError."""
+    path = Path(path)
+    document = load(path, overrides, {"output": f"runs/{path.stem}"})
+    plugins = document.values.get("plugins", [])
+    if isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins):
+        document.values["plugins"] = load_plugins(plugins, Path(document.origin("plugins")).parent, document.origin("plugins"))
+    recipe = build(RecipeConfig, document)
+    for name, stage in recipe.stages.items():
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise document.error(f"stages.{name}", "a stage's name becomes a directory: letters, digits, - and _ only")
+        stage.place(recipe.directory / name)
+    _check_order(recipe, document.error)
+    return recipe
+
+
+def _dependencies(recipe: RecipeConfig, stage: Stage) -> list[str]:
+    """The stages whose outputs this one reads."""
+    outputs = {f"{recipe.output}/{name}": name for name in recipe.stages}
+    return [outputs[value] for value in _texts(to_dict(stage)) if value in outputs and recipe.stages[outputs[value]] is not stage]
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _check_order(recipe: RecipeConfig, error: Callable[[str, str], ConfigError]) -> None:
+    seen: set[str] = set()
+    for name, stage in recipe.stages.items():
+        late = [needed for needed in _dependencies(recipe, stage) if needed not in seen]
+        if late:
+            raise error(f"stages.{name}", f"it reads the output of {late[0]!r}, which comes later; put {late[0]!r} first")
+        seen.add(name)
+
+
+def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:
+    """Runs the stages that have to run. `say` is told what is done and why.
+
+    Raises Stopped, and whatever a stage raises; either is recorded in stages.json, and the recipe can be run again.
+    """
+    directory = recipe.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RECIPE).write_text(to_yaml(recipe))
+    states = read_states(directory)
+    for name in [name for name in states if name not in recipe.stages]:
+        del states[name]
+    for name, stage in recipe.stages.items():
+        settings = stage.settings()
+        inputs = {needed: states[needed]["fingerprint"] for needed in _dependencies(recipe, stage)}
+        fingerprint = _fingerprint(settings, inputs)
+        before = states.get(name)
+        why = _why(before, fingerprint, settings, inputs)
+        if why is None:
+            say(f"{name}: finished before, skipped")
+            continue
+        say(f"{name}: {why}")
+        if before is not None and before["fingerprint"] != fingerprint:
+            _set_aside(directory / name, before["fingerprint"], say)
+        spent = before["seconds"] if before is not None and before["fingerprint"] == fingerprint else 0.0
+        state = {
+            "kind": stage.registered_name, "status": "running", "reason": why, "seconds": spent, "fingerprint": fingerprint,
+            "inputs": inputs, "settings": settings,
+        }  # fmt: skip
+        states[name] = state
+        _write_states(directory, states)
+        started = time.monotonic()
+        try:
+            stage.execute(directory / name)
+            state["status"] = "finished"
+        except BaseException as error:
+            state["status"] = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+            raise
+        finally:
+            state["seconds"] = round(spent + time.monotonic() - started, 2)
+            _write_states(directory, states)
+        say(f"{name}: finished in {state['seconds']:.0f} s")
+
+
+def _why(before: Mapping[str, Any] | None, fingerprint: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
+    """Why a stage has to run, None when it has not."""
+    if before is None:
+        return "not run yet"
+    if before["fingerprint"] == fingerprint:
+        return None if before["status"] == "finished" else f"{before['status']} before it finished, going on"
+    changed = [key for key in sorted({*_flat(settings), *_flat(before["settings"])}) if _flat(settings).get(key) != _flat(before["settings"]).get(key)]
+    if changed:
+        return f"runs again: {', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''} changed"
+    return f"runs again: {', '.join(name for name in inputs if before['inputs'].get(name) != inputs[name])} ran again"
+
+
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        return {k: v for name, value in values.items() for k, v in _flat(value, f"{key}.{name}" if key else str(name)).items()}
+    return {key: values}
+
+
+def _fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps([settings, inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _set_aside(directory: Path, fingerprint: str, say: Callable[[str], None]) -> None:
+    """Keeps the output of other settings under another name: a recipe never deletes what took hours."""
+    if directory.exists():
+        aside = directory.with_name(f"{directory.name}.{fingerprint[:8]}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = directory.with_name(f"{directory.name}.{fingerprint[:8]}-{number}")
+        directory.rename(aside)
+        say(f"{directory.name}: its former output is kept in {aside}")
+
+
+def read_states(directory: Path) -> dict[str, dict[str, Any]]:
+    """stages.json of a recipe's directory, empty before the first run. Raises ConfigError when it is damaged."""
+    try:
+        states: dict[str, dict[str, Any]] = json.loads((directory / STAGES).read_text())
+        return states
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"not readable ({error}); delete it to run every stage again", source=str(directory / STAGES)) from error
+
+
+def _write_states(directory: Path, states: Mapping[str, Any]) -> None:
+    temporary = directory / f".{STAGES}.tmp"
+    temporary.write_text(json.dumps(states, indent=1))
+    os.replace(temporary, directory / STAGES)

@@ -1,0 +1,59 @@
+"""The stage `generate`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from safetensors.torch import save_file
+
+from gentrain.cluster.generation import generate
+from gentrain.config import option, register, to_dict
+from gentrain.images import save_grid
+from gentrain.recipes.base import Stage
+from gentrain.samplers.base import Sampler
+from gentrain.training.run import open_run
+
+SAMPLES = "samples.safetensors"
+GRID = "grid.png"
+INFO = "info.json"
+
+
+@register("generate")
+@dataclass
+class Generate(Stage):
+    """Draws samples from a run: samples.safetensors (x [N, ...], label [N]), info.json and, of images, grid.png."""
+
+    run: str = option(help="the run to draw from")
+    count: PositiveInt = option(1_000, "samples", unit="samples")
+    labels: list[NonNegativeInt] | None = option(None, "classes to draw in turn; null = all of them")
+    sampler: Sampler | None = option(None, "null = the run's")
+    seed: NonNegativeInt = option(0, "of the noise; sample i is the same whatever the count and the number of actors")
+    actors: NonNegativeInt = option(0, "size of the Ray fleet; 0 = in this process, without Ray")
+    columns: PositiveInt = option(10, "images in a row of the grid")
+    grid: PositiveInt = option(100, "images in the grid, the first of the samples")
+
+    def settings(self) -> dict[str, Any]:
+        values = super().settings()
+        del values["actors"]
+        return values
+
+    def execute(self, directory: Path) -> None:
+        run = open_run(self.run)
+        classes = len(run.data.class_names)
+        asked = self.labels if self.labels is not None else list(range(classes)) or [-1]
+        if classes and max(asked) >= classes:
+            raise ValueError(f"label {max(asked)} does not exist; the classes of {self.run} are 0 to {classes - 1}")
+        labels = torch.tensor(asked).repeat(-(-self.count // len(asked)))[: self.count]
+        sampler = self.sampler or run.sampler
+        x = generate(self.run, sampler, labels, self.seed, self.actors)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({"x": x, "label": labels}, directory / SAMPLES)
+        if x.ndim == 4 and x.shape[1] in (1, 3):
+            save_grid(x[: self.grid], directory / GRID, self.columns)
+        info = {"run": self.run, "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
+        (directory / INFO).write_text(json.dumps(info, indent=1))
