@@ -7,8 +7,8 @@ a run resumed at a sample goes on with the noise it would have had.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 
 import torch
 from torch import Tensor
@@ -32,11 +32,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def derive(seed: int, *parts: int | str) -> int:
     """A seed in [0, 2^63) for a purpose named by `parts`: different purposes get unrelated streams."""
-    key = torch.tensor(seed, dtype=torch.int64, device="cpu")  # also where the default device is meta
-    for part in parts:
-        number = zlib.crc32(part.encode()) if isinstance(part, str) else part
-        key = _mix(_mix(key) + torch.tensor(_GOLDEN) * (number + 1))  # a tensor, so that the product wraps
-    return int(key) & (2**63 - 1)
+    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class Noise:

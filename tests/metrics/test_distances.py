@@ -37,8 +37,7 @@ def test_frechet_distance_of_normal_laws():
 
 def test_frechet_distance_takes_dead_features():
     a, b = (with_moments(40, torch.zeros(5).double(), a_covariance(seed), seed) for seed in (1, 2))
-    dead = lambda x: torch.cat([x, torch.zeros(len(x), 3), x[:, :1]], 1)  # noqa: E731: three dead ones and a copy
-    wide_a, wide_b = dead(a), dead(b)
+    wide_a, wide_b = (torch.cat([x, torch.zeros(len(x), 3), x[:, :1]], 1) for x in (a, b))  # three dead ones and a copy
     root = linalg.sqrtm((torch.cov(wide_a.T) @ torch.cov(wide_b.T) + 1e-13 * torch.eye(9)).numpy()).real
     expected = float(wide_a.var(0).sum() + wide_b.var(0).sum()) - 2 * root.trace()
     assert frechet_distance(wide_a, wide_b) == pytest.approx(expected, abs=1e-4)
@@ -50,15 +49,13 @@ def test_frechet_distance_of_too_few_samples_is_refused():
         frechet_distance(torch.randn(5, 5), torch.randn(50, 5))
 
 
-@pytest.mark.parametrize("dim", [1, 3])
-def test_sliced_wasserstein_of_shift_and_scale(dim):
+def test_sliced_wasserstein_of_shift_and_scale():
     """A shift by m moves every projection by m . direction: mean of squares |m|^2 / dim. A scaling by s: (s - 1)^2 E[x^2]."""
-    x = torch.randn(300, dim, dtype=torch.float64)
-    shift = torch.arange(1, dim + 1).double()
-    assert sliced_wasserstein(x, x + shift, projections=20_000) == pytest.approx(float(shift @ shift) / dim, rel=0.03)
-    white = with_moments(300, torch.zeros(dim).double(), torch.eye(dim).double())
-    assert sliced_wasserstein(white, 1.5 * white) == pytest.approx(0.25 * 299 / 300, rel=1e-9)
-    assert sliced_wasserstein(x, x[torch.randperm(300)]) == pytest.approx(0, abs=1e-12)
+    white = with_moments(50, torch.zeros(3).double(), torch.eye(3).double())
+    shift = torch.tensor([1.0, 2, 3]).double()
+    assert sliced_wasserstein(white, white + shift, projections=2000) == pytest.approx(14 / 3, rel=0.07)  # 3 standard errors
+    assert sliced_wasserstein(white, 1.5 * white) == pytest.approx(0.25 * 49 / 50, rel=1e-9)
+    assert sliced_wasserstein(white, white.flip(0)) == pytest.approx(0, abs=1e-12)
 
 
 def test_sliced_wasserstein_in_one_dimension_takes_unequal_sizes():
@@ -92,7 +89,7 @@ def true_energy(shift, scale):
 
 POPULATIONS = [  # distance, dimension, samples, true value for N(0, 1) against N(shift, scale^2) per coordinate
     (frechet_distance, 4, 100, lambda shift, scale: 4 * (shift**2 + (scale - 1) ** 2)),
-    (partial(sliced_wasserstein, projections=8), 2, 200, lambda shift, scale: shift**2 + (scale - 1) ** 2),
+    (partial(sliced_wasserstein, projections=1), 1, 100, lambda shift, scale: shift**2 + (scale - 1) ** 2),
     (energy_distance, 1, 100, true_energy),
 ]
 
@@ -111,7 +108,7 @@ def test_intervals_cover_and_bias_is_removed(distance, dim, count, truth, shift,
         plain.append(distance(a, b))
     values, plain = torch.tensor(values), torch.tensor(plain)
     error = values.std() / math.sqrt(50)
-    assert covered >= 41  # of 50; 95 % is nominal, see docs
+    assert covered >= 41  # of 50
     assert abs(values.mean() - truth(shift, scale)) < 3.5 * error
     if shift == 0:
         assert plain.mean() > 5 * error  # what is removed is there
