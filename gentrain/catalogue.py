@@ -36,15 +36,15 @@ def show(name: str, console: Console) -> None:
 
         everything = sorted({entry for entries in kinds().values() for entry in entries})
         near = difflib.get_close_matches(name, everything, 1, cutoff=0.5)
-        raise ConfigError(f"nothing is called {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(everything)}"))
+        remedy = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(everything)}"
+        raise ConfigError(f"nothing is called {name!r}; {remedy}")
     for kind, component in found:
         console.print(f"[bold]{kind} {name}[/]\n{escape(_paragraphs(component.__doc__ or ''))}\n", highlight=False)
         table = Table("field", "type", "default", "unit", "what it is", "source")
         hints = typing.get_type_hints(component, include_extras=True)
         for field in dataclasses.fields(typing.cast(typing.Any, component)):
-            meta = field.metadata
-            cells = (field.name, describe(hints[field.name]), _default(field), meta.get("unit", ""), meta.get("help", ""), meta.get("source", ""))
-            table.add_row(*map(escape, cells))
+            unit, help, source = (field.metadata.get(key, "") for key in ("unit", "help", "source"))
+            table.add_row(*map(escape, (field.name, describe(hints[field.name]), _default(field), unit, help, source)))
         console.print(table if table.row_count else "It has no fields.")
 
 

@@ -95,9 +95,13 @@ def train(config: Path, overrides: Overrides = None) -> int:
     """
     from gentrain.cluster.launch import launch
     from gentrain.cluster.session import session
+    from gentrain.config import ConfigError
+    from gentrain.recipes.base import is_recipe
     from gentrain.training.loop import Outcome
     from gentrain.training.run import load_run
 
+    if is_recipe(config, overrides or ()):
+        raise ConfigError(f"this is a recipe, not a run; run it with: gentrain run {config}", source=str(config), key="stages")
     loaded = load_run(config, overrides or ())
     with session():
         outcome = launch(loaded)
@@ -168,13 +172,13 @@ def plan(config: Path, overrides: Overrides = None) -> int:
 
     Example: gentrain plan configs/quickstart.yaml
     """
-    from gentrain.config import load, to_yaml
-    from gentrain.recipes.base import load_recipe
+    from gentrain.config import to_yaml
+    from gentrain.recipes.base import is_recipe, load_recipe
     from gentrain.recipes.train import Train
     from gentrain.training.run import load_run
 
     loaded: Any
-    if "stages" in load(config, overrides or (), {"output": ""}).values:
+    if is_recipe(config, overrides or ()):
         loaded = load_recipe(config, overrides or ())
         runs = {name: stage.run for name, stage in loaded.stages.items() if isinstance(stage, Train)}
     else:

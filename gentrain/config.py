@@ -99,21 +99,23 @@ def _import_modules(package: str) -> None:
         importlib.import_module(f"{package}.{module.name}")
 
 
-def load_plugins(plugins: Any, directory: Path, source: str | None = None) -> list[str]:
-    """Imports the user's own modules, named in a config's `plugins:` list: a .py file (relative to the config) or a module name.
+def load_plugins(document: Document) -> None:
+    """Imports the user's own modules, named in `plugins:`: .py files (relative to the file that names them) or module names.
 
-    Returns the list with files made absolute. Raises ConfigError when one is missing or fails to import.
+    Files are made absolute in the document. Raises ConfigError when one is missing or fails to import.
     """
+    plugins = document.values.get("plugins", [])
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
-        raise ConfigError("expected a list of .py files or module names", source=source, key="plugins")
+        raise document.error("plugins", f"expected a list of .py files or module names, got {plugins!r}")
+    directory = Path(document.origin("plugins")).parent
     resolved = [str((directory / plugin).resolve()) if plugin.endswith(".py") else plugin for plugin in plugins]
     for index, plugin in enumerate(resolved):
         try:
             _import_file(Path(plugin)) if plugin.endswith(".py") else importlib.import_module(plugin)
-        except Exception as error:  # a plugin is foreign code: whatever it raises is reported as a fault of that plugin
+        except (Exception, SystemExit) as error:  # a plugin is foreign code: whatever it raises is reported as a fault of that plugin
             message = f"plugin {plugins[index]!r} failed to import: {type(error).__name__}: {error}"
-            raise ConfigError(message, source=source, key=f"plugins[{index}]") from error
-    return resolved
+            raise document.error(f"plugins[{index}]", message) from error
+    document.values["plugins"] = resolved
 
 
 def _import_file(path: Path) -> None:
@@ -214,6 +216,8 @@ def _read(path: Path, above: tuple[Path, ...], origins: dict[str, str]) -> dict[
         raise ConfigError(f"no such file{asked_by}{hint}", source=source) from None
     except (OSError, UnicodeDecodeError, yaml.reader.ReaderError) as error:
         raise ConfigError(f"cannot read it as a mapping of keys to values: {_first_line(error)}", source=source) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error), source=source, key=str(error.full_key or "")) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
@@ -354,6 +358,8 @@ def describe(schema: Any) -> str:
         return str(schema).replace("typing.", "")
     if isinstance(schema, type) and issubclass(schema, Component):
         return f"a {schema.kind}"
+    if dataclasses.is_dataclass(schema):
+        return "a mapping"
     words = {str: "text", float: "a number", int: "a whole number", bool: "true or false"}
     return words[schema] if schema in words else str(getattr(schema, "__name__", schema))
 
@@ -370,9 +376,9 @@ def _build_nested(schema: Any, value: Any, key: str, document: Document) -> Any:
         values = {"name": value} if isinstance(value, str) else value
         if not isinstance(values, Mapping):
             raise document.error(key, f"expected the name of a {schema.kind} or a mapping with `name`, got {value!r}")
-        available = schema.available()
+        available = {name: cls for name, cls in schema.available().items() if issubclass(cls, schema)}
         values = dict(values)
-        name = values.pop("name", None)
+        name = values.pop("name", schema.__dict__.get("registered_name"))  # a registered class needs no name to be chosen
         if name is None:
             raise document.error(key, f"`name` is missing; available {schema.kind}s: {', '.join(available)}")
         if not isinstance(name, str) or name not in available:

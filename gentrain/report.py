@@ -95,6 +95,7 @@ def _stage(name: str, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     evaluation = _json(directory / "metrics.json") or {}
     grids = _pick(sorted((directory / "samples").glob("*.png")), MAX_GRIDS)
     info = _json(directory / "info.json") or evaluation.get("settings")
+    charts = _charts(rows)
     counts = {key: value for row in rows for key, value in row.items() if key.startswith("skipped/")}  # the last of each role
     return {
         "name": name,
@@ -104,9 +105,10 @@ def _stage(name: str, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         "facts": _facts(config),
         "config": config,
         "metrics": evaluation.get("metrics", []),
-        "charts": _charts(rows),
+        "charts": charts,
         "samples": rows[-1]["samples"] if rows else None,
         "notes": [
+            *(["Bold lines are smoothed."] if any(curve.raw for chart in charts for curve in chart.curves) else []),
             *(
                 [f"Steps skipped because their loss or gradient was not finite: {sum(counts.values()):.0f}."]
                 if any(counts.values())
@@ -192,7 +194,7 @@ def short(value: Any) -> str:
         return f"{value / 10**exponent:.3g}{'B' if exponent == 9 else 'M'}"
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    if abs(value) >= 1e-3:
+    if abs(value) >= 1e-2:
         return f"{value:#.3g}".rstrip(".")  # trailing zeros stay, so that a value and its interval have the same digits
     mantissa, _, exponent_text = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent_text)}"
@@ -204,7 +206,10 @@ def _tick(value: float) -> str:
         return f"{value / 1e6:g}M"
     if abs(value) >= 1000:
         return f"{value / 1000:g}k"
-    return f"{value:.3g}".replace("e-0", "e-")
+    if value and abs(value) < 2e-3:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -240,7 +245,7 @@ def _chart(title: str, at: list[float], group: dict[str, list[float]], logarithm
     logarithmic = logarithmic and low > 0 and high > 20 * low
     scale = math.log10 if logarithmic else float
     bottom, top = scale(low), scale(high)
-    margin = 0.06 * (top - bottom) or 0.1 * abs(top) or 1.0
+    margin = 0.06 * (top - bottom) or abs(top) or 1.0
     bottom, top = bottom - margin, top + margin
     if low >= 0 and not logarithmic:
         bottom = max(bottom, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from gentrain.config import (
     COMMAND_LINE,
     Component,
     ConfigError,
+    Document,
     Fraction,
     build,
     describe,
@@ -185,6 +186,13 @@ def test_without_a_file_the_command_line_is_the_source() -> None:
         build(Drawing, load(None))
 
 
+def test_a_registered_class_is_built_without_a_name_and_as_nothing_else() -> None:
+    assert build(Circle, load(None, ["radius=2"])) == Circle(2.0)
+    assert build(Circle, load(None, ["name=circle"])) == Circle(1.0)
+    with pytest.raises(ConfigError, match=r"no shape is called 'polygon'; available: circle"):
+        build(Circle, load(None, ["name=polygon", "corners=3"]))
+
+
 def test_numbers_read_as_people_write_them(tmp_path: Path) -> None:
     drawing = draw(tmp_path, main="shape: circle\nscale: 1e-3\ncopies: 1e3\nweights: {a: 1}\nflag: true\nout: some/where\n")
     assert (drawing.scale, drawing.copies, drawing.weights, drawing.flag, drawing.out) == (1e-3, 1000, {"a": 1.0}, True, Path("some/where"))
@@ -259,10 +267,11 @@ def test_plugins_add_components_once_and_may_share_a_file_name(tmp_path: Path, m
     for folder, speed in (("a", 1.0), ("b", 2.0)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.py").write_text(PLUGIN.format(module=__name__, name=f"mine_{folder}", speed=speed))
-    resolved = load_plugins(["a/mine.py", "b/mine.py", "json"], tmp_path)
-    assert resolved == [str(tmp_path / "a/mine.py"), str(tmp_path / "b/mine.py"), "json"]
+    document = Document({"plugins": ["a/mine.py", "b/mine.py", "json"]}, str(tmp_path / "main.yaml"))
+    load_plugins(document)
+    assert document.values["plugins"] == [str(tmp_path / "a/mine.py"), str(tmp_path / "b/mine.py"), "json"]
     first = Shape.available()["mine_a"]
-    load_plugins(resolved, Path("elsewhere"))
+    load_plugins(replace(document, file="elsewhere/main.yaml"))
     assert Shape.available()["mine_a"] is first, "a second load must not make a second class"
     drawing = draw(tmp_path, main="shape: mine_b\nbackdrop: {name: mine_a, radius: 2, speed: 3}\n")
     assert to_dict(drawing.shape) == {"name": "mine_b", "radius": 1.0, "speed": 2.0}
@@ -282,8 +291,8 @@ def test_plugins_add_components_once_and_may_share_a_file_name(tmp_path: Path, m
 def test_a_plugin_that_cannot_be_imported(tmp_path: Path, plugins: Any, key: str, message: str) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(ConfigError, match=message) as caught:
-        load_plugins(plugins, tmp_path, "main.yaml")
-    assert (caught.value.source, caught.value.key) == ("main.yaml", key)
+        load_plugins(Document({"plugins": plugins}, str(tmp_path / "main.yaml")))
+    assert (caught.value.source, caught.value.key) == (str(tmp_path / "main.yaml"), key)
     assert not any("plugin_broken" in name for name in sys.modules)
 
 
@@ -328,7 +337,7 @@ def test_defaults_are_not_shared_between_instances(tmp_path: Path) -> None:
         (Literal["a", "b"], "one of a, b"),
         (int | None, "a whole number or null"),
         (Shape, "a shape"),
-        (Style, "Style"),
+        (Style, "a mapping"),
         (Path, "Path"),
         (bool, "true or false"),
     ],

@@ -32,5 +32,7 @@ def test_the_example_trains_as_a_plugin(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "runs/huber_flow/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["samples"] == 12800
-    assert rows[-1]["loss/model"] < 0.8 * rows[0]["loss/model"]
+    # Mean of the last three rows over the first: 0.78 to 0.83 for seeds 0 to 7; 0.98 to 1.01 where nothing is learnt (lr 1e-9, 3 seeds).
+    losses = [row["loss/model"] for row in rows]
+    assert 0 < sum(losses[-3:]) / 3 < 0.9 * losses[0]
     assert "huber_flow" in (tmp_path / "runs/huber_flow/config.yaml").read_text()

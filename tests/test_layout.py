@@ -12,7 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "gentrain").rglob("*.py"))
-HEAVY = {"accelerate", "deepspeed", "diffusers", "matplotlib", "mlxtend", "ot", "pandas", "ray", "scipy", "sklearn", "tensorboard", "transformers"}
+HEAVY = {
+    "accelerate",
+    "deepspeed",
+    "diffusers",
+    "matplotlib",
+    "mlxtend",
+    "ot",
+    "pandas",
+    "ray",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "transformers",
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:

@@ -66,7 +66,7 @@ def test_normal_is_standard_normal(rows: int, seed: int) -> None:
 @pytest.mark.parametrize("rows", [1, COUNT])
 def test_uniform_is_uniform_and_never_reaches_one(rows: int, seed: int) -> None:
     x = Noise(derive(seed, "test"), torch.arange(rows)).uniform((rows, COUNT // rows)).flatten()
-    assert x.dtype == torch.float32 and 0 <= x.min() and x.max() < 1
+    assert x.dtype == torch.float32 and x.min() >= 0 and x.max() < 1
     assert stats.kstest(x.double().numpy(), "uniform").pvalue > 1e-4
     scaled = Noise(0, torch.arange(10)).uniform((10, 100), low=-2, high=3)
     assert -2 <= scaled.min() < -1.9 and 2.9 < scaled.max() < 3
@@ -81,7 +81,7 @@ def test_randint_and_bernoulli_have_their_frequencies() -> None:
 
 
 def test_rows_calls_streams_and_positions_are_uncorrelated() -> None:
-    """500 sequences of 2,000 numbers: neighbouring rows, positions, calls, seeds and purposes. All 124,750 correlations within 5.5 errors."""
+    """500 sequences of 2,000 numbers: neighbouring rows, positions, calls, seeds, purposes. All 124,750 correlations within 5.5 errors."""
     rows, length = torch.arange(100), 2000
     noise = Noise(derive(0, "train"), rows)
     sequences = torch.cat(

@@ -158,6 +158,11 @@ def test_a_wide_positive_loss_gets_a_logarithmic_axis() -> None:
     assert [text for _, text in with_zero.y_ticks] == ["0", "50", "100"]
 
 
+@pytest.mark.parametrize("value, text", [(0, "0"), (0.25, "0.25"), (0.001, "1e-3"), (0.00025, "2.5e-4"), (2500, "2.5k"), (4e6, "4M")])
+def test_ticks_are_short(value: float, text: str) -> None:
+    assert report._tick(value) == text
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e-9, 1e12])
 def test_a_constant_curve_can_be_drawn(tmp_path: Path, value: float) -> None:
     write_metrics(tmp_path, [{"samples": i, "lr/model": value} for i in (1, 2)])
@@ -172,6 +177,7 @@ def test_long_runs_are_thinned(tmp_path: Path) -> None:
     page = read(tmp_path)
     assert len(json.loads(page.charts[0]["data-at"])) == report.MAX_POINTS
     assert json.loads(page.charts[0]["data-at"])[-1] == "320,000"
+    assert "Bold lines are smoothed" in page
     assert page.captions[0] == "0 samples seen"
     assert page.captions[-1] == "99 samples seen"
     assert len(page.images) == 2 + report.MAX_GRIDS
@@ -235,6 +241,7 @@ def test_missing_directory_is_an_error(tmp_path: Path) -> None:
         (12345, "12,345"),
         (44_800_000, "44.8M"),
         (2.5e9, "2.5B"),
+        (0.001, "1.0e-3"),
         (0.00031, "3.1e-4"),
         (-2.5e-7, "-2.5e-7"),
         (math.inf, "not finite"),

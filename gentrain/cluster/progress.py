@@ -22,7 +22,8 @@ def follow(run: RunConfig) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    detail_column = TextColumn("{task.fields[detail]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), detail_column, TimeElapsedColumn(), TimeRemainingColumn())
     done = threading.Event()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(run.output, total=run.training.samples, detail="starting")
@@ -31,8 +32,9 @@ def follow(run: RunConfig) -> Iterator[None]:
             while not done.wait(0.5):
                 record = _last_record(run.directory / METRICS)
                 if record:
-                    losses = ", ".join(f"{key.removeprefix('loss/')} {value:.4g}" for key, value in record.items() if key.startswith("loss/"))
-                    detail = f"{record['samples']:,} samples · {record.get('samples_per_second', 0):,.0f}/s · loss {losses}"
+                    losses = {key.removeprefix("loss/"): value for key, value in record.items() if key.startswith("loss/")}
+                    loss = ", ".join(f"{role} {value:.4g}" for role, value in losses.items())
+                    detail = f"{record['samples']:,} samples · {record.get('samples_per_second', 0):,.0f}/s · loss {loss}"
                     progress.update(task, completed=record["samples"], detail=detail)
 
         thread = threading.Thread(target=watch, name="progress", daemon=True)

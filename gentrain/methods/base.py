@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from gentrain.config import Component
 from gentrain.models.base import Condition
-from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 
 Batch = dict[str, Tensor]  # {"x": [B, ...], "label": [B] int64 if the data have classes}
@@ -85,9 +84,12 @@ class Nets(Protocol):
     Only the role of the update under way receives gradients; every other role is frozen while its loss runs.
     """
 
-    group: Group
+    @property
+    def group(self) -> Group: ...
 
-    def __getattr__(self, role: str) -> Denoiser: ...
+    def __getattr__(self, role: str) -> Any:
+        """A Denoiser, or what `(x, t, condition)` is called on for a role with denoiser=False."""
+        ...
 
 
 LossFunction = Callable[[Nets, Batch, Noise], Loss]

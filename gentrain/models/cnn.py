@@ -18,12 +18,12 @@ FEATURES = 128
 class CNN(Model):
     """Convolutions with group normalisation and pooling, then 128 features, then logits."""
 
-    channels: tuple[PositiveInt, ...] = option((32, 64), "channels of each level; each level after the first halves the grid")
+    channels: tuple[PositiveInt, ...] = option((16, 32), "channels of each level; each level after the first halves the grid")
     norm_groups: PositiveInt = option(8, "groups of the group normalisation; divides every level's channels")
 
     def __post_init__(self) -> None:
         if not self.channels:
-            raise ValueError("channels is empty; name at least one level, such as [32, 64]")
+            raise ValueError("channels is empty; name at least one level, such as [16, 32]")
         if wrong := [width for width in self.channels if width % self.norm_groups]:
             raise ValueError(f"channels {wrong[0]} is not divisible by norm_groups {self.norm_groups}; change one of them")
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gentrain.config import Component, ConfigError, build, load, load_plugins, option, to_dict, to_yaml
+from gentrain.config import Component, ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 
 RECIPE = "recipe.yaml"
 STAGES = "stages.json"
+_KEYS = {"kind", "status", "reason", "seconds", "fingerprint", "inputs", "settings"}  # of a stage in it
 
 
 class Stopped(Exception):
@@ -50,6 +51,10 @@ class RecipeConfig:
     plugins: list[str] = option(list, "the user's own modules: .py files or importable names")
     output: str = option("runs/recipe", "the recipe's directory")
 
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("a recipe needs at least one stage", key="stages")
+
     @property
     def directory(self) -> Path:
         return Path(self.output)
@@ -57,9 +62,9 @@ class RecipeConfig:
 
 def _output_of(stage: str, *, _root_: Any) -> str:
     """The resolver of `${output:STAGE}`."""
-    stages = list(_root_.stages)
+    stages = list(_root_.get("stages") or ())
     if stage not in stages:
-        raise KeyError(f"no stage is called {stage!r}; stages: {', '.join(stages)}")
+        raise KeyError(f"no stage is called {stage!r}; stages: {', '.join(stages) or 'none, this is no recipe'}")
     return f"{_root_.output}/{stage}"
 
 
@@ -70,22 +75,38 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RecipeConfig
     """Reads a recipe; its directory is runs/<file name> unless it says otherwise. Raises ConfigError."""
     path = Path(path)
     document = load(path, overrides, {"output": f"runs/{path.stem}"})
-    plugins = document.values.get("plugins", [])
-    if isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins):
-        document.values["plugins"] = load_plugins(plugins, Path(document.origin("plugins")).parent, document.origin("plugins"))
-    recipe = build(RecipeConfig, document)
-    for name, stage in recipe.stages.items():
+    if "stages" not in document.values and "method" in document.values:
+        raise document.error("method", f"this is a run, not a recipe; train it with: gentrain train {path}")
+    load_plugins(document)
+    stages = document.values.get("stages")
+    for name, stage in stages.items() if isinstance(stages, dict) else ():
         if not name.replace("_", "").replace("-", "").isalnum():
             raise document.error(f"stages.{name}", "a stage's name becomes a directory: letters, digits, - and _ only")
+        if isinstance(stage, dict) and isinstance(stage.get("run"), dict):
+            _load_plugins_of_run(document, name)
+    recipe = build(RecipeConfig, document)
+    for name, stage in recipe.stages.items():
         stage.place(recipe.directory / name)
     _check_order(recipe, document.error)
     return recipe
 
 
+def is_recipe(path: str | Path, overrides: Iterable[str] = ()) -> bool:
+    """Whether the file has stages. Raises ConfigError when it cannot be read."""
+    return "stages" in load(path, overrides, {"output": ""}).values
+
+
+def _load_plugins_of_run(document: Document, stage: str) -> None:
+    """The recipe's plugins become the run's, too: its workers, and whoever opens it later, know nothing of the recipe."""
+    section = document.section(f"stages.{stage}.run")
+    load_plugins(section)
+    section.values["plugins"] = list(dict.fromkeys([*document.values["plugins"], *section.values["plugins"]]))
+
+
 def _dependencies(recipe: RecipeConfig, stage: Stage) -> list[str]:
-    """The stages whose outputs this one reads."""
-    outputs = {f"{recipe.output}/{name}": name for name in recipe.stages}
-    return [outputs[value] for value in _texts(to_dict(stage)) if value in outputs and recipe.stages[outputs[value]] is not stage]
+    """The stages whose outputs, or something in them, this one reads."""
+    texts = list(_texts(stage.settings()))
+    return [name for name in recipe.stages if any(f"{text}/".startswith(f"{recipe.output}/{name}/") for text in texts)]
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -104,7 +125,8 @@ def _check_order(recipe: RecipeConfig, error: Callable[[str, str], ConfigError])
     for name, stage in recipe.stages.items():
         late = [needed for needed in _dependencies(recipe, stage) if needed not in seen]
         if late:
-            raise error(f"stages.{name}", f"it reads the output of {late[0]!r}, which comes later; put {late[0]!r} first")
+            what = "its own output" if late[0] == name else f"the output of {late[0]!r}, which comes later; put {late[0]!r} first"
+            raise error(f"stages.{name}", f"it reads {what}")
         seen.add(name)
 
 
@@ -119,18 +141,21 @@ def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:
     states = read_states(directory)
     for name in [name for name in states if name not in recipe.stages]:
         del states[name]
+    _write_states(directory, states)
     for name, stage in recipe.stages.items():
         settings = stage.settings()
         inputs = {needed: states[needed]["fingerprint"] for needed in _dependencies(recipe, stage)}
         fingerprint = _fingerprint(settings, inputs)
         before = states.get(name)
         why = _why(before, fingerprint, settings, inputs)
+        if why is None and not (directory / name).exists():
+            why = "runs again: its output is gone"
         if why is None:
             say(f"{name}: finished before, skipped")
             continue
         say(f"{name}: {why}")
-        if before is not None and before["fingerprint"] != fingerprint:
-            _set_aside(directory / name, before["fingerprint"], say)
+        if before is None or before["fingerprint"] != fingerprint:
+            _set_aside(directory / name, "unknown" if before is None else before["fingerprint"], say)
         spent = before["seconds"] if before is not None and before["fingerprint"] == fingerprint else 0.0
         state = {
             "kind": stage.registered_name, "status": "running", "reason": why, "seconds": spent, "fingerprint": fingerprint,
@@ -151,13 +176,20 @@ def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:
         say(f"{name}: finished in {state['seconds']:.0f} s")
 
 
+_ENDED = {"running": "was killed", "stopped": "was stopped", "failed": "failed"}
+
+
 def _why(before: Mapping[str, Any] | None, fingerprint: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
     """Why a stage has to run, None when it has not."""
     if before is None:
         return "not run yet"
     if before["fingerprint"] == fingerprint:
-        return None if before["status"] == "finished" else f"{before['status']} before it finished, going on"
-    changed = [key for key in sorted({*_flat(settings), *_flat(before["settings"])}) if _flat(settings).get(key) != _flat(before["settings"]).get(key)]
+        return None if before["status"] == "finished" else f"going on: the last attempt {_ENDED[before['status']]}"
+    changed = [
+        key
+        for key in sorted({*_flat(settings), *_flat(before["settings"])})
+        if _flat(settings).get(key) != _flat(before["settings"]).get(key)
+    ]
     if changed:
         return f"runs again: {', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''} changed"
     return f"runs again: {', '.join(name for name in inputs if before['inputs'].get(name) != inputs[name])} ran again"
@@ -189,11 +221,14 @@ def read_states(directory: Path) -> dict[str, dict[str, Any]]:
     """stages.json of a recipe's directory, empty before the first run. Raises ConfigError when it is damaged."""
     try:
         states: dict[str, dict[str, Any]] = json.loads((directory / STAGES).read_text())
+        if not all(state.keys() >= _KEYS and state["status"] in {"finished", *_ENDED} for state in states.values()):
+            raise ValueError("a stage lacks entries")
         return states
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise ConfigError(f"not readable ({error}); delete it to run every stage again", source=str(directory / STAGES)) from error
+    except (ValueError, AttributeError) as error:
+        remedy = "restore it, or move the directory away to run every stage from its beginning"
+        raise ConfigError(f"damaged ({error}); {remedy}", source=str(directory / STAGES)) from error
 
 
 def _write_states(directory: Path, states: Mapping[str, Any]) -> None:

@@ -41,9 +41,13 @@ class Evaluate(Stage):
     data: Data | None = option(None, "what to compare with; null = the judge's data")
     reference: PositiveInt = option(10_000, "held-out items to compare with, at most", unit="samples")
 
-    def execute(self, directory: Path) -> None:
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ConfigError("expected at least one name: directory of a generate stage", key="samples")
         if self.judge is None and self.data is None:
             raise ConfigError("without a judge `data` is needed, to know what to compare the samples with", key="data")
+
+    def execute(self, directory: Path) -> None:
         data = self.data or open_run(str(self.judge)).data
         items = data.split("held_out")
         held_out = next(iter(Loader(items, seed=0, batch_size=min(len(items), self.reference))))[0]

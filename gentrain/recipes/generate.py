@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from safetensors.torch import save_file
 
 from gentrain.cluster.generation import generate
-from gentrain.config import option, register, to_dict
+from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.images import save_grid
 from gentrain.recipes.base import Stage
 from gentrain.samplers.base import Sampler
@@ -37,6 +37,10 @@ class Generate(Stage):
     columns: PositiveInt = option(10, "images in a row of the grid")
     grid: PositiveInt = option(100, "images in the grid, the first of the samples")
 
+    def __post_init__(self) -> None:
+        if self.labels == []:
+            raise ConfigError("no class is named; null draws all of them", key="labels")
+
     def settings(self) -> dict[str, Any]:
         values = super().settings()
         del values["actors"]
@@ -47,7 +51,7 @@ class Generate(Stage):
         classes = len(run.data.class_names)
         asked = self.labels if self.labels is not None else list(range(classes)) or [-1]
         if classes and max(asked) >= classes:
-            raise ValueError(f"label {max(asked)} does not exist; the classes of {self.run} are 0 to {classes - 1}")
+            raise ConfigError(f"class {max(asked)} does not exist; those of {self.run} are 0 to {classes - 1}", key="labels")
         labels = torch.tensor(asked).repeat(-(-self.count // len(asked)))[: self.count]
         sampler = self.sampler or run.sampler
         x = generate(self.run, sampler, labels, self.seed, self.actors)

@@ -26,7 +26,7 @@ class Train(Stage):
     def settings(self) -> dict[str, Any]:
         values = super().settings()
         # Where it runs, what is logged and where it lies change nothing in the weights.
-        for key in ("cluster", "output"):
+        for key in ("cluster", "output", "plugins"):
             del values["run"][key]
         for key in ("log_every", "checkpoint_every", "keep_last", "preview_every", "preview_count", "data_workers"):
             del values["run"]["training"][key]

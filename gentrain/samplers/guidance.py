@@ -12,8 +12,8 @@ from gentrain.models.denoiser import Denoiser, drop_condition
 def guided_x0(denoiser: Denoiser, x_t: Tensor, t: float, condition: Condition | None, weight: float) -> Tensor:
     """null + weight (conditional - null) of the x0 prediction [B, ...] at one time for all rows; one network call.
 
-    Every prediction is affine in the network's output, so guiding x0 is guiding any of them. Without a condition, or with weight 1, there is
-    nothing to mix and the batch is not doubled.
+    Every prediction is affine in the network's output, so guiding x0 is guiding any of them. Without a condition, or with weight 1,
+    there is nothing to mix and the batch is not doubled.
     """
     if condition is None or weight == 1:
         return denoiser.x0(x_t, x_t.new_full((len(x_t),), t), condition)

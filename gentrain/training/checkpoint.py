@@ -79,7 +79,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """The state.json of a checkpoint whose every file has the hash in its manifest. Raises CheckpointError naming the file."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        hashes, version = manifest["sha256"], manifest["format"]
+        hashes, version = dict(manifest["sha256"]), manifest["format"]
     except FileNotFoundError:
         raise CheckpointError(f"{checkpoint} was never published: it has no {MANIFEST}; resume from another one") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -52,8 +52,8 @@ class Trainer:
         portions = world.size * run.training.micro_batches
         if run.training.batch_size % portions:
             raise ConfigError(
-                f"{run.training.batch_size} samples cannot be shared by {world.size} ranks x {run.training.micro_batches} micro-batches; set a "
-                f"multiple of {portions}",
+                f"{run.training.batch_size} samples cannot be shared by {world.size} ranks x {run.training.micro_batches} micro-batches; "
+                f"set a multiple of {portions}",
                 key="training.batch_size",
             )
         root = run.directory / CHECKPOINTS
@@ -191,14 +191,18 @@ def _stream(seed: int, update: int, loss: int) -> int:
 
 def _ema_decay(run: RunConfig, clock: Clock) -> float:
     """Per step. After s samples the half-life is min(ema_half_life, ema_warmup * s), so that the start is soon forgotten."""
-    half_life = min(run.training.ema_half_life, run.training.ema_warmup * clock.samples) if run.training.ema_warmup else run.training.ema_half_life
+    half_life = (
+        min(run.training.ema_half_life, run.training.ema_warmup * clock.samples) if run.training.ema_warmup else run.training.ema_half_life
+    )
     return 0.5 ** (clock.batch_size / max(half_life, 1e-8))
 
 
 def _refuse_other_method(state: dict[str, Any], run: RunConfig, resume: Path | None) -> None:
     expected = run.method.registered_name
     if resume is not None and state["method"] != expected:
-        raise checkpoints.CheckpointError(f"{resume} was written by method {state['method']!r}, this run is {expected!r}; choose another output")
+        raise checkpoints.CheckpointError(
+            f"{resume} was written by method {state['method']!r}, this run is {expected!r}; choose another output"
+        )
 
 
 def train(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gentrain.config import ConfigError
 from gentrain.methods.base import Nets, Trained
@@ -18,6 +19,7 @@ from gentrain.training import checkpoint as checkpoints
 from gentrain.training.engine import RoleEngine, State, frozen
 from gentrain.training.run import CHECKPOINTS, RunConfig, open_run
 from gentrain.training.world import RankGroup, World
+from gentrain.training.zero import shard_frozen
 
 
 class _Nets:
@@ -49,12 +51,13 @@ class Roles:
             else:
                 weights = _first_weights(run, name, module)
             _load_into(module, weights, name)
-            module = module.to(world.device, run.engine_of(name).live_dtype)
+            module = module.to(run.engine_of(name).live_dtype)
             if isinstance(role, Trained):
-                self.engines[name] = self._engine(name, role, module, weights, resume)
+                self.engines[name] = self._engine(name, role, module.to(world.device), weights, resume)
             else:
                 self.frozen[name] = module.eval().requires_grad_(False)
-        self._views = {name: self._view(name) for name in self.engines}
+        calls = {name: self._frozen_call(name, module) for name, module in self.frozen.items()}
+        self._views = {name: self._view(name, calls) for name in self.engines}
 
     def _engine(self, name: str, role: Trained, module: nn.Module, weights: State, resume: Path | None) -> RoleEngine:
         engine = self.run.engine_of(name).build(name, module, self.run.optimizer_of(name), self.world)
@@ -65,11 +68,30 @@ class Roles:
             engine.start_ema()
         return engine
 
-    def _view(self, stepped: str) -> Nets:
+    def _view(self, stepped: str, frozen_calls: dict[str, Callable[..., Tensor]]) -> Nets:
         """What a loss of the role `stepped` sees."""
-        calls: dict[str, Callable[..., Tensor]] = {name: _frozen_call(module) for name, module in self.frozen.items()}
-        calls |= {name: engine if name == stepped else engine.through for name, engine in self.engines.items()}
-        return _Nets(self.group, {name: self.as_seen(name, call) for name, call in calls.items()})
+        learning = {name: engine if name == stepped else engine.through for name, engine in self.engines.items()}
+        return _Nets(self.group, {name: self.as_seen(name, call) for name, call in {**frozen_calls, **learning}.items()})
+
+    def _frozen_call(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
+        """The frozen network's forward, float32, through which gradients reach its inputs, with its weights where `placement` says."""
+        dtype, device = self.run.engine_of(name).live_dtype, self.world.device
+        placement = self.run.role_settings(name).placement
+        if placement == "sharded":
+            module = shard_frozen(module.to(device))
+        elif placement == "plain":
+            module = module.to(device)
+        self.frozen[name] = module
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if placement == "offloaded":  # the graph holds the copies until its backward, nothing holds them longer
+                state = {key: value.to(device, non_blocking=True) for key, value in (*module.named_parameters(), *module.named_buffers())}
+                output: Tensor = functional_call(module, state, (x.to(dtype), *args), kwargs)
+            else:
+                output = module(x.to(dtype), *args, **kwargs)
+            return output.float()
+
+        return call
 
     def as_seen(self, role: str, network: Any) -> Any:
         """The role's network as methods see it: a Denoiser, or bare."""
@@ -86,21 +108,15 @@ class Roles:
             yield self._views[role]
 
 
-def _frozen_call(module: nn.Module) -> Callable[..., Tensor]:
-    dtype = next(module.parameters()).dtype
-
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = module(x.to(dtype), *args, **kwargs)
-        return output.float()
-
-    return call
-
-
 def build_network(run: RunConfig, role: str) -> nn.Module:
     """The role's network with the random weights that (seed, role) give. Raises ConfigError when it does not fit the data."""
     torch.manual_seed(derive(run.seed, "weights", role))
     try:
-        return run.model_of(role).build(run.data.shape, len(run.data.class_names))
+        shape, classes = run.data.shape, len(run.data.class_names)
+    except ValueError as error:  # a folder of images that is not there
+        raise ConfigError(str(error), source=run.output, key="data") from error
+    try:
+        return run.model_of(role).build(shape, classes)
     except ValueError as error:
         key = f"roles.{role}.model" if run.role_settings(role).model is not None else "model"
         raise ConfigError(str(error), source=run.output, key=key) from error
@@ -129,7 +145,7 @@ def _load_into(module: nn.Module, weights: State, role: str) -> None:
 
 def load_weights(directory: str, key: str = "") -> State:
     """The generator's weights (or the only role's) of a run's newest checkpoint: the average where it keeps one. Raises ConfigError."""
-    run = open_run(directory)
+    run = open_run(directory, key)
     names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
     role = run.method.generator or names[0]
     found = checkpoints.latest(Path(directory) / CHECKPOINTS)

@@ -69,6 +69,9 @@ class RoleSettings:
     optimizer: Optimizer | None = option(None, "optimiser")
     schedule: Schedule | None = option(None, "learning-rate schedule")
     engine: Engine | None = option(None, "engine")
+    placement: Literal["plain", "sharded", "offloaded"] = option(
+        "plain", "of a frozen role's weights: on every rank, shared out over the ranks (ZeRO-3), or on the host until they are used"
+    )
 
 
 @dataclass
@@ -95,7 +98,14 @@ class RunConfig:
         unknown = set(self.roles) - set(self.method.roles)
         if unknown:
             known = ", ".join(self.method.roles)
-            raise ConfigError(f"{self.method.registered_name} has no role {min(unknown)!r}; its roles: {known}", key=f"roles.{min(unknown)}")
+            raise ConfigError(
+                f"{self.method.registered_name} has no role {min(unknown)!r}; its roles: {known}", key=f"roles.{min(unknown)}"
+            )
+        for name, settings in self.roles.items():
+            if settings.placement != "plain" and isinstance(self.method.roles[name], Trained):
+                raise ConfigError(
+                    f"role {name!r} learns, so its engine places it; set roles.{name}.engine.zero_stage", key=f"roles.{name}.placement"
+                )
         portions = self.cluster.workers * self.training.micro_batches
         if self.training.batch_size % portions:
             remedy = self.training.batch_size - self.training.batch_size % portions or portions
@@ -136,9 +146,7 @@ class RunConfig:
 
 def parse_run(document: Document) -> RunConfig:
     """The run that a document describes, its plugins loaded. Raises ConfigError."""
-    plugins = document.values.get("plugins", [])
-    if isinstance(plugins, list) and all(isinstance(plugin, str) for plugin in plugins):
-        document.values["plugins"] = load_plugins(plugins, FilePath(document.origin("plugins")).parent, document.origin("plugins"))
+    load_plugins(document)
     return build(RunConfig, document)
 
 
@@ -147,11 +155,11 @@ def load_run(path: str | FilePath, overrides: Iterable[str] = ()) -> RunConfig:
     return parse_run(load(path, overrides, {"output": f"runs/{FilePath(path).stem}"}))
 
 
-def open_run(directory: str | FilePath) -> RunConfig:
-    """The configuration saved with a run. Raises ConfigError when the directory is not one."""
+def open_run(directory: str | FilePath, key: str = "") -> RunConfig:
+    """The configuration saved with a run. Raises ConfigError, about `key`, when the directory is not one."""
     directory = FilePath(directory)
     if not (directory / CONFIG).is_file():
-        raise ConfigError(f"not a run's directory: it has no {CONFIG}", source=str(directory))
+        raise ConfigError(f"{directory} is not a run's directory: it has no {CONFIG}; train a run, or correct the path", key=key)
     run = load_run(directory / CONFIG)
     run.output = str(directory)  # wherever it has been moved to since
     return run
@@ -161,5 +169,3 @@ def save_config(run: RunConfig) -> None:
     """Writes the resolved configuration, which alone reproduces the run, into its directory."""
     run.directory.mkdir(parents=True, exist_ok=True)
     (run.directory / CONFIG).write_text(to_yaml(run))
-
-

@@ -96,7 +96,19 @@ def _merged(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     return {k: {**config[k], **v} if isinstance(v, Mapping) and isinstance(config.get(k), Mapping) else v for k, v in both.items()}
 
 
-def _initialize(engine: DeepSpeedEngine, module: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+def shard_frozen(module: nn.Module) -> nn.Module:
+    """Shares the weights of a frozen module out over the ranks (ZeRO-3); each layer's are gathered while it is used. Collective."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
+        "bf16": {"enabled": next(module.parameters()).dtype == torch.bfloat16},
+        "steps_per_print": None,
+    }
+    sharded: nn.Module = _initialize(config, module, None).module
+    return sharded
+
+
+def _initialize(config: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer | None) -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # says on stdout that it guessed, otherwise
     os.environ.setdefault("LOCAL_RANK", "0")  # a single process that no launcher started
@@ -109,7 +121,7 @@ def _initialize(engine: DeepSpeedEngine, module: nn.Module, optimizer: torch.opt
     # Compiled at every start on Linux, waits without limit for the lock of a killed build, and fails without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=engine.deepspeed_config())[0]
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
 
 
 class _DeepSpeedMixin(RoleEngine):
@@ -135,7 +147,7 @@ class _DeepSpeedMixin(RoleEngine):
 class _Stage0Engine(_DeepSpeedMixin, ReplicatedEngine):
     def __init__(self, engine: DeepSpeedEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
         super().__init__(role, module, optimizer.build(module.parameters()), world, engine.gradient_clipping)
-        self.deepspeed, self.dtype = _initialize(engine, module, self.optimizer), engine.live_dtype
+        self.deepspeed, self.dtype = _initialize(engine.deepspeed_config(), module, self.optimizer), engine.live_dtype
 
     def _step(self) -> StepResult:
         result = self.clip()
@@ -152,7 +164,7 @@ class _ShardedEngine(_DeepSpeedMixin):
     def __init__(self, engine: DeepSpeedEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
         super().__init__(role, module, world, engine.gradient_clipping)
         self.dtype = engine.live_dtype
-        self.deepspeed = _initialize(engine, module, optimizer.build(module.parameters()))
+        self.deepspeed = _initialize(engine.deepspeed_config(), module, optimizer.build(module.parameters()))
         self.optimizer = self.deepspeed.optimizer.optimizer
 
     def _step(self) -> StepResult:

@@ -162,6 +162,9 @@ def test_a_large_jpeg_is_read_in_reduced_detail_but_rightly(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "a" / "1.jpg", quality=95)
     expected = (torch.arange(32) + 0.5) / 32 * 2 - 1
     assert (one(tmp_path, size=32) - expected[None, :, None]).abs().max() < 0.03
+    stripes = np.tile(np.repeat([0, 255], 8)[None].repeat(16, 0).reshape(-1, 1, 1).astype(np.uint8), (1, 256, 3))
+    Image.fromarray(stripes).save(tmp_path / "a" / "1.jpg", quality=95)
+    assert one(tmp_path, size=64).abs().mean() > 0.9  # still black and white
 
 
 # --- hostile images ---------------------------------------------------------------------------------------------------------------
@@ -207,6 +210,7 @@ HOSTILE = {
     },
     "flipped_bytes.png": encoded("PNG")[:200] + bytes(64) + encoded("PNG")[264:],
     "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(never run) print\n",
+    "rarely_tested.png": encoded("PCX"),
     "bomb.png": png_header(60_000, 60_000),
     "warned_bomb.png": png_header(10_000, 10_000),
     "thread.png": encoded("PNG", (2000, 1)),

@@ -21,6 +21,7 @@ from gentrain.models.base import Condition, Model
 from gentrain.noise import Noise
 from gentrain.training import checkpoint as checkpoints
 from gentrain.training.callbacks import Callback, MetricsFile
+from gentrain.training.engine import EngineMisuse, RoleEngine
 from gentrain.training.loop import Trainer, train
 from gentrain.training.run import CHECKPOINTS, METRICS, RunConfig, parse_run
 from gentrain.training.world import World
@@ -156,7 +157,7 @@ class Trace(Callback):
         engines = trainer.roles.engines
         self.weights.append({name: engine.weights() for name, engine in engines.items()})
         self.ema.append({name: engine.ema_weights() for name, engine in engines.items() if engine.ema is not None})
-        idle = [module for module in trainer.roles.frozen.values()]
+        idle = list(trainer.roles.frozen.values())
         if not getattr(trainer.run.method, "train_critic", True):
             idle.append(engines["critic"].module)
         self.leaked |= any(p.grad is not None for module in idle for p in module.parameters())
@@ -213,3 +214,61 @@ def record_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> f
     """Largest relative difference of two files of metrics (absolute below 1e-2)."""
     assert [list(line) for line in a] == [list(line) for line in b]
     return max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-2) for x, y in zip(a, b, strict=True) for k in x)
+
+
+def train_and_misuse(world: World, jobs: list[Job], engines: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:
+    """`train_all`, then what each engine says to each misuse (engine -> misuse -> message, "" where it kept silent)."""
+    return train_all(world, jobs), {name: misuses(world, engine) for name, engine in engines.items()}
+
+
+def misuses(world: World, engine: Any) -> dict[str, str]:
+    """What an engine says to each way of training something else than the method says, "" where it kept silent."""
+    linear = torch.nn.functional.linear
+    run = run_of(values(Path("unused"), "flow_matching", engine))
+    x, t = torch.randn(4, 2), torch.rand(4)
+    messages = {}
+    for misuse in (_no_gradient, _two_backwards, _backwards_out_of_order, _no_forward, _after_the_last, _step_too_early, _no_average):
+        built = run.engine.build("model", run.model.build((2,), 3).to(run.engine.live_dtype), run.optimizer, world)
+        try:
+            misuse(built, x, t)
+            messages[misuse.__name__] = ""
+        except EngineMisuse as error:
+            messages[misuse.__name__] = str(error)
+    messages["_replaced_linear"] = "kept" if torch.nn.functional.linear is linear else ""
+    return messages
+
+
+def _no_gradient(engine: RoleEngine, x: Tensor, t: Tensor) -> None:
+    engine(x, t)
+    engine.backward(engine(x, t).detach().mean(), last=True)
+
+
+def _two_backwards(engine: RoleEngine, x: Tensor, t: Tensor) -> None:
+    output = engine(x, t)
+    first, second = output.mean(), output.square().mean()
+    engine.backward(first, last=False)
+    engine.backward(second, last=True)
+
+
+def _backwards_out_of_order(engine: RoleEngine, x: Tensor, t: Tensor) -> None:
+    first, second = engine(x, t).mean(), engine(x, t).square().mean()
+    engine.backward(first, last=False)
+    engine.backward(second, last=True)
+
+
+def _no_forward(engine: RoleEngine, x: Tensor, t: Tensor) -> None:
+    engine.backward(torch.ones(2, requires_grad=True).sum(), last=True)
+
+
+def _after_the_last(engine: RoleEngine, x: Tensor, t: Tensor) -> None:
+    engine.backward(engine(x, t).mean(), last=True)
+    engine.backward(engine(x, t).mean(), last=True)
+
+
+def _step_too_early(engine: RoleEngine, x: Tensor, t: Tensor) -> None:
+    engine.backward(engine(x, t).mean(), last=False)
+    engine.step(0.1)
+
+
+def _no_average(engine: RoleEngine, x: Tensor, t: Tensor) -> None:
+    engine.update_ema(0.9)

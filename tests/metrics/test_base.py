@@ -41,4 +41,4 @@ def test_bias_is_removed_and_skew_kept():
     plug_in_bias, error = 1 / 20, 0.22 * math.sqrt(1 / 20) * 4 / math.sqrt(200)
     assert abs(sum(f.value for f in found) / 200 - 0.25) < error < plug_in_bias
     assert sum(f.high - f.value for f in found) > 1.2 * sum(f.value - f.low for f in found)
-    assert 0.85 <= sum(f.low <= 0.25 <= f.high for f in found) / 200
+    assert sum(f.low <= 0.25 <= f.high for f in found) / 200 >= 0.85

@@ -108,7 +108,7 @@ def test_intervals_cover_and_bias_is_removed(distance, dim, count, truth, shift,
         plain.append(distance(a, b))
     values, plain = torch.tensor(values), torch.tensor(plain)
     error = values.std() / math.sqrt(50)
-    assert covered >= 41  # of 50
+    assert covered >= 40  # of 50; 42 to 50 over 30 repetitions
     assert abs(values.mean() - truth(shift, scale)) < 3.5 * error
     if shift == 0:
         assert plain.mean() > 5 * error  # what is removed is there

@@ -64,7 +64,7 @@ def test_every_quantity_is_recovered_from_every_prediction_in_one_call(path: Pat
 @every_path
 @every_prediction
 def test_x0_is_accurate_in_float32(path: Path, prediction: Prediction) -> None:
-    """Within 1e-5 of the data's scale, times the noise-to-signal ratio where eps or velocity is predicted (their inherent amplification)."""
+    """Within 1e-5 of the data's scale, times the noise-to-signal ratio where eps or velocity is predicted (inherent amplification)."""
     denoiser, x0, _, t, x_t = problem(path, prediction, torch.float32)
     amplification = (1 + path.sigma(t) / path.alpha(t)) if prediction in ("eps", "velocity") else torch.ones_like(t)
     assert ((denoiser.x0(x_t, t) - x0).abs() / expand(amplification, x0)).max() < 1e-5

@@ -6,7 +6,8 @@ from gentrain.paths.variance_exploding import VarianceExploding
 
 def test_time_is_the_noise_level() -> None:
     torch.testing.assert_close(
-        VarianceExploding().perturb(torch.ones(2, 1), torch.full((2, 1), -1.0), torch.tensor([0.002, 80.0])), torch.tensor([[0.998], [-79.0]])
+        VarianceExploding().perturb(torch.ones(2, 1), torch.full((2, 1), -1.0), torch.tensor([0.002, 80.0])),
+        torch.tensor([[0.998], [-79.0]]),
     )
 
 

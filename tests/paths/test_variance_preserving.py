@@ -14,7 +14,7 @@ def test_equals_diffusers_noise_levels(schedule: str) -> None:
     alpha_bar = DDIMScheduler(beta_schedule=DIFFUSERS[schedule], beta_start=0.001, beta_end=0.015).alphas_cumprod.double()
     path = VariancePreserving(schedule=schedule, beta_start=0.001, beta_end=0.015)
     t = torch.arange(1000, dtype=torch.float64)
-    torch.testing.assert_close(path.alpha(t) ** 2, alpha_bar, rtol=2e-5, atol=2e-7)
+    torch.testing.assert_close(path.alpha(t) ** 2, alpha_bar, rtol=3e-5, atol=0)
     torch.testing.assert_close(path.sigma(t) ** 2, 1 - alpha_bar, rtol=2e-5, atol=2e-7)
 
 

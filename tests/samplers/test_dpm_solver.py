@@ -32,7 +32,7 @@ def test_converges_at_order_two(path: Path, spacing: str) -> None:
 def test_approaches_order_two_from_pure_noise() -> None:
     """The first step, from a log-SNR of minus infinity, is of first order: it costs the coarse grids part of theirs."""
     orders = convergence_orders(DPMSolver, RectifiedFlow(), [64, 128, 256, 512])
-    assert orders == sorted(orders) and 1.65 < orders[0] and orders[-1] < 2.1, orders
+    assert orders == sorted(orders) and orders[0] > 1.65 and orders[-1] < 2.1, orders
 
 
 @pytest.mark.parametrize(("path", "spacing"), [(RectifiedFlow(), "path"), (VariancePreserving(), "karras")])

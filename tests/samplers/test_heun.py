@@ -36,6 +36,8 @@ def test_converges_at_order_two(path: Path, spacing: str) -> None:
     assert all(1.9 < order < 2.3 for order in orders), orders
 
 
-@pytest.mark.parametrize(("path", "prediction"), [(RectifiedFlow(), "velocity"), (VarianceExploding(), "edm"), (VariancePreserving(), "x0")])
+@pytest.mark.parametrize(
+    ("path", "prediction"), [(RectifiedFlow(), "velocity"), (VarianceExploding(), "edm"), (VariancePreserving(), "x0")]
+)
 def test_no_scheduler_is_offered_where_none_fits(path: Path, prediction: str) -> None:
     assert Heun().diffusers_scheduler(path, prediction) is None

@@ -1,6 +1,7 @@
 """What the samplers' tests share: a smooth toy network, a loop around diffusers' schedulers, and a Gaussian whose flow is known."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -88,7 +89,5 @@ def convergence_orders(sampler: type[Sampler], path: Path, steps: list[int], **f
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None] * float(path.sigma(torch.tensor(path.t_max)))
     gaussian = GaussianNetwork(path)
     noise = Noise(0, torch.arange(9))
-    errors = [
-        (sampler(steps=count, **fields).solve(gaussian.denoiser(), x, noise) - gaussian.end(x)).abs().max().item() for count in steps
-    ]
-    return [float(torch.tensor(a / b).log2()) for a, b in zip(errors, errors[1:], strict=False)]
+    errors = [(sampler(steps=count, **fields).solve(gaussian.denoiser(), x, noise) - gaussian.end(x)).abs().max().item() for count in steps]
+    return [float(torch.tensor(a / b).log2()) for a, b in pairwise(errors)]

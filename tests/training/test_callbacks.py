@@ -1,0 +1,48 @@
+"""When callbacks are due, what they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gentrain.methods.base import Clock
+from gentrain.training import callbacks
+from gentrain.training.callbacks import MetricsFile, Previews, TensorBoard, due
+from gentrain.training.loop import train
+from gentrain.training.world import World
+from tests.distributed.cases import records, run_of, values
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_due_once_per_multiple_whatever_the_batch() -> None:
+    assert [samples for samples in range(12, 97, 12) if due(Clock(samples, 12, 96), 30)] == [36, 60, 96]
+    assert [samples for samples in range(12, 37, 12) if due(Clock(samples, 12, 36), 5)] == [12, 24, 36]
+    assert not due(Clock(12, 12, 12), 0)
+
+
+def test_tensorboard_gets_every_number_of_every_record(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(run_of(values(tmp_path, "flow_matching", log_every=24)), ALONE, lambda: False, [MetricsFile, TensorBoard])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for line in records(tmp_path):
+        for key in line.keys() - {"samples"}:
+            assert any(event.step == line["samples"] and abs(event.value - line[key]) < 1e-6 for event in events.Scalars(key))
+
+
+def test_previews_draw_the_average_from_the_same_noise_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(callbacks, "save_grid", lambda images, path, columns: grids.update({path.name: images}))
+    settings = values(tmp_path, "flow_matching", samples=36, preview_every=12, preview_count=7) | {
+        "data": "digits", "model": {"name": "unet", "channels": [8], "attention": []}, "sampler": {"name": "euler", "steps": 2},
+        "optimizer": {"name": "adamw", "lr": 1e-30},
+    }  # fmt: skip
+    train(run_of(settings), ALONE, lambda: False, [Previews])
+    assert list(grids) == [f"{samples:012d}.png" for samples in (12, 24, 36)]
+    first, *rest = grids.values()
+    assert len(first) == 7 and first.std(0).max() > 0
+    assert all(torch.equal(grid, first) for grid in rest)

@@ -1,0 +1,89 @@
+"""Which weights a role starts from, and what losses see of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gentrain.config import ConfigError
+from gentrain.models.denoiser import Denoiser
+from gentrain.training import checkpoint as checkpoints
+from gentrain.training.roles import Roles, build_network, load_network, load_weights
+from gentrain.training.run import CHECKPOINTS, save_config
+from gentrain.training.world import World
+from tests.distributed.cases import Job, run_of, state_of, train_all, values
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def _trained(settings: dict[str, Any], stop_at: int | None = None) -> Path:
+    run = run_of(settings)
+    save_config(run)
+    train_all(ALONE, [Job(settings, stop_at)])
+    return run.directory
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_role_starts_from_the_role_it_names_and_others_from_seeds_of_their_own(tmp_path: Path) -> None:
+    roles = Roles(run_of(values(tmp_path)), ALONE)
+    teacher = roles.frozen["teacher"].state_dict()
+    assert _same(roles.engines["student"].weights(), teacher) and _same(roles.frozen["reference"].state_dict(), teacher)
+    assert not torch.equal(roles.engines["critic"].weights()["input.weight"], teacher["input.weight"])
+    assert _same(teacher, build_network(run_of(values(tmp_path)), "teacher").state_dict())
+    other = Roles(run_of(values(tmp_path) | {"seed": 6}), ALONE)
+    assert not torch.equal(other.frozen["teacher"].state_dict()["input.weight"], teacher["input.weight"])
+
+
+def test_a_frozen_copy_of_a_role_that_learns_stays_its_first_weights_on_resume(tmp_path: Path) -> None:
+    settings = values(tmp_path)
+    _trained(settings, stop_at=2)
+    resumed = Roles(run_of(settings), ALONE, checkpoints.latest(tmp_path / CHECKPOINTS))
+    fresh = Roles(run_of(settings | {"output": str(tmp_path / "fresh")}), ALONE)
+    assert _same(resumed.frozen["reference"].state_dict(), fresh.frozen["reference"].state_dict())
+    assert not _same(resumed.engines["student"].weights(), fresh.engines["student"].weights())
+
+
+def test_weights_come_from_the_average_of_another_run(tmp_path: Path) -> None:
+    source = _trained(values(tmp_path / "source", "flow_matching"))
+    settings = values(tmp_path / "run") | {"roles": {"teacher": {"weights": str(source)}}}
+    roles = Roles(run_of(settings), ALONE)
+    average = {name.removeprefix("model.ema/"): v for name, v in state_of(source).items() if name.startswith("model.ema/")}
+    for weights in (roles.frozen["teacher"].state_dict(), roles.engines["student"].weights(), load_weights(str(source))):
+        assert _same(weights, average)
+    denoiser, run = load_network(source)
+    assert isinstance(denoiser, Denoiser) and _same(denoiser.network.state_dict(), average) and not denoiser.network.training  # type: ignore[attr-defined]
+    assert run.method.registered_name == "flow_matching"
+
+
+def test_weights_that_do_not_fit_or_are_not_there_are_named(tmp_path: Path) -> None:
+    source = _trained(values(tmp_path / "source", "flow_matching"), stop_at=1)
+    settings = values(tmp_path / "run") | {"model": {"name": "mlp", "width": 8}, "roles": {"teacher": {"weights": str(source)}}}
+    with pytest.raises(ConfigError, match=r"roles\.teacher: the weights for role 'teacher' do not fit"):
+        Roles(run_of(settings), ALONE)
+    save_config(run_of(values(tmp_path / "empty")))
+    with pytest.raises(ConfigError, match=r"roles\.teacher\.weights: .*has no checkpoint yet; train it first"):
+        Roles(run_of(values(tmp_path / "run") | {"roles": {"teacher": {"weights": str(tmp_path / "empty")}}}), ALONE)
+
+
+def test_a_network_that_does_not_fit_the_data_is_a_mistake_of_its_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"roles\.critic\.model: unet is for images"):
+        Roles(run_of(values(tmp_path) | {"roles": {"critic": {"model": "unet"}}}), ALONE)
+
+
+def test_losses_see_denoisers_bare_networks_and_no_role_that_is_not_there(tmp_path: Path) -> None:
+    roles = Roles(run_of(values(tmp_path)), ALONE)
+    with roles.stepping("student") as nets:
+        assert isinstance(nets.student, Denoiser) and isinstance(nets.teacher, Denoiser) and nets.teacher.prediction == "velocity"
+        assert not isinstance(nets.critic, Denoiser)
+        assert roles.engines["student"].module.training and not roles.engines["critic"].module.training
+        assert not any(p.requires_grad for p in roles.engines["critic"].module.parameters())
+        assert nets.group.size == 1
+        with pytest.raises(AttributeError, match="no role 'judge'; its roles: teacher, reference, critic, student"):
+            _ = nets.judge
+    assert all(p.requires_grad for p in roles.engines["critic"].module.parameters())

@@ -1,0 +1,74 @@
+"""What a run's configuration refuses, and what a role takes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gentrain.config import ConfigError, register
+from gentrain.training.optimizers import Optimizer
+from gentrain.training.run import open_run, save_config
+from tests.distributed.cases import run_of, values
+
+
+@register("test_whole_matrices")
+@dataclass
+class _WholeMatrices(Optimizer):
+    needs = "matrix"
+    lr: float = 0.1
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, self.lr)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimiser_that_sharding_would_change_is_refused(stage: int) -> None:
+    settings = values(Path("unused"), "relay", {"name": "deepspeed", "zero_stage": stage}) | {"optimizer": "test_whole_matrices"}
+    with pytest.raises(ConfigError, match=r"test_whole_matrices needs matrix access .* role 'critic'.*set engine.zero_stage to 0"):
+        run_of(settings)
+
+
+@pytest.mark.parametrize("engine", ["torch", {"name": "deepspeed", "zero_stage": 0}])
+def test_an_optimiser_that_needs_whole_parameters_may_run_where_they_are_whole(engine: object) -> None:
+    run_of(values(Path("unused"), "relay", engine) | {"optimizer": "test_whole_matrices"})  # type: ignore[arg-type]
+
+
+def test_only_the_roles_that_learn_need_an_optimiser_that_fits() -> None:
+    settings = values(Path("unused"), "relay", {"name": "deepspeed", "zero_stage": 1})
+    run_of(settings | {"roles": {"teacher": {"optimizer": "test_whole_matrices"}}})
+    with pytest.raises(ConfigError, match="role 'student'"):
+        run_of(settings | {"roles": {"student": {"optimizer": "test_whole_matrices"}}})
+    run_of(settings | {"roles": {"student": {"optimizer": "test_whole_matrices", "engine": "torch"}}})
+
+
+def test_an_unknown_role_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"roles\.judge: relay has no role 'judge'; its roles: teacher, critic, student, reference"):
+        run_of(values(Path("unused")) | {"roles": {"judge": {}}})
+
+
+@pytest.mark.parametrize("batch_size, remedy", [(10, 8), (3, 4)])
+def test_a_batch_that_workers_cannot_share_is_refused_with_one_that_they_can(batch_size: int, remedy: int) -> None:
+    with pytest.raises(ConfigError, match=rf"training\.batch_size: .*2 workers x 2 micro-batches; {remedy} can"):
+        run_of(values(Path("unused"), batch_size=batch_size) | {"cluster": {"workers": 2}})
+
+
+def test_roles_override_the_run() -> None:
+    run = run_of(values(Path("unused")) | {"roles": {"critic": {"optimizer": {"name": "sgd", "lr": 0.5}, "schedule": "constant"}}})
+    assert (run.optimizer_of("critic").lr, run.optimizer_of("student").lr) == (0.5, 0.01)
+    assert run.schedule_of("critic").registered_name == "constant" and run.schedule_of("student") is run.schedule
+    assert run.engine_of("critic") is run.engine and run.model_of("critic") is run.model
+
+
+def test_the_saved_configuration_alone_makes_the_same_run_wherever_it_is_moved(tmp_path: Path) -> None:
+    run = run_of(values(tmp_path / "here", "flow_matching", {"name": "deepspeed", "settings": {"wall_clock_breakdown": True}}))
+    save_config(run)
+    assert open_run(tmp_path / "here") == run
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert open_run(tmp_path / "there").directory == tmp_path / "there"
+    with pytest.raises(ConfigError, match="not a run's directory"):
+        open_run(tmp_path)

@@ -1,0 +1,45 @@
+"""How DeepSpeed is configured; what it does is in tests/distributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gentrain.config import ConfigError
+from gentrain.training.zero import _OWNED, DeepSpeedEngine
+from tests.distributed.cases import run_of, values
+
+
+def _nested(key: str) -> dict[str, Any]:
+    head, _, rest = key.partition(".")
+    return {head: {rest: 1} if rest else 1}
+
+
+@pytest.mark.parametrize("key", _OWNED)
+def test_keys_that_the_engine_sets_are_refused_with_what_to_set_instead(key: str) -> None:
+    engine = {"name": "deepspeed", "settings": _nested(key)}
+    with pytest.raises(ConfigError) as raised:
+        run_of(values(Path("unused"), "flow_matching", engine))
+    assert f"engine.settings.{key}" in str(raised.value) and _OWNED[key] in str(raised.value)
+
+
+def test_bf16_needs_stage_1() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage: bf16 needs zero_stage 1"):
+        run_of(values(Path("unused"), "flow_matching", {"name": "deepspeed", "zero_stage": 0, "precision": "bf16"}))
+
+
+@pytest.mark.parametrize("stage, clipping, written", [(0, 0.5, 0.0), (1, 0.5, 0.5), (2, None, 0.0), (3, 2.0, 2.0)])
+def test_clipping_is_always_said(stage: Any, clipping: float | None, written: float) -> None:
+    """DeepSpeed clips at 1.0 where it is left out; at stage 0 the engine clips, which needs the norm to judge the step."""
+    config = DeepSpeedEngine(zero_stage=stage, gradient_clipping=clipping).deepspeed_config()
+    assert config["gradient_clipping"] == written
+    assert config["zero_optimization"] == {"stage": stage, "memory_efficient_linear": False}
+
+
+def test_further_settings_are_merged_beside_our_own() -> None:
+    settings = {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
+    config = DeepSpeedEngine(zero_stage=2, settings=settings).deepspeed_config()
+    assert config["zero_optimization"] == {"stage": 2, "memory_efficient_linear": False, "overlap_comm": False}
+    assert config["wall_clock_breakdown"] is True
