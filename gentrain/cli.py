@@ -46,8 +46,8 @@ def _guarded(command: Callable[..., Any]) -> int:
     except ConfigError as error:
         return _complain(str(error), MEND)
     except typer.TyperException as error:
-        error.show()
-        return error.exit_code
+        message = error.format_message()  # none when a bare `gentrain` has just printed the help
+        return _complain(f"{message} See gentrain --help.", error.exit_code) if message else error.exit_code
     except (OSError, ValueError, RuntimeError) as error:
         logging.getLogger("gentrain").debug("traceback", exc_info=True)
         return _complain(f"{error}", FAILED)

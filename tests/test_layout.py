@@ -97,4 +97,5 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_every_method_has_a_page_of_its_name() -> None:
     from gentrain.methods.base import Method
 
-    assert [name for name in Method.available() if not (ROOT / "docs" / "methods" / f"{name}.md").is_file()] == []
+    ours = [name for name, method in Method.available().items() if method.__module__.startswith("gentrain.")]
+    assert [name for name in ours if not (ROOT / "docs" / "methods" / f"{name}.md").is_file()] == []

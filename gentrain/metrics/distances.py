@@ -67,11 +67,14 @@ def distance_metric(
 ) -> Metric:
     """A distance with its bootstrap interval, corrected for the samples' finite size; cut at 0, which no true distance is below.
 
+    The definition also says the uncorrected value, which is what papers report.
+
     Raises ValueError if a sample holds NaN or inf.
     """
     for sample, what in ((generated, "generated"), (reference, "reference")):
         if not sample.isfinite().all():
             raise ValueError(f"{name}: some {what} samples are NaN or inf")
     value, low, high = (max(0.0, bound) for bound in bootstrap_interval(distance, generated, reference, seed=seed))
-    sizes = f"{len(generated)} against {len(reference)} samples, bootstrap interval and correction for their finite number"
+    plain = distance(generated, reference)
+    sizes = f"{len(generated)} against {len(reference)} samples, corrected for their number (uncorrected {plain:.4g}), bootstrap interval"
     return Metric(name, value, low, high, "lower", f"{definition}; {sizes}")

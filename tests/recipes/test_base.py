@@ -46,7 +46,7 @@ stages:
       model: {name: unet, channels: [8, 8], attention: []}
       engine: torch
       training: {samples: 32, batch_size: 16, log_every: 16, preview_every: 16, preview_count: 10}
-  drawn: {name: generate, run: '${output:generator}', count: 40, sampler: {name: euler, steps: 2, guidance: 2}}
+  drawn: {name: generate, run: '${output:generator}', count: 150, sampler: {name: euler, steps: 2, guidance: 2}}
   scores: {name: evaluate, judge: '${output:judge}', samples: {drawn: '${output:drawn}'}}
   pipeline: {name: export, run: '${output:generator}', scores: '${output:scores}'}
 """
@@ -84,7 +84,8 @@ ALL_SKIPPED = dict.fromkeys(["generator", "rough", "fine", "scores"], "finished 
 def test_every_stage_leaves_what_the_report_reads(finished: Path) -> None:
     out = finished / "out"
     assert {name: (state["kind"], state["status"]) for name, state in _states(finished).items()} == {
-        "generator": ("train", "finished"), "rough": ("generate", "finished"), "fine": ("generate", "finished"), "scores": ("evaluate", "finished"),
+        "generator": ("train", "finished"), "rough": ("generate", "finished"),
+        "fine": ("generate", "finished"), "scores": ("evaluate", "finished"),
     }  # fmt: skip
     assert all(state["seconds"] > 0 and state["reason"] == "not run yet" for state in _states(finished).values())
     lines = [json.loads(line) for line in (out / "generator" / "metrics.jsonl").read_text().splitlines()]
@@ -214,7 +215,8 @@ def test_plugins_of_a_recipe_and_of_its_runs_are_loaded_and_stay_with_the_runs(t
     (tmp_path / "run.yaml").write_text(
         "plugins: [near.py]\nmethod: flow_matching\ndata: near_rings\nmodel: mlp\nengine: torch\ntraining: {samples: 16}\n"
     )
-    text = "plugins: [far.py]\nstages:\n  a: {name: train, run: {base: run.yaml}}\n  b: {name: train, run: {base: run.yaml, data: far_rings}}\n"
+    text = "plugins: [far.py]\nstages:\n  a: {name: train, run: {base: run.yaml}}\n"
+    text += "  b: {name: train, run: {base: run.yaml, data: far_rings}}\n"
     (tmp_path / "recipe.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "recipe.yaml")
     for stage in recipe.stages.values():

@@ -1,0 +1,30 @@
+"""A method whose worker kills itself once, half way, as a machine that goes down would."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gentrain.config import option, register
+from gentrain.methods.base import Batch, Clock, Loss, Nets, Update
+from gentrain.methods.flow_matching import FlowMatching
+from gentrain.noise import Noise
+
+
+@register("mortal_flow")
+@dataclass
+class MortalFlow(FlowMatching):
+    """Flow matching; the process that reads sample `at` is killed unless the file `marker` is there, which it writes first."""
+
+    marker: str = option(help="file")
+    at: int = option(0, "position of the sample", unit="samples")
+
+    def updates(self, clock: Clock) -> Iterator[Update]:
+        yield Update("model", self._loss)
+
+    def _loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        if bool((batch["index"] == self.at).any()) and not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.loss(nets, batch, noise)

@@ -1,0 +1,130 @@
+"""Workers under Ray Train, and a fleet of actors: the same numbers as one process, through a death and a request to stop."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gentrain.cluster.generation import generate
+from gentrain.cluster.launch import launch
+from gentrain.cluster.session import session
+from gentrain.cluster.stopping import STOP_FILE
+from gentrain.config import ConfigError, Document
+from gentrain.samplers.euler import Euler
+from gentrain.training.checkpoint import latest
+from gentrain.training.loop import Outcome
+from gentrain.training.run import CHECKPOINTS, METRICS, RunConfig, parse_run
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+PLUGIN = Path(__file__).with_name("plugin_mortal.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session() -> Iterator[None]:
+    """One session for the module; when it ends, no process that it started is left."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with session():
+        yield
+    started = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    _, alive = psutil.wait_procs(started, timeout=20)
+    assert not [child for child in alive if "ray" in " ".join(child.cmdline())]
+
+
+def _run(output: Path, workers: int, **settings: Any) -> RunConfig:
+    values = {
+        "method": "flow_matching",
+        "data": "rings",
+        "model": {"name": "mlp", "width": 32},
+        "engine": {"name": "deepspeed", "zero_stage": 2},
+        "training": {"samples": 640, "batch_size": 32, "log_every": 32, "checkpoint_every": 160},
+        "cluster": {"place": "ray" if workers else "inline", "workers": max(1, workers)},
+        "output": str(output),
+    }
+    return parse_run(Document(values | settings, "test"))
+
+
+def _losses(directory: Path) -> list[float]:
+    return [json.loads(line)["loss/model"] for line in (directory / METRICS).read_text().splitlines()]
+
+
+def _weights(run: RunConfig) -> dict[str, torch.Tensor]:
+    newest = latest(run.directory / CHECKPOINTS)
+    assert newest is not None
+    return load_file(newest / "model.ema.safetensors")
+
+
+def test_two_workers_train_what_one_process_trains_and_a_killed_one_changes_nothing(tmp_path: Path) -> None:
+    """The death loses at most what followed the last published checkpoint, and that is done again with the same samples and noise."""
+    alone = _run(tmp_path / "alone", 0)
+    assert launch(alone) is Outcome.FINISHED
+    marker = tmp_path / "died"
+    method = {"name": "mortal_flow", "at": 400, "marker": str(marker)}
+    mortal = _run(tmp_path / "mortal", 2, method=method, plugins=[str(PLUGIN)])
+    assert launch(mortal) is Outcome.FINISHED
+    assert marker.exists()
+    assert len(_losses(mortal.directory)) == 20
+    assert _losses(mortal.directory) == pytest.approx(_losses(alone.directory), rel=1e-5)
+    for name, value in _weights(alone).items():
+        torch.testing.assert_close(_weights(mortal)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mistake_that_only_a_worker_can_see_is_reported_once_as_what_it_is(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 2, roles={"model": {"weights": str(tmp_path / "nowhere")}})
+    with pytest.raises(ConfigError, match="nowhere is not a run's directory"):
+        launch(run)
+
+
+def test_a_request_to_stop_publishes_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
+    training = {"samples": 1_000_000, "batch_size": 32, "log_every": 32}
+    run = _run(tmp_path / "run", 2, training=training)
+
+    def stop() -> None:
+        while not (run.directory / METRICS).exists():
+            time.sleep(0.1)
+        (run.directory / STOP_FILE).touch()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert launch(run) is Outcome.STOPPED
+    thread.join()
+    newest = latest(run.directory / CHECKPOINTS)
+    assert newest is not None and 0 < int(newest.name) < 1_000_000
+    rest = _run(run.directory, 2, training=training | {"samples": int(newest.name) + 320})
+    assert launch(rest) is Outcome.FINISHED
+    samples = [json.loads(line)["samples"] for line in (run.directory / METRICS).read_text().splitlines()]
+    assert samples == list(range(32, int(newest.name) + 321, 32))
+
+
+def test_a_fleet_draws_what_one_process_draws_whatever_its_size(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 0, engine="torch")
+    launch(run)
+    labels = torch.arange(250) % 2
+    alone = generate(run.directory, Euler(steps=4, guidance=2.0), labels, seed=3)
+    assert alone.shape == (250, 2) and alone.isfinite().all()
+    for actors in (1, 2):
+        assert torch.equal(generate(run.directory, Euler(steps=4, guidance=2.0), labels, seed=3, actors=actors), alone)
+    assert not torch.equal(generate(run.directory, Euler(steps=4, guidance=2.0), labels, seed=4), alone)
+    with pytest.raises(ConfigError, match="nowhere"):
+        generate(tmp_path / "nowhere", Euler(), labels, actors=1)
+
+
+def test_training_in_this_process_needs_no_ray(tmp_path: Path) -> None:
+    script = (
+        "import sys, logging\nfrom gentrain.config import Document\nfrom gentrain.training.run import parse_run\n"
+        "from gentrain.cluster.launch import launch\n"
+        f"launch(parse_run(Document(dict(method='flow_matching', data='rings', model='mlp', engine='torch', output={str(tmp_path)!r},"
+        "training=dict(samples=64, batch_size=32)), 'test')))\nassert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
