@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ app = typer.Typer(
     help="Trains, fine-tunes, distils, aligns and unlearns diffusion, consistency and flow models.",
     epilog="Exit status: 0 done, 1 failed, 2 the command or a configuration must be mended, 75 stopped: run the same again to go on.",
 )  # fmt: skip
-console = Console()
+console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # of the ranks of torchrun, one speaks
 
 FAILED, MEND, RESUME = 1, 2, 75  # 75 = EX_TEMPFAIL, which schedulers can be told to requeue on
 
@@ -58,6 +60,16 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
+def _say(text: str) -> None:
+    """Prints text as it is: paths and overrides may hold brackets, and are copied from here."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _stopped(command: str, config: Path, overrides: list[str] | None) -> int:
+    _say(f"stopped; a checkpoint is published. Go on with: {shlex.join(['gentrain', command, str(config), *(overrides or ())])}")
+    return RESUME
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 
@@ -79,11 +91,10 @@ def run(recipe: Path, overrides: Overrides = None) -> int:
         try:
             run_recipe(loaded, lambda line: console.print(f"[bold cyan]·[/] {_escape(line)}", highlight=False))
         except Stopped:
-            console.print(f"stopped; a checkpoint is published. Go on with: gentrain run {recipe} {' '.join(overrides or ())}")
-            return RESUME
+            return _stopped("run", recipe, overrides)
     for metrics in sorted(loaded.directory.glob("*/metrics.json")):
         _print_metrics(metrics)
-    console.print(f"report: {write_report(loaded.directory)}", soft_wrap=True)
+    _say(f"report: {write_report(loaded.directory)}")
     return 0
 
 
@@ -106,9 +117,8 @@ def train(config: Path, overrides: Overrides = None) -> int:
     with session():
         outcome = launch(loaded)
     if outcome is Outcome.STOPPED:
-        console.print(f"stopped; a checkpoint is published. Go on with: gentrain train {config} {' '.join(overrides or ())}")
-        return RESUME
-    console.print(f"trained: {loaded.directory}", soft_wrap=True)
+        return _stopped("train", config, overrides)
+    _say(f"trained: {loaded.directory}")
     return 0
 
 
@@ -116,13 +126,14 @@ def train(config: Path, overrides: Overrides = None) -> int:
 def sample(run: Path, overrides: Overrides = None, out: Annotated[Path | None, typer.Option(help="Default: RUN/generated")] = None) -> int:
     """Draws samples from a run's newest checkpoint.
 
-    Example: gentrain sample runs/quickstart/generator count=64 sampler.name=heun sampler.guidance=2 labels=[3,8]
+    Example: gentrain sample runs/quickstart/generator count=64 sampler.guidance=3 labels=[3,8]
     """
     from gentrain.recipes.generate import Generate
+    from gentrain.training.run import open_run
 
     directory = out or run / "generated"
-    _execute(Generate, {"run": str(run)}, overrides, directory)
-    console.print(f"samples: {directory}", soft_wrap=True)
+    _execute(Generate, {"run": str(run), "sampler": _plain(open_run(run).sampler)}, overrides, directory)
+    _say(f"samples: {directory}")
     return 0
 
 
@@ -145,12 +156,13 @@ def evaluate(run: Path, overrides: Overrides = None) -> int:
 def export(run: Path, out: Path, overrides: Overrides = None) -> int:
     """Writes a run's generator as a diffusers pipeline directory with a model card.
 
-    Example: gentrain export runs/quickstart/generator digits-pipeline sampler.name=euler sampler.guidance=2
+    Example: gentrain export runs/quickstart/generator digits-pipeline sampler.guidance=3
     """
     from gentrain.recipes.export import Export
+    from gentrain.training.run import open_run
 
-    stage = _stage(Export, {"run": str(run)}, overrides)
-    console.print(f"exported: {stage.write(out)}", soft_wrap=True)
+    stage = _stage(Export, {"run": str(run), "sampler": _plain(open_run(run).sampler)}, overrides)
+    _say(f"exported: {stage.write(out)}")
     return 0
 
 
@@ -162,7 +174,7 @@ def report(run: Path) -> int:
     """
     from gentrain.report import write_report
 
-    console.print(str(write_report(run)), soft_wrap=True)
+    _say(str(write_report(run)))
     return 0
 
 
@@ -184,9 +196,9 @@ def plan(config: Path, overrides: Overrides = None) -> int:
     else:
         loaded = load_run(config, overrides or ())
         runs = {config.stem: loaded}
-    console.print(to_yaml(loaded), markup=False, highlight=False, soft_wrap=True)
-    for name, each in runs.items():
-        _print_roles(name, each)
+    tables = [_roles(name, each) for name, each in runs.items()]  # first: building the networks shows whether they fit the data
+    _say(to_yaml(loaded))
+    console.print(*tables, sep="\n")
     return 0
 
 
@@ -211,7 +223,10 @@ def methods(name: Annotated[str | None, typer.Argument(help="Of a method, path, 
 
 @app.command()
 def doctor() -> int:
-    """Checks versions, accelerator, compiler, ports, Ray and DeepSpeed; says what is wrong and how to mend it."""
+    """Checks versions, accelerator, compiler, ports, Ray and DeepSpeed; says what is wrong and how to mend it.
+
+    Example: gentrain doctor
+    """
     from gentrain.doctor import checks
 
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -252,7 +267,7 @@ def _print_metrics(path: Path) -> None:
     console.print(table)
 
 
-def _print_roles(name: str, run: RunConfig) -> None:
+def _roles(name: str, run: RunConfig) -> Table:
     from gentrain.config import to_dict
     from gentrain.methods.base import Trained
     from gentrain.training.roles import count_parameters
@@ -266,4 +281,4 @@ def _print_roles(name: str, run: RunConfig) -> None:
         average = "yes" if isinstance(part, Trained) and part.ema else ""
         count = f"{count_parameters(run, role):,}"
         table.add_row(role, run.model_of(role).registered_name, count, "yes" if learns else "", average, engine)
-    console.print(table)
+    return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -118,6 +119,30 @@ def test_a_fleet_draws_what_one_process_draws_whatever_its_size(tmp_path: Path) 
     assert not torch.equal(generate(run.directory, Euler(steps=4, guidance=2.0), labels, seed=4), alone)
     with pytest.raises(ConfigError, match="nowhere"):
         generate(tmp_path / "nowhere", Euler(), labels, actors=1)
+
+
+def test_an_actor_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 0, engine="torch")
+    launch(run)
+    sampler, labels = Euler(steps=100, guidance=2.0), torch.arange(3_000) % 2
+    killed: list[psutil.Process] = []
+
+    def kill() -> None:
+        while not killed:
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "Generator.draw" in child.name() + " ".join(child.cmdline()):
+                        child.kill()
+                        killed.append(child)
+                        break
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    drawn = generate(run.directory, sampler, labels, actors=3)
+    thread.join(5)
+    assert len(killed) == 1
+    assert torch.equal(drawn, generate(run.directory, sampler, labels))
 
 
 def test_training_in_this_process_needs_no_ray(tmp_path: Path) -> None:

@@ -1,0 +1,285 @@
+"""The `gentrain` command as a person meets it: what it prints, the exit status, and that no traceback answers an expected mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from gentrain import cli
+from gentrain.catalogue import kinds
+from gentrain.training.checkpoint import latest
+
+COMMANDS = ["run", "train", "sample", "evaluate", "export", "report", "plan", "methods", "doctor"]
+TOY = """
+method: flow_matching
+data: {name: rings, held_out: 200}
+model: {name: mlp, width: 8, depth: 1}
+engine: torch
+sampler: {name: euler, steps: 2}
+training: {samples: 64, batch_size: 16, log_every: 16}
+"""
+DIGITS = """
+method: flow_matching
+data: digits
+model: {name: unet, channels: [8, 8], attention: []}
+engine: torch
+sampler: {name: euler, steps: 2}
+training: {samples: 32, batch_size: 16}
+"""
+RECIPE = """
+stages:
+  generator: {name: train, run: {base: toy.yaml}}
+  drawn: {name: generate, run: '${output:generator}', count: 60}
+  scores: {name: evaluate, data: {name: rings, held_out: 200}, samples: {drawn: '${output:drawn}'}}
+"""
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "console", Console(width=250))
+    for name, text in {"toy": TOY, "digits": DIGITS, "recipe": RECIPE}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def gentrain(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process: (exit status, what it printed, on both streams)."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        status = cli._guarded(lambda **options: cli.app(args=list(arguments), **options))
+        printed = "".join(capsys.readouterr())
+        assert "Traceback" not in printed
+        return status, printed
+
+    return call
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    code = "from gentrain.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+# --- help and listings ------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command_and_needs_no_torch() -> None:
+    code = """
+import sys
+from gentrain.cli import main
+sys.argv = ["gentrain", "--help"]
+try:
+    main()
+except SystemExit as end:
+    print("status", end.code, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "status 0 False" in done.stdout
+    assert [command for command in COMMANDS if not re.search(rf"│ {command} ", done.stdout)] == []
+    assert "75 stopped" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_an_example(gentrain: Command, command: str) -> None:
+    status, printed = gentrain(command, "--help")
+    assert status == 0
+    assert f"Example: gentrain {command}" in printed
+
+
+def test_methods_lists_everything_that_configurations_can_name(gentrain: Command) -> None:
+    status, printed = gentrain("methods")
+    assert status == 0
+    for kind, entries in kinds().items():
+        assert f"{kind}s" in printed
+        assert [name for name in entries if not re.search(rf"│ {name} ", printed)] == []
+
+
+def test_methods_of_a_name_shows_its_fields_with_unit_and_source(gentrain: Command) -> None:
+    status, printed = gentrain("methods", "flow_matching")
+    assert status == 0
+    assert re.search(r"label_dropout │ a number >= 0 and <= 1 │ 0\.1 +│ +│ probability that a label .*│ arXiv:2207\.12598", printed)
+    assert re.search(r"beta2 .*│ 0\.999 +│ per step", gentrain("methods", "adamw")[1])
+    assert re.search(r"path +│ text +│ required", gentrain("methods", "image_folder")[1])
+
+
+def test_doctor(gentrain: Command) -> None:
+    status, printed = gentrain("doctor")
+    assert (status, "fail" in printed) in {(0, False), (1, True)}
+    assert "python" in printed.lower() and "ray" in printed.lower()
+
+
+# --- the way from a configuration to results -------------------------------------------------------------------------------
+
+
+def test_plan_starts_nothing_and_writes_nothing(gentrain: Command, folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    status, printed = gentrain("plan", "recipe.yaml", "stages.generator.run.cluster={place: ray, workers: 2}")
+    assert status == 0
+    assert "output: runs/recipe" in printed and "run: runs/recipe/generator" in printed
+    assert "generator: 2 workers under Ray Train, micro-batches of 8" in printed
+    status, printed = gentrain("plan", "toy.yaml", "model.width=16")
+    assert status == 0 and "toy: this process, micro-batches of 16" in printed
+    parameters = re.search(r"│ model │ mlp +│ ([\d,]+) +│ yes +│ yes", printed)
+    assert parameters is not None
+    # time 2 (16 16 + 16), labels 4 16, input 2 16 + 16, layer 2 (16 16 + 16), output 16 2 + 2
+    assert int(parameters[1].replace(",", "")) == 544 + 64 + 48 + 544 + 34
+    assert sorted(folder.rglob("*")) == before
+    assert "ray" not in sys.modules
+
+
+def test_from_training_to_a_report(gentrain: Command, folder: Path) -> None:
+    assert gentrain("train", "toy.yaml") == (0, "trained: runs/toy\n")
+    status, printed = gentrain("sample", "runs/toy", "count=60", "labels=[2]", "seed=4", "sampler.steps=3")
+    assert (status, printed) == (0, "samples: runs/toy/generated\n")
+    assert json.loads((folder / "runs/toy/generated/info.json").read_text())["sampler"]["steps"] == 3
+    drawn = load_file("runs/toy/generated/samples.safetensors")
+    assert drawn["x"].shape == (60, 2) and drawn["label"].unique().tolist() == [2]
+    status, printed = gentrain("evaluate", "runs/toy", "reference=100")
+    assert status == 0 and re.search(r"energy distance, generated +│ \S+ +│ \S+ to \S+ +│ lower", printed)
+    assert json.loads((folder / "runs/toy/evaluation/metrics.json").read_text())["settings"]["reference"] == "100 held-out items"
+    assert gentrain("report", "runs/toy") == (0, "runs/toy/report.html\n")
+    assert gentrain("sample", "runs/toy", "count=3", "--out", "elsewhere")[0] == 0
+    assert len(load_file("elsewhere/samples.safetensors")["x"]) == 3
+
+
+def test_export(gentrain: Command, folder: Path) -> None:
+    assert gentrain("train", "digits.yaml")[0] == 0
+    assert gentrain("export", "runs/digits", "pipeline", "sampler={name: euler, steps: 3}") == (0, "exported: pipeline\n")
+    assert (folder / "pipeline/model_index.json").is_file()
+    status, printed = gentrain("export", "runs/digits", "pipeline")
+    assert status == 1 and "pipeline" in printed and "error" in printed
+
+
+def test_a_recipe_is_run_once(gentrain: Command, folder: Path) -> None:
+    status, printed = gentrain("run", "recipe.yaml")
+    assert status == 0
+    assert "generator: not run yet" in printed and "report: runs/recipe/report.html" in printed
+    assert re.search(r"sliced Wasserstein, drawn +│", printed)
+    status, printed = gentrain("run", "recipe.yaml")
+    assert status == 0 and printed.count("finished before, skipped") == 3
+    status, printed = gentrain("run", "recipe.yaml", "stages.drawn.count=70")
+    assert status == 0 and "drawn: runs again: count changed" in printed and "generator: finished before, skipped" in printed
+
+
+def test_a_recipe_that_is_stopped_says_how_to_go_on(gentrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gentrain.training.loop import Outcome
+
+    monkeypatch.setattr("gentrain.recipes.train.launch", lambda run: Outcome.STOPPED)
+    status, printed = gentrain("run", "recipe.yaml", "stages.drawn.count=5", "output=my runs")
+    assert status == 75
+    assert "Go on with: gentrain run recipe.yaml stages.drawn.count=5 'output=my runs'" in printed
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("place", ["inline", pytest.param("ray", marks=pytest.mark.cluster)])
+def test_ctrl_c_publishes_a_checkpoint_and_the_same_command_goes_on(folder: Path, place: str) -> None:
+    process = _start("train", "toy.yaml", f"cluster.place={place}", "training.samples=100_000_000")
+    metrics = folder / "runs/toy/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.is_file() or metrics.stat().st_size < 500:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert bool(children) == (place == "ray")
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 75, printed
+    assert f"Go on with: gentrain train toy.yaml cluster.place={place} training.samples=100_000_000" in printed
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    stopped = latest(folder / "runs/toy/checkpoints")
+    assert stopped is not None and 0 < int(stopped.name) < 100_000_000
+    process = _start("train", "toy.yaml", f"training.samples={int(stopped.name) + 160}")
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    lines = [json.loads(line)["samples"] for line in metrics.read_text().splitlines()]
+    assert lines == list(range(16, int(stopped.name) + 161, 16))
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_ranks_of_torchrun_train_what_one_process_trains(gentrain: Command, folder: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
+    command = [*agent, "--no-python", str(Path(sys.executable).with_name("gentrain")), "train", "toy.yaml", "output=two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained: two") == 1
+    assert gentrain("train", "toy.yaml", "output=one")[0] == 0
+    one, two = (
+        [json.loads(line)["loss/model"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------------
+
+# arguments, exit status, what is said
+MISTAKES = [
+    (["trian", "toy.yaml"], 2, "No such command 'trian'"),
+    (["train"], 2, "Missing argument 'config'. See gentrain --help."),
+    (["train", "toy.yml"], 2, "toy.yml: no such file; did you mean toy.yaml?"),
+    (["train", "toy.yaml", "modle.width=2"], 2, "command line: modle: unknown key; did you mean 'model'?"),
+    (["train", "toy.yaml", "model=cnn"], 2, "runs/toy: model: cnn is for images (C, H, W), got samples of shape (2,)"),
+    (["train", "toy.yaml", "roles.model.weights=nowhere"], 2, "roles.model.weights: nowhere is not a run's directory"),
+    (["train", "recipe.yaml"], 2, "this is a recipe, not a run; run it with: gentrain run recipe.yaml"),
+    (["run", "toy.yaml"], 2, "this is a run, not a recipe; train it with: gentrain train toy.yaml"),
+    (["run", "recipe.yaml", "stages.drawn.labels=[7]"], 2, "class 7 does not exist; those of runs/recipe/generator are 0 to 2"),
+    (["plan", "toy.yaml", "model=unet"], 2, "unet is for images (C, H, W)"),
+    (["plan", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
+    (["methods", "flow_machting"], 2, "nothing is called 'flow_machting'; did you mean 'flow_matching'?"),
+    (["sample", "nowhere"], 2, "nowhere is not a run's directory: it has no config.yaml"),
+    (["evaluate", "nowhere"], 2, "nowhere is not a run's directory: it has no config.yaml"),
+    (["export", "nowhere", "out"], 2, "nowhere is not a run's directory: it has no config.yaml"),
+    (["report", "nowhere"], 1, "no such run: nowhere"),
+    (["sample", "untrained"], 2, "untrained has no checkpoint yet; train it first"),
+    (["sample", "untrained", "cuont=3"], 2, "command line: cuont: unknown key; did you mean 'count'?"),
+    (["evaluate", "untrained"], 2, "untrained/generated/samples.safetensors does not exist"),
+    (["evaluate", "untrained", "judge=nowhere"], 2, "nowhere is not a run's directory"),
+]
+
+
+@pytest.mark.parametrize("arguments, status, message", MISTAKES, ids=[" ".join(row[0]) for row in MISTAKES])
+def test_a_mistake_gets_one_clear_line(gentrain: Command, folder: Path, arguments: list[str], status: int, message: str) -> None:
+    (folder / "untrained").mkdir()
+    (folder / "untrained/config.yaml").write_text(TOY)
+    got, printed = gentrain(*arguments)
+    assert (got, printed.count("error")) == (status, 1)
+    assert message in printed
+    assert len(printed.splitlines()) <= 10
+
+
+def test_a_damaged_checkpoint_is_named(gentrain: Command, folder: Path) -> None:
+    assert gentrain("train", "toy.yaml")[0] == 0
+    newest = latest(folder / "runs/toy/checkpoints")
+    assert newest is not None
+    (newest / "model.ema.safetensors").write_bytes(b"x")
+    for command in ("train toy.yaml", "sample runs/toy"):
+        status, printed = gentrain(*command.split())
+        assert status == 1 and "model.ema.safetensors differs from its hash in the manifest" in printed
+
+
+def test_what_cannot_be_exported_is_told(gentrain: Command) -> None:
+    assert gentrain("train", "toy.yaml")[0] == 0
+    assert gentrain("export", "runs/toy", "out") == (
+        1,
+        "error only the networks unet and dit can be exported to diffusers, this one is a MLPNetwork\n",
+    )
