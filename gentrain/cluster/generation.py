@@ -12,7 +12,9 @@ from gentrain.cluster import session
 from gentrain.config import ConfigError
 from gentrain.noise import Noise, derive
 from gentrain.samplers.base import Sampler
+from gentrain.training.checkpoint import latest
 from gentrain.training.roles import load_network
+from gentrain.training.run import CHECKPOINTS, open_run
 
 CHUNK = 100  # samples drawn together. Fixed: results must not depend on how the work is shared out
 
@@ -25,8 +27,6 @@ class Generator:
             torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.denoiser, self.run = load_network(directory)
-        if self.run.method.generator is None:
-            raise ConfigError(f"{directory} holds a {self.run.method.registered_name}, which generates nothing")
         self.denoiser.network.to(self.device)
         self.sampler, self.seed = sampler, seed
 
@@ -52,6 +52,11 @@ def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int 
 
     Raises ConfigError when the run has no checkpoint or generates nothing.
     """
+    run = open_run(directory)  # what a user can mend is told here, not by an actor that dies
+    if run.method.generator is None:
+        raise ConfigError(f"{directory} holds a {run.method.registered_name}, which generates nothing")
+    if latest(run.directory / CHECKPOINTS) is None:
+        raise ConfigError(f"{directory} has no checkpoint yet; train it first")
     chunks = [(first, labels[first : first + CHUNK]) for first in range(0, len(labels), CHUNK)]
     if actors == 0:
         generator = Generator(str(directory), sampler, seed)

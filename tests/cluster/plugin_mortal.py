@@ -17,7 +17,7 @@ from gentrain.noise import Noise
 class MortalFlow(FlowMatching):
     """Flow matching; the process that reads sample `at` is killed unless the file `marker` is there, which it writes first."""
 
-    marker: str = option(help="file")
+    marker: str = option("", "file")
     at: int = option(0, "position of the sample", unit="samples")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
