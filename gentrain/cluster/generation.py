@@ -45,7 +45,7 @@ def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int 
 
     Args:
         labels: [N] int64 classes, -1 = the null class.
-        actors: size of the Ray fleet; 0 = in this process, without Ray.
+        actors: size of the Ray fleet, at most one per core of the cluster; 0 = in this process, without Ray.
 
     Returns:
         [N, ...] float32.
@@ -67,7 +67,8 @@ def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int 
 
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU", 0) >= actors else 0}
     actor = ray.remote(**resources, max_restarts=3, max_task_retries=3)(Generator)
-    fleet = [actor.remote(str(Path(directory).resolve()), sampler, seed, threads=1) for _ in range(min(actors, len(chunks)))]
+    size = min(actors, len(chunks), max(1, int(ray.cluster_resources().get("CPU", 1))))  # one that has no core would wait for ever
+    fleet = [actor.remote(str(Path(directory).resolve()), sampler, seed, threads=1) for _ in range(size)]
     try:
         parts = list(ActorPool(fleet).map(lambda member, chunk: member.draw.remote(*chunk), chunks))
     except ray.exceptions.RayTaskError as error:
