@@ -84,6 +84,7 @@ def run(recipe: Path, overrides: Overrides = None) -> int:
     """
     from gentrain.cluster.session import session
     from gentrain.recipes.base import Stopped, load_recipe, run_recipe
+    from gentrain.recipes.evaluate import METRICS
     from gentrain.report import write_report
 
     loaded = load_recipe(recipe, overrides or ())
@@ -92,8 +93,9 @@ def run(recipe: Path, overrides: Overrides = None) -> int:
             run_recipe(loaded, lambda line: console.print(f"[bold cyan]·[/] {_escape(line)}", highlight=False))
         except Stopped:
             return _stopped("run", recipe, overrides)
-    for metrics in sorted(loaded.directory.glob("*/metrics.json")):
-        _print_metrics(metrics)
+    for metrics in (loaded.directory / name / METRICS for name in loaded.stages):
+        if metrics.is_file():
+            _print_metrics(metrics)
     _say(f"report: {write_report(loaded.directory)}")
     return 0
 

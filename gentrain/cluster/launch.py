@@ -12,7 +12,7 @@ from gentrain.cluster.stopping import STOP_FILE, StopFile, stop_on_signals
 from gentrain.config import ConfigError
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import Diverged, Outcome, train
-from gentrain.training.run import RunConfig, open_run, save_config
+from gentrain.training.run import RunConfig, open_run, refuse_other_settings, save_config
 from gentrain.training.world import join, leave
 
 # Would fail in the same way again: reported at once instead of being retried by Ray Train.
@@ -29,6 +29,7 @@ def launch(run: RunConfig) -> Outcome:
     Raises:
         ConfigError, CheckpointError, Diverged: what must be mended first. TrainingFailed: Ray Train gave up.
     """
+    refuse_other_settings(run)
     if int(os.environ.get("RANK", 0)) == 0:
         save_config(run)
     (run.directory / STOP_FILE).unlink(missing_ok=True)
@@ -48,6 +49,7 @@ def _launch_inline(run: RunConfig) -> Outcome:
 
 def _launch_ray(run: RunConfig) -> Outcome:
     session.start()
+    _check_room(run)
     result: list[Outcome | Exception] = []
     # In a thread, so that Ray Train leaves the signal handlers alone: its own would abort the run without a checkpoint.
     thread = threading.Thread(target=lambda: result.append(_fit(run)), name="ray-train", daemon=True)
@@ -63,19 +65,36 @@ def _launch_ray(run: RunConfig) -> Outcome:
     return result[0]
 
 
+def _check_room(run: RunConfig) -> None:
+    """Ray Train waits without end for cores and accelerators that the cluster does not have."""
+    import ray
+
+    cluster, there = run.cluster, ray.cluster_resources()
+    for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        if cluster.workers * each > there.get(kind, 0):
+            raise ConfigError(
+                f"{cluster.workers} workers of {each:g} {kind} do not fit on this cluster, which has {there.get(kind, 0):g}; lower "
+                f"cluster.workers or cluster.{kind.lower()}s_per_worker",
+                key="cluster.workers",
+            )
+
+
 def _fit(run: RunConfig) -> Outcome | Exception:
     """Runs Ray Train's controller to its end; what went wrong is returned, since a thread cannot raise into its parent."""
     from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     cluster = run.cluster
     directory = run.directory.resolve()
     resources = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
     threads = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)}
     passed_on = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "PYTHONPATH") if name in os.environ}
+    if not cluster.gpus_per_worker:
+        threads["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to workers that asked for none
     trainer = TorchTrainer(
         _train_on_worker,
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.gpus_per_worker else "gloo"),  # flags travel between hosts
         train_loop_config={"directory": str(directory), "working_directory": os.getcwd()},
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources),
         run_config=RayRunConfig(

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gentrain.config import Component, ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
+from gentrain.training.run import changed_keys
 
 RECIPE = "recipe.yaml"
 STAGES = "stages.json"
@@ -185,20 +186,10 @@ def _why(before: Mapping[str, Any] | None, fingerprint: str, settings: Mapping[s
         return "not run yet"
     if before["fingerprint"] == fingerprint:
         return None if before["status"] == "finished" else f"going on: the last attempt {_ENDED[before['status']]}"
-    changed = [
-        key
-        for key in sorted({*_flat(settings), *_flat(before["settings"])})
-        if _flat(settings).get(key) != _flat(before["settings"]).get(key)
-    ]
+    changed = changed_keys(before["settings"], settings)
     if changed:
         return f"runs again: {', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''} changed"
     return f"runs again: {', '.join(name for name in inputs if before['inputs'].get(name) != inputs[name])} ran again"
-
-
-def _flat(values: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(values, Mapping):
-        return {k: v for name, value in values.items() for k, v in _flat(value, f"{key}.{name}" if key else str(name)).items()}
-    return {key: values}
 
 
 def _fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

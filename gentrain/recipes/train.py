@@ -10,7 +10,7 @@ from gentrain.cluster.launch import launch
 from gentrain.config import option, register
 from gentrain.recipes.base import Stage, Stopped
 from gentrain.training.loop import Outcome
-from gentrain.training.run import RunConfig
+from gentrain.training.run import RunConfig, weight_settings
 
 
 @register("train")
@@ -25,11 +25,7 @@ class Train(Stage):
 
     def settings(self) -> dict[str, Any]:
         values = super().settings()
-        # Where it runs, what is logged and where it lies change nothing in the weights.
-        for key in ("cluster", "output", "plugins"):
-            del values["run"][key]
-        for key in ("log_every", "checkpoint_every", "keep_last", "preview_every", "preview_count", "data_workers"):
-            del values["run"]["training"][key]
+        values["run"] = weight_settings(self.run)
         return values
 
     def execute(self, directory: Path) -> None:

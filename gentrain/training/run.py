@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from gentrain.config import ConfigError, Document, build, load, load_plugins, option, to_yaml
+from gentrain.config import ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.data.base import Data
 from gentrain.methods.base import Method, Trained
 from gentrain.models.base import Model
@@ -18,6 +18,7 @@ from gentrain.paths.base import Path
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.euler import Euler
+from gentrain.training import checkpoint as checkpoints
 from gentrain.training.engine import Engine
 from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
 from gentrain.training.zero import DeepSpeedEngine
@@ -106,6 +107,8 @@ class RunConfig:
                 raise ConfigError(
                     f"role {name!r} learns, so its engine places it; set roles.{name}.engine.zero_stage", key=f"roles.{name}.placement"
                 )
+        if self.cluster.place == "inline" and self.cluster.workers > 1:
+            raise ConfigError("workers are Ray's: set cluster.place=ray, or start ranks with torchrun", key="cluster.workers")
         portions = self.cluster.workers * self.training.micro_batches
         if self.training.batch_size % portions:
             remedy = self.training.batch_size - self.training.batch_size % portions or portions
@@ -165,7 +168,45 @@ def open_run(directory: str | FilePath, key: str = "") -> RunConfig:
     return run
 
 
+def weight_settings(run: RunConfig) -> dict[str, Any]:
+    """What a run's weights depend on: not where it runs and lies, nor what is logged."""
+    values: dict[str, Any] = to_dict(run)
+    for key in ("cluster", "output", "plugins"):
+        del values[key]
+    for key in ("log_every", "checkpoint_every", "keep_last", "preview_every", "preview_count", "data_workers"):
+        del values["training"][key]
+    return values
+
+
+def changed_keys(before: Any, after: Any) -> list[str]:
+    """The dotted keys at which two plain configurations differ, sorted."""
+    a, b = _flat(before), _flat(after)
+    return sorted(key for key in {*a, *b} if (key in a) != (key in b) or a.get(key) != b.get(key))
+
+
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        return {k: v for name, value in values.items() for k, v in _flat(value, f"{key}.{name}" if key else str(name)).items()}
+    return {key: values}
+
+
+def refuse_other_settings(run: RunConfig) -> None:
+    """Raises ConfigError when the directory holds checkpoints of other settings; only `training.samples` may have changed."""
+    if checkpoints.latest(run.directory / CHECKPOINTS) is None or not (run.directory / CONFIG).is_file():
+        return
+    changed = changed_keys(weight_settings(open_run(run.directory)), weight_settings(run))
+    changed = [key for key in changed if key != "training.samples"]
+    if changed:
+        raise ConfigError(
+            f"{run.directory} holds a run with another {', '.join(changed[:5])}; name another directory with output=..., "
+            "or move that one away",
+            key="output",
+        )
+
+
 def save_config(run: RunConfig) -> None:
     """Writes the resolved configuration, which alone reproduces the run, into its directory."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    (run.directory / CONFIG).write_text(to_yaml(run))
+    temporary = run.directory / f".{CONFIG}.tmp"
+    temporary.write_text(to_yaml(run))
+    temporary.replace(run.directory / CONFIG)  # other ranks may be reading it

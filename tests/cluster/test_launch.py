@@ -72,9 +72,12 @@ def test_two_workers_train_what_one_process_trains_and_a_killed_one_changes_noth
     assert launch(alone) is Outcome.FINISHED
     marker = tmp_path / "died"
     method = {"name": "mortal_flow", "at": 400, "marker": str(marker)}
-    mortal = _run(tmp_path / "mortal", 2, method=method, plugins=[str(PLUGIN)])
+    training = {"samples": 640, "batch_size": 32, "log_every": 32, "checkpoint_every": 160, "keep_last": 9}
+    mortal = _run(tmp_path / "mortal", 2, method=method, plugins=[str(PLUGIN)], training=training)
     assert launch(mortal) is Outcome.FINISHED
-    assert marker.exists()
+    written = {int(path.name): path.stat().st_mtime for path in (mortal.directory / CHECKPOINTS).iterdir() if path.is_dir()}
+    assert [samples for samples in sorted(written) if written[samples] < marker.stat().st_mtime] == [160, 320]  # not written again
+    assert sorted(written) == [160, 320, 480, 640]
     assert len(_losses(mortal.directory)) == 20
     assert _losses(mortal.directory) == pytest.approx(_losses(alone.directory), rel=1e-5)
     for name, value in _weights(alone).items():
@@ -85,6 +88,20 @@ def test_a_mistake_that_only_a_worker_can_see_is_reported_once_as_what_it_is(tmp
     run = _run(tmp_path / "run", 2, roles={"model": {"weights": str(tmp_path / "nowhere")}})
     with pytest.raises(ConfigError, match="nowhere is not a run's directory"):
         launch(run)
+
+
+def test_more_workers_than_there_are_cores_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="do not fit on this cluster"):
+        launch(_run(tmp_path / "run", 1000, training={"samples": 1000, "batch_size": 1000}))
+
+
+def test_a_run_of_other_settings_is_refused_and_keeps_its_configuration(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 0, engine="torch")
+    launch(run)
+    before = (run.directory / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"another path\.name"):
+        launch(_run(run.directory, 0, engine="torch", path="trigflow"))
+    assert (run.directory / "config.yaml").read_text() == before
 
 
 def test_a_request_to_stop_publishes_a_checkpoint_from_which_the_run_goes_on(tmp_path: Path) -> None:
@@ -114,6 +131,7 @@ def test_a_fleet_draws_what_one_process_draws_whatever_its_size(tmp_path: Path) 
     labels = torch.arange(250) % 2
     alone = generate(run.directory, Euler(steps=4, guidance=2.0), labels, seed=3)
     assert alone.shape == (250, 2) and alone.isfinite().all()
+    assert len(alone.unique(dim=0)) == 250  # none twice
     for actors in (1, 2):
         assert torch.equal(generate(run.directory, Euler(steps=4, guidance=2.0), labels, seed=3, actors=actors), alone)
     assert not torch.equal(generate(run.directory, Euler(steps=4, guidance=2.0), labels, seed=4), alone)

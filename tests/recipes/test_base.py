@@ -111,7 +111,12 @@ def test_a_second_run_skips_everything(copy: Path) -> None:
 
 
 def test_what_changes_no_weights_runs_nothing_again(copy: Path) -> None:
-    overrides = ["run.cluster.workers=2", "run.training.log_every=32", "run.training.checkpoint_every=32", "run.training.keep_last=5"]
+    overrides = [
+        "run.cluster.cpus_per_worker=2",
+        "run.training.log_every=32",
+        "run.training.checkpoint_every=32",
+        "run.training.keep_last=5",
+    ]
     assert _run(copy, *(f"stages.generator.{override}" for override in overrides), "stages.fine.actors=2") == ALL_SKIPPED
 
 

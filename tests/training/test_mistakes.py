@@ -79,7 +79,7 @@ MISTAKES = [
     ("no such place", RUN, "cluster.place=slurm", LINE, "cluster.place", "expected one of inline, ray, got 'slurm'"),
     ("no such stage", SHARDED, "engine.zero_stage=4", LINE, "engine.zero_stage", "expected one of 0, 1, 2, 3, got 4"),
     # what does not go together
-    ("share", RUN + "cluster: {workers: 3}\n", "training.micro_batches=2", MAIN, "training.batch_size", "x 2 micro-batches; 12 can"),
+    ("share", RUN + "cluster: {place: ray, workers: 3}\n", "training.micro_batches=2", MAIN, "training.batch_size", "batches; 12 can"),
     ("bf16", SHARDED, "engine={name: deepspeed, zero_stage: 0, precision: bf16}", LINE, "engine.zero_stage", "needs zero_stage 1"),
     ("its batch", SHARDED, "engine.settings.train_batch_size=3", LINE, "engine.settings.train_batch_size", "set training.batch_size"),
     ("DeepSpeed's precision", SHARDED, "engine.settings.fp16.enabled=true", LINE, "engine.settings.fp16", "set engine.precision"),

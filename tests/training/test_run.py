@@ -54,7 +54,7 @@ def test_an_unknown_role_is_named_with_the_known_ones() -> None:
 @pytest.mark.parametrize("batch_size, remedy", [(10, 8), (3, 4)])
 def test_a_batch_that_workers_cannot_share_is_refused_with_one_that_they_can(batch_size: int, remedy: int) -> None:
     with pytest.raises(ConfigError, match=rf"training\.batch_size: .*2 workers x 2 micro-batches; {remedy} can"):
-        run_of(values(Path("unused"), batch_size=batch_size) | {"cluster": {"workers": 2}})
+        run_of(values(Path("unused"), batch_size=batch_size) | {"cluster": {"place": "ray", "workers": 2}})
 
 
 def test_roles_override_the_run() -> None:
