@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -71,10 +71,20 @@ def gentrain(capsys: pytest.CaptureFixture[str]) -> Command:
     return call
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    code = "from gentrain.cli import main; main()"
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the command as a process of its own, which does not outlive the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def call(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", "from gentrain.cli import main; main()", *arguments]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return started[-1]
+
+    yield call
+    for process in started:
+        process.kill()  # Ray's processes end with the one that started them
+        process.communicate()
 
 
 # --- help and listings ------------------------------------------------------------------------------------------------------
@@ -192,8 +202,10 @@ def test_a_recipe_that_is_stopped_says_how_to_go_on(gentrain: Command, monkeypat
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("place", ["inline", pytest.param("ray", marks=pytest.mark.cluster)])
-def test_ctrl_c_publishes_a_checkpoint_and_the_same_command_goes_on(folder: Path, place: str) -> None:
-    process = _start("train", "toy.yaml", f"cluster.place={place}", "training.samples=100_000_000")
+def test_ctrl_c_publishes_a_checkpoint_and_the_same_command_goes_on(
+    start: Callable[..., subprocess.Popen[str]], folder: Path, place: str
+) -> None:
+    process = start("train", "toy.yaml", f"cluster.place={place}", "training.samples=100_000_000")
     metrics = folder / "runs/toy/metrics.jsonl"
     deadline = time.monotonic() + 200
     while not metrics.is_file() or metrics.stat().st_size < 500:
@@ -208,7 +220,7 @@ def test_ctrl_c_publishes_a_checkpoint_and_the_same_command_goes_on(folder: Path
     assert psutil.wait_procs(children, timeout=20)[1] == []
     stopped = latest(folder / "runs/toy/checkpoints")
     assert stopped is not None and 0 < int(stopped.name) < 100_000_000
-    process = _start("train", "toy.yaml", f"training.samples={int(stopped.name) + 160}")
+    process = start("train", "toy.yaml", f"training.samples={int(stopped.name) + 160}")
     printed, _ = process.communicate(timeout=200)
     assert process.returncode == 0, printed
     lines = [json.loads(line)["samples"] for line in metrics.read_text().splitlines()]
