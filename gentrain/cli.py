@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="gentrain", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
-    help="Trains, fine-tunes, distils, aligns and unlearns diffusion, consistency and flow models.",
+    help="Trains, samples, evaluates and exports diffusion and flow models.",
     epilog="Exit status: 0 done, 1 failed, 2 the command or a configuration must be mended, 75 stopped: run the same again to go on.",
 )  # fmt: skip
 console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # of the ranks of torchrun, one speaks
@@ -128,7 +128,7 @@ def train(config: Path, overrides: Overrides = None) -> int:
 def sample(run: Path, overrides: Overrides = None, out: Annotated[Path | None, typer.Option(help="Default: RUN/generated")] = None) -> int:
     """Draws samples from a run's newest checkpoint.
 
-    Example: gentrain sample runs/quickstart/generator count=64 sampler.guidance=3 labels=[3,8]
+    Example: gentrain sample runs/quickstart/generator sampler.guidance=3
     """
     from gentrain.recipes.generate import Generate
     from gentrain.training.run import open_run

@@ -166,12 +166,13 @@ class Document:
 
 
 def load(path: str | Path | None, overrides: Iterable[str] = (), extra: Mapping[str, Any] | None = None) -> Document:
-    """Reads a YAML file (None: none) with its `base:` files, then applies `key=value` overrides and resolves interpolations.
+    """Reads a YAML file (None: none) with its `base:` files over `extra`, applies `key=value` overrides, resolves interpolations.
 
-    `extra` is merged below everything else, for values the caller provides to interpolations. Raises ConfigError.
+    Raises ConfigError.
     """
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
+    together: dict[str, Any] = {}  # the overrides, so that a component's name and its keys may come in any order
     _merge(values, dict(extra or {}))
     if path is not None:
         _merge(values, _read(Path(path), (), origins))
@@ -182,14 +183,14 @@ def load(path: str | Path | None, overrides: Iterable[str] = (), extra: Mapping[
         if "[" in key:
             raise ConfigError("an override cannot reach into a list; give the whole list", source=COMMAND_LINE, key=key)
         try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False)
+            parsed = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             message = f"cannot read the value of the override {item!r}: {_first_line(error)}"
             raise ConfigError(message, source=COMMAND_LINE, key=key) from error
-        _merge(values, cast(dict[str, Any], parsed))
-        for name, whole in _keys(cast(dict[str, Any], parsed)):
-            if whole or name not in origins:  # a section that a file began stays that file's, where it lacks a key
-                origins[name] = COMMAND_LINE
+        _merge(together, parsed)
+        # A section that a file began stays that file's, where it lacks a key.
+        origins.update({name: COMMAND_LINE for name, whole in _keys(parsed) if whole or name not in origins})
+    _merge(values, together)
     document = Document(values, COMMAND_LINE if path is None else str(path), origins)
     try:
         document.values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))

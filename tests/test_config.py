@@ -163,6 +163,11 @@ def test_overrides_reach_every_depth_and_the_last_wins(tmp_path: Path) -> None:
     assert drawing == Drawing(Circle(4.5), title="a=b", style=Style(opacity=0.5), tags=("x", "y"), weights={"z": 1e-3})
 
 
+@pytest.mark.parametrize("overrides", [["shape.name=circle", "shape.radius=2"], ["shape.radius=2", "shape.name=circle"]])
+def test_a_name_and_its_keys_may_be_overridden_in_any_order(tmp_path: Path, overrides: list[str]) -> None:
+    assert draw(tmp_path, *overrides, main="shape: {name: polygon}\n").shape == Circle(2.0)
+
+
 def test_interpolation_sees_overrides_bases_and_what_the_caller_adds(tmp_path: Path) -> None:
     path = write(
         tmp_path,

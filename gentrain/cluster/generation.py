@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gentrain.cluster import session
-from gentrain.config import ConfigError
+from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.noise import Noise, derive
 from gentrain.samplers.base import Sampler
 from gentrain.training.checkpoint import latest
@@ -22,13 +22,14 @@ CHUNK = 100  # samples drawn together. Fixed: results must not depend on how the
 class Generator:
     """Holds a run's generator and draws chunks of its samples. One lives in each actor of a fleet."""
 
-    def __init__(self, directory: str, sampler: Sampler, seed: int, threads: int | None = None):
+    def __init__(self, directory: str, sampler: dict[str, Any], seed: int, threads: int | None = None):
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.denoiser, self.run = load_network(directory)
         self.denoiser.network.to(self.device)
-        self.sampler, self.seed = sampler, seed
+        # By its settings, not as an object: its class may be of a plugin, which only opening the run has imported here.
+        self.sampler, self.seed = build(Sampler, Document(sampler, "sampler")), seed
 
     def draw(self, first: int, labels: Tensor) -> Tensor:
         """Samples number first, first + 1, ... with `labels` [B] (-1 = the null class): [B, ...] float32 on the host."""
@@ -59,7 +60,7 @@ def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int 
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
     chunks = [(first, labels[first : first + CHUNK]) for first in range(0, len(labels), CHUNK)]
     if actors == 0:
-        generator = Generator(str(directory), sampler, seed)
+        generator = Generator(str(directory), to_dict(sampler), seed)
         return torch.cat([generator.draw(first, part) for first, part in chunks])
     session.start()
     import ray
@@ -68,7 +69,7 @@ def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int 
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU", 0) >= actors else 0}
     actor = ray.remote(**resources, max_restarts=3, max_task_retries=3)(Generator)
     size = min(actors, len(chunks), max(1, int(ray.cluster_resources().get("CPU", 1))))  # one that has no core would wait for ever
-    fleet = [actor.remote(str(Path(directory).resolve()), sampler, seed, threads=1) for _ in range(size)]
+    fleet = [actor.remote(str(Path(directory).resolve()), to_dict(sampler), seed, threads=1) for _ in range(size)]
     try:
         parts = list(ActorPool(fleet).map(lambda member, chunk: member.draw.remote(*chunk), chunks))
     except ray.exceptions.RayTaskError as error:

@@ -70,7 +70,7 @@ class TensorBoard(Callback):
         if trainer.world.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(trainer.run.directory / "tensorboard"), purge_step=trainer.clock.samples)
+            self._writer = SummaryWriter(str(trainer.run.directory / "tensorboard"), purge_step=trainer.clock.samples + 1)
 
     def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
         if trainer.world.is_main:

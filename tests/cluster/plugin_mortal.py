@@ -1,4 +1,4 @@
-"""A method whose worker kills itself once, half way, as a machine that goes down would."""
+"""A user's plugin: a method whose worker kills itself once, as a machine that goes down would, and a sampler."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from gentrain.config import option, register
 from gentrain.methods.base import Batch, Clock, Loss, Nets, Update
 from gentrain.methods.flow_matching import FlowMatching
 from gentrain.noise import Noise
+from gentrain.samplers.euler import Euler
 
 
 @register("mortal_flow")
@@ -28,3 +29,9 @@ class MortalFlow(FlowMatching):
             Path(self.marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return self.loss(nets, batch, noise)
+
+
+@register("plugin_euler")
+@dataclass(kw_only=True)
+class PluginEuler(Euler):
+    """Euler, of a class that only this file knows."""

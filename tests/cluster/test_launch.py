@@ -139,6 +139,13 @@ def test_a_fleet_draws_what_one_process_draws_whatever_its_size(tmp_path: Path) 
         generate(tmp_path / "nowhere", Euler(), labels, actors=1)
 
 
+def test_a_fleet_draws_with_a_sampler_of_a_plugin(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 0, engine="torch", plugins=[str(PLUGIN)], sampler={"name": "plugin_euler", "steps": 4})
+    launch(run)
+    labels = torch.arange(20) % 2
+    assert torch.equal(generate(run.directory, run.sampler, labels, actors=1), generate(run.directory, Euler(steps=4), labels))
+
+
 def test_an_actor_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     run = _run(tmp_path / "run", 0, engine="torch")
     launch(run)
