@@ -51,7 +51,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 gates-status: $(READY)
-	$(BIN)/python tests/gates/results.py status
+	$(BIN)/python -m tests.gates.results status
 
 gates-%: $(READY)
-	$(BIN)/python tests/gates/results.py run $*
+	$(BIN)/python -m tests.gates.results run $*

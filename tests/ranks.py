@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +32,18 @@ def _rank_main(function: Callable[..., Any], arguments: tuple[Any, ...], environ
         raise
 
 
+def _next_result(results: Any, processes: list[Any]) -> Any:
+    """The next rank's result; a rank that died without one (it could not import the function, say) is not waited for."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            return results.get(timeout=1)
+        dead = [process.exitcode for process in processes if process.exitcode]
+        if dead and results.empty():
+            raise AssertionError(f"a rank ended with status {dead[0]} and without a result; its traceback is above")
+    raise AssertionError(f"no result within {TIMEOUT_S} s")
+
+
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """function(world, *arguments) on `size` processes; their results in rank order. Raises with the traceback of a rank that failed."""
     with socket.socket() as probe:
@@ -46,7 +61,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
     try:
         gathered: dict[int, Any] = {}
         for _ in range(size):
-            rank, good, value = results.get(timeout=TIMEOUT_S)
+            rank, good, value = _next_result(results, processes)
             if not good:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             gathered[rank] = pickle.loads(value)
