@@ -196,11 +196,11 @@ def main(
         for each in size:
             if 1 in ranks:
                 report(f"{each}, one process", measure(join(), each, rounds, f"{root}/{each}-1"))
-                leave()
             if 2 in ranks:
                 report(f"{each}, two ranks", spawned(each, rounds, f"{root}/{each}-2"))
             if ray:
                 report_ray(each, f"{root}/{each}-ray")
+    leave()
     print(machine())
 
 

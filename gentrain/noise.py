@@ -77,7 +77,9 @@ class Noise:
 
     def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 in [low, high): 24 random bits, so that 1 is never reached."""
-        return _shift(self._bits(shape), 40).reshape(shape).to(torch.float32) * ((high - low) * 2**-24) + low
+        values = _shift(self._bits(shape), 40).reshape(shape).to(torch.float32) * ((high - low) * 2**-24) + low
+        below = torch.nextafter(torch.tensor(high, dtype=torch.float32), torch.tensor(low, dtype=torch.float32))
+        return values.clamp_(max=below.item())  # the sum may round up to `high`
 
     def randint(self, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
         """int64 in [low, high). The bias is below (high - low) / 2^63."""

@@ -70,6 +70,7 @@ def test_uniform_is_uniform_and_never_reaches_one(rows: int, seed: int) -> None:
     assert stats.kstest(x.double().numpy(), "uniform").pvalue > 1e-4
     scaled = Noise(0, torch.arange(10)).uniform((10, 100), low=-2, high=3)
     assert -2 <= scaled.min() < -1.9 and 2.9 < scaled.max() < 3
+    assert Noise(0, torch.arange(100_000)).uniform((100_000,), low=1000, high=1000.001).max() < 1000.001  # 16 floats lie between
 
 
 def test_randint_and_bernoulli_have_their_frequencies() -> None:

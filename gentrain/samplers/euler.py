@@ -40,5 +40,5 @@ class Euler(GridSampler):
             return FlowMatchEulerDiscreteScheduler()
         if (edm := edm_arguments(path, prediction)) is not None:
             return EDMEulerScheduler(**edm)
-        ddpm = variance_preserving_arguments(path, prediction, karras=self.spacing == "karras")
+        ddpm = variance_preserving_arguments(path, prediction, karras=self.spacing == "karras" and self.steps > 1)
         return None if ddpm is None else EulerDiscreteScheduler(**ddpm)

@@ -41,5 +41,5 @@ class Heun(GridSampler):
     def diffusers_scheduler(self, path: Path, prediction: Prediction) -> Any | None:
         from diffusers import HeunDiscreteScheduler
 
-        ddpm = variance_preserving_arguments(path, prediction, karras=self.spacing == "karras")
+        ddpm = variance_preserving_arguments(path, prediction, karras=self.spacing == "karras" and self.steps > 1)
         return None if ddpm is None or prediction == "x0" else HeunDiscreteScheduler(**ddpm)  # diffusers' Heun knows no x0 network

@@ -5,7 +5,9 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
 from gentrain.paths.variance_exploding import VarianceExploding
 from gentrain.paths.variance_preserving import VariancePreserving
+from gentrain.samplers.base import Sampler
 from gentrain.samplers.euler import Euler
+from gentrain.samplers.heun import Heun
 from tests.samplers.toy import convergence_orders, difference_from_diffusers
 
 
@@ -32,6 +34,13 @@ def test_equals_diffusers_on_the_variance_preserving_path(schedule: str, predict
     """x / alpha, in which both walk, begins at 157 standard deviations (linear): float32 keeps some 1e-5 of the samples' scale."""
     sampler, path = Euler(steps=20, spacing=spacing), VariancePreserving(schedule=schedule)
     assert difference_from_diffusers(sampler, path, prediction, sampler.diffusers_scheduler(path, prediction)) < 5e-5
+
+
+@pytest.mark.parametrize("sampler", [Euler(steps=1, spacing="karras"), Heun(steps=1, spacing="karras")])
+def test_one_karras_step_equals_diffusers(sampler: Sampler) -> None:
+    """Its only time is the noisiest, where diffusers' "linspace" would put the cleanest."""
+    path = VariancePreserving()
+    assert difference_from_diffusers(sampler, path, "eps", sampler.diffusers_scheduler(path, "eps")) < 5e-5
 
 
 def test_equals_diffusers_on_the_cosine_schedule() -> None:
