@@ -8,19 +8,21 @@ from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from gentrain.config import Component, ConfigError, describe, to_dict
 from gentrain.data.base import Data
+from gentrain.domains.base import Domain
 from gentrain.methods.base import Method
 from gentrain.models.base import Model
 from gentrain.paths.base import Path, TimeLaw
+from gentrain.paths.space import Space
 from gentrain.recipes.base import Stage
 from gentrain.samplers.base import Sampler
 from gentrain.training.engine import Engine
 from gentrain.training.optimizers import Optimizer, Schedule
 
-_KINDS: tuple[type[Component], ...] = (Method, Path, TimeLaw, Model, Data, Sampler, Optimizer, Schedule, Engine, Stage)
+_KINDS: tuple[type[Component], ...] = (Method, Path, TimeLaw, Space, Domain, Model, Data, Sampler, Optimizer, Schedule, Engine, Stage)
 
 
 def kinds() -> dict[str, Mapping[str, type[Component]]]:
@@ -40,7 +42,7 @@ def show(name: str, console: Console) -> None:
         raise ConfigError(f"nothing is called {name!r}; {remedy}")
     for kind, component in found:
         console.print(f"[bold]{kind} {name}[/]\n{escape(_paragraphs(component.__doc__ or ''))}\n", highlight=False)
-        table = Table("field", "type", "default", "unit", "what it is", "source")
+        table = Table(*(Column(title, overflow="fold") for title in ("field", "type", "default", "unit", "what it is", "source")))
         hints = typing.get_type_hints(component, include_extras=True)
         for field in dataclasses.fields(typing.cast(typing.Any, component)):
             unit, help, source = (field.metadata.get(key, "") for key in ("unit", "help", "source"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +15,52 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from gentrain.training.run import RunConfig
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would end with status 130 and no word
+            raise typer.Abort from None
+
+
 app = typer.Typer(
-    name="gentrain", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    cls=_Commands, name="gentrain", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
     help="Trains, samples, evaluates and exports diffusion and flow models.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 done, 1 failed, 2 the command or a configuration must be mended, 75 stopped: run the same again to go on.",
 )  # fmt: skip
 console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # of the ranks of torchrun, one speaks
 
+GENERATED, EVALUATION = "generated", "evaluation"  # of a run, as `sample` and `evaluate` leave them
 FAILED, MEND, RESUME = 1, 2, 75  # 75 = EX_TEMPFAIL, which schedulers can be told to requeue on
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.batch_size=128")]
+_KEYS = "[KEY=VALUE]..."
+Overrides = Annotated[list[str] | None, typer.Argument(metavar=_KEYS, help="Overrides of what the file says, e.g. training.batch_size=128")]
+DrawOverrides = Annotated[
+    list[str] | None, typer.Argument(metavar=_KEYS, help="Keys of the stage `generate`, e.g. count=64 sampler.guidance=3")
+]
+JudgeOverrides = Annotated[list[str] | None, typer.Argument(metavar=_KEYS, help="Keys of the stage `evaluate`, e.g. judge=runs/judge")]
+ExportOverrides = Annotated[list[str] | None, typer.Argument(metavar=_KEYS, help="Keys of the stage `export`, e.g. sampler.steps=50")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        _say(f"gentrain {version('gentrain')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)] = False,
+) -> None: ...
 
 
 def main() -> None:
@@ -37,20 +70,26 @@ def main() -> None:
     sys.exit(_guarded(app))
 
 
-def _guarded(command: Callable[..., Any]) -> int:
+def _guarded(command: Callable[..., Any], passed_on: tuple[type[Exception], ...] = ()) -> int:
+    from safetensors import SafetensorError
+
     from gentrain.config import ConfigError
 
     try:
         status = command(standalone_mode=False)
         return status if isinstance(status, int) else 0
+    except passed_on:
+        raise
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted; what the last checkpoint holds is kept: run the same command again to go on", 130)
+        return _complain(
+            "interrupted; what was finished before is kept, a run goes on from its last checkpoint: run the same command again", 130
+        )
     except ConfigError as error:
         return _complain(str(error), MEND)
     except typer.TyperException as error:
         message = error.format_message()  # none when a bare `gentrain` has just printed the help
         return _complain(f"{message} See gentrain --help.", error.exit_code) if message else error.exit_code
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last: how safetensors reports a full disk
         logging.getLogger("gentrain").debug("traceback", exc_info=True)
         return _complain(f"{error}", FAILED)
 
@@ -85,19 +124,25 @@ def run(recipe: Path, overrides: Overrides = None) -> int:
     from gentrain.cluster.session import session
     from gentrain.recipes.base import Stopped, load_recipe, run_recipe
     from gentrain.recipes.evaluate import METRICS
+    from gentrain.recipes.train import Train
     from gentrain.report import write_report
+    from gentrain.training.lock import hold
 
     loaded = load_recipe(recipe, overrides or ())
-    with session():
-        try:
-            run_recipe(loaded, lambda line: console.print(f"[bold cyan]·[/] {_escape(line)}", highlight=False))
-        except Stopped:
-            return _stopped("run", recipe, overrides)
-    for metrics in (loaded.directory / name / METRICS for name in loaded.stages):
-        if metrics.is_file():
-            _print_metrics(metrics)
-    _say(f"report: {write_report(loaded.directory)}")
-    return 0
+
+    def body() -> int:
+        with session(), hold(loaded.directory):
+            try:
+                run_recipe(loaded, lambda line: console.print(f"[bold cyan]·[/] {_escape(line)}", highlight=False))
+            except Stopped:
+                return _stopped("run", recipe, overrides)
+        for directory in (loaded.directory / name for name in loaded.stages):
+            if (directory / METRICS).is_file():
+                _print_metrics(directory)
+        _say(f"report: {write_report(loaded.directory)}")
+        return 0
+
+    return _supervised(body, [stage.run for stage in loaded.stages.values() if isinstance(stage, Train)], loaded.directory)
 
 
 @app.command()
@@ -116,54 +161,65 @@ def train(config: Path, overrides: Overrides = None) -> int:
     if is_recipe(config, overrides or ()):
         raise ConfigError(f"this is a recipe, not a run; run it with: gentrain run {config}", source=str(config), key="stages")
     loaded = load_run(config, overrides or ())
-    with session():
-        outcome = launch(loaded)
-    if outcome is Outcome.STOPPED:
-        return _stopped("train", config, overrides)
-    _say(f"trained: {loaded.directory}")
-    return 0
+
+    def body() -> int:
+        with session():
+            outcome = launch(loaded)
+        if outcome is Outcome.STOPPED:
+            return _stopped("train", config, overrides)
+        _say(f"trained: {loaded.directory}")
+        return 0
+
+    return _supervised(body, [loaded], loaded.directory)
 
 
 @app.command()
-def sample(run: Path, overrides: Overrides = None, out: Annotated[Path | None, typer.Option(help="Default: RUN/generated")] = None) -> int:
-    """Draws samples from a run's newest checkpoint.
+def sample(
+    run: Path, overrides: DrawOverrides = None, out: Annotated[Path | None, typer.Option(help="Default: RUN/generated")] = None
+) -> int:
+    """Draws samples from a run's newest checkpoint, in place of those that were there.
 
     Example: gentrain sample runs/quickstart/generator sampler.guidance=3
     """
     from gentrain.recipes.generate import Generate
     from gentrain.training.run import open_run
 
-    directory = out or run / "generated"
+    directory = out or run / GENERATED
     _execute(Generate, {"run": str(run), "sampler": _plain(open_run(run).sampler)}, overrides, directory)
+    if out is None and (run / EVALUATION).exists():
+        shutil.rmtree(run / EVALUATION)
+        _say(f"removed, since it was of the former samples: {run / EVALUATION}")
     _say(f"samples: {directory}")
     return 0
 
 
 @app.command()
-def evaluate(run: Path, overrides: Overrides = None) -> int:
+def evaluate(run: Path, overrides: JudgeOverrides = None) -> int:
     """Compares a run's samples (see `sample`) with held-out data. A judge is a trained run of the method `classifier`.
 
     Example: gentrain evaluate runs/quickstart/generator judge=runs/quickstart/judge
     """
-    from gentrain.recipes.evaluate import METRICS, Evaluate
+    from gentrain.recipes.evaluate import Evaluate
     from gentrain.training.run import open_run
 
-    samples = run / "generated"
-    _execute(Evaluate, {"samples": {"generated": str(samples)}, "data": _plain(open_run(run).data)}, overrides, run / "evaluation")
-    _print_metrics(run / "evaluation" / METRICS)
+    samples = {GENERATED: str(run / GENERATED)}
+    _execute(Evaluate, {"samples": samples, "data": _plain(open_run(run).data)}, overrides, run / EVALUATION)
+    _print_metrics(run / EVALUATION)
     return 0
 
 
 @app.command()
-def export(run: Path, out: Path, overrides: Overrides = None) -> int:
-    """Writes a run's generator as a diffusers pipeline directory with a model card.
+def export(run: Path, out: Path, overrides: ExportOverrides = None) -> int:
+    """Writes a run's generator as a diffusers pipeline directory with a model card, which tells what `evaluate` measured.
 
     Example: gentrain export runs/quickstart/generator digits-pipeline sampler.guidance=3
     """
     from gentrain.recipes.export import Export
     from gentrain.training.run import open_run
 
-    stage = _stage(Export, {"run": str(run), "sampler": _plain(open_run(run).sampler)}, overrides)
+    scores = run / EVALUATION
+    values = {"run": str(run), "sampler": _plain(open_run(run).sampler), "scores": str(scores) if scores.is_dir() else None}
+    stage = _stage(Export, values, overrides)
     _say(f"exported: {stage.write(out)}")
     return 0
 
@@ -240,6 +296,18 @@ def doctor() -> int:
     return FAILED if any(check.status == "fail" for check in found) else 0
 
 
+def _supervised(body: Callable[[], int], runs: list[RunConfig], directory: Path) -> int:
+    """The exit status of `body`; where Ray trains, in a process of its own, which is started again when the head takes it along."""
+    from gentrain.cluster.session import ClusterLost
+    from gentrain.cluster.supervise import supervise
+
+    clusters = [run.cluster for run in runs if run.cluster.place == "ray"]
+    if not clusters:
+        return body()
+    most_patient = max(clusters, key=lambda cluster: cluster.max_attempts)
+    return supervise(lambda: _guarded(lambda **_: body(), (ClusterLost,)), most_patient, directory)
+
+
 def _stage(schema: type[Any], values: dict[str, Any], overrides: list[str] | None) -> Any:
     from gentrain.config import build, load
 
@@ -260,12 +328,12 @@ def _plain(component: Any) -> Any:
     return to_dict(component)
 
 
-def _print_metrics(path: Path) -> None:
-    import json
+def _print_metrics(directory: Path) -> None:
+    from gentrain.recipes.evaluate import read_metrics
 
-    table = Table("metric", "value", "95 % interval", "better", title=str(path.parent), title_justify="left")
-    for metric in json.loads(path.read_text())["metrics"]:
-        table.add_row(metric["name"], f"{metric['value']:.4g}", f"{metric['low']:.4g} to {metric['high']:.4g}", metric["better"])
+    table = Table("metric", "value", "95 % interval", "better", title=_escape(str(directory)), title_justify="left")
+    for metric in read_metrics(directory):
+        table.add_row(_escape(metric["name"]), f"{metric['value']:.4g}", f"{metric['low']:.4g} to {metric['high']:.4g}", metric["better"])
     console.print(table)
 
 
@@ -274,8 +342,10 @@ def _roles(name: str, run: RunConfig) -> Table:
     from gentrain.methods.base import Trained
     from gentrain.training.roles import count_parameters
 
-    place = f"{run.cluster.workers} workers under Ray Train" if run.cluster.place == "ray" else "this process"
-    share = run.training.batch_size // (run.training.micro_batches * run.cluster.workers)
+    cluster = run.cluster
+    sizes = f"{cluster.most}" if cluster.fewest == cluster.most else f"{cluster.fewest} to {cluster.most}"
+    place = f"{sizes} workers under Ray Train" if cluster.place == "ray" else "this process"
+    share = run.training.batch_size // (run.training.micro_batches * cluster.most)
     table = Table("role", "network", "parameters", "learns", "average", "engine", title=f"{name}: {place}, micro-batches of {share}")
     for role, part in run.method.roles.items():
         learns = isinstance(part, Trained)

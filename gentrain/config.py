@@ -1,6 +1,6 @@
-"""Configuration: YAML composition, overrides, the registry of pluggable components, and building dataclasses from it all.
+"""Configuration: the registry of pluggable components, and building dataclasses from documents.
 
-The dataclass is the schema. OmegaConf reads, composes and interpolates; `build` walks the dataclass and pydantic checks each value.
+The dataclass is the schema. `document` reads, composes and interpolates; `build` walks the dataclass and pydantic checks each value.
 Every mistake becomes a `ConfigError` that names the file, the key and the remedy, before any process starts.
 """
 
@@ -10,8 +10,8 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import logging
 import pkgutil
-import re
 import sys
 import types
 import typing
@@ -22,22 +22,19 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError
 
-COMMAND_LINE = "command line"
+from gentrain.document import COMMAND_LINE as COMMAND_LINE
+from gentrain.document import ConfigError, Document, environment, join, reads_environment
+from gentrain.document import load as load
+
+log = logging.getLogger(__name__)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
 
-
-class ConfigError(Exception):
-    """A configuration a person has to mend. `str()` of it reads: FILE: KEY: what is wrong; what to do."""
-
-    def __init__(self, message: str, *, source: str | None = None, key: str = ""):
-        self.source, self.key, self.message = source, key, message
-        super().__init__(": ".join(part for part in (source, key, message) if part))
+_LONGEST_SHOWN = 200  # characters of a value in a message
+_HIDDEN = "_from_environment"  # attribute: field -> its value as the file has it, of fields that the environment gave
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", *, unit: str = "", source: str = "") -> Any:
@@ -106,21 +103,27 @@ def load_plugins(document: Document) -> None:
     """
     plugins = document.values.get("plugins", [])
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
-        raise document.error("plugins", f"expected a list of .py files or module names, got {plugins!r}")
+        raise document.error("plugins", f"expected a list of .py files or module names, got {_shown(plugins)}")
     directory = Path(document.origin("plugins")).parent
     resolved = [str((directory / plugin).resolve()) if plugin.endswith(".py") else plugin for plugin in plugins]
     for index, plugin in enumerate(resolved):
         try:
-            _import_file(Path(plugin)) if plugin.endswith(".py") else importlib.import_module(plugin)
+            _import_plugin(plugin)
         except (Exception, SystemExit) as error:  # a plugin is foreign code: whatever it raises is reported as a fault of that plugin
             message = f"plugin {plugins[index]!r} failed to import: {type(error).__name__}: {error}"
             raise document.error(f"plugins[{index}]", message) from error
     document.values["plugins"] = resolved
 
 
-def _import_file(path: Path) -> None:
-    name = f"gentrain_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # two plugins may have the same file name
+def _import_plugin(plugin: str) -> None:
+    path = Path(plugin)
+    # two files may have the same name
+    name = f"gentrain_plugin_{path.stem}_{zlib.crc32(plugin.encode()):08x}" if plugin.endswith(".py") else plugin
     if name in sys.modules:
+        return
+    log.info("loading the plugin %s, whose code may do whatever you may", plugin)  # before it can do anything
+    if name == plugin:
+        importlib.import_module(name)
         return
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -130,157 +133,6 @@ def _import_file(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
-
-
-# --- loading and composing --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Document:
-    """A composed, interpolated configuration and where each of its keys came from."""
-
-    values: dict[str, Any]
-    file: str
-    origins: dict[str, str] = dataclasses.field(default_factory=dict)
-    place: str = ""  # dotted key of this document in the whole one, for messages
-
-    def error(self, key: str, message: str) -> ConfigError:
-        return ConfigError(message, source=self.origin(key), key=_join(self.place, key))
-
-    def origin(self, key: str) -> str:
-        """The file (or the command line) that last set `key`, or its nearest parent."""
-        while key:
-            if key in self.origins:
-                return self.origins[key]
-            key = re.sub(r"(^|\.)[^.\[]*$|\[[^\[]*$", "", key)
-        return self.file
-
-    def section(self, key: str) -> Document:
-        """The mapping under the dotted `key`, as a document of its own."""
-        values: Any = self.values
-        for part in key.split("."):
-            values = values[part]
-        prefix = key + "."
-        origins = {name.removeprefix(prefix): file for name, file in self.origins.items() if name.startswith(prefix)}
-        return Document(values, self.origin(key), origins, _join(self.place, key))
-
-
-def load(path: str | Path | None, overrides: Iterable[str] = (), extra: Mapping[str, Any] | None = None) -> Document:
-    """Reads a YAML file (None: none) with its `base:` files over `extra`, applies `key=value` overrides, resolves interpolations.
-
-    Raises ConfigError.
-    """
-    origins: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    together: dict[str, Any] = {}  # the overrides, so that a component's name and its keys may come in any order
-    _merge(values, dict(extra or {}))
-    if path is not None:
-        _merge(values, _read(Path(path), (), origins))
-    for item in overrides:
-        key, equals, _ = item.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"cannot read the override {item!r}; write it as key=value", source=COMMAND_LINE)
-        if "[" in key:
-            raise ConfigError("an override cannot reach into a list; give the whole list", source=COMMAND_LINE, key=key)
-        try:
-            parsed = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([item]), resolve=False))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            message = f"cannot read the value of the override {item!r}: {_first_line(error)}"
-            raise ConfigError(message, source=COMMAND_LINE, key=key) from error
-        _merge(together, parsed)
-        # A section that a file began stays that file's, where it lacks a key.
-        origins.update({name: COMMAND_LINE for name, whole in _keys(parsed) if whole or name not in origins})
-    _merge(values, together)
-    document = Document(values, COMMAND_LINE if path is None else str(path), origins)
-    try:
-        document.values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))
-    except OmegaConfBaseException as error:
-        raise document.error(str(error.full_key or ""), _first_line(error)) from error
-    return document
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def _read(path: Path, above: tuple[Path, ...], origins: dict[str, str]) -> dict[str, Any]:
-    """The file's values merged over those of its `base:` files, interpolations unresolved."""
-    source = str(path)
-    if path.resolve() in above:
-        raise ConfigError("this file includes itself through `base:`", source=source, key="base")
-    try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        asked_by = f" (named in `base:` of {above[-1]})" if above else ""
-        raise ConfigError(f"no such file{asked_by}{hint}", source=source) from None
-    except (OSError, UnicodeDecodeError, yaml.reader.ReaderError) as error:
-        raise ConfigError(f"cannot read it as a mapping of keys to values: {_first_line(error)}", source=source) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error), source=source, key=str(error.full_key or "")) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"not valid YAML{line}: {getattr(error, 'problem', None) or _first_line(error)}", source=source) from error
-    if not OmegaConf.is_dict(loaded):
-        raise ConfigError("the top level must be a mapping of keys to values", source=source)
-    return _compose(cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False)), path, above, origins, "")
-
-
-def _compose(own: dict[str, Any], path: Path, above: tuple[Path, ...], origins: dict[str, str], key: str) -> dict[str, Any]:
-    """`own` merged over the files of its `base:`; any mapping of a file may have one, with names relative to that file."""
-    source = str(path)
-    for name in own:
-        if not isinstance(name, str):
-            raise ConfigError(f"keys must be text, got {name!r}", source=source, key=key)
-    own = dict(own)
-    bases = own.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError("expected a file name or a list of file names", source=source, key=f"{key}.base" if key else "base")
-    values: dict[str, Any] = {}
-    for base in bases:
-        below: dict[str, str] = {}
-        _merge(values, _read(path.parent / base, (*above, path.resolve()), below))
-        origins.update({_join(key, name): file for name, file in below.items()})
-    for name, value in own.items():
-        origins[_join(key, name)] = source
-        if isinstance(value, dict):
-            own[name] = _compose(value, path, above, origins, _join(key, name))
-    _merge(values, own)
-    return values
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key and name else key or name
-
-
-def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Deep merge; lists are replaced, and so is a component whose `name` changes (the old one's keys are not the new one's).
-
-    A component may be written as its bare name on either side.
-    """
-    for name, value in new.items():
-        present = into.get(name)
-        if isinstance(present, str) and isinstance(value, Mapping) and "name" not in value and "${" not in present:
-            present = into[name] = {"name": present}
-        elif isinstance(value, str) and isinstance(present, dict) and "name" in present and "${" not in value:
-            value = {"name": value}
-        if isinstance(value, Mapping):
-            if not isinstance(present, dict) or ("name" in present and value.get("name", present["name"]) != present["name"]):
-                present = into[name] = {}
-            _merge(present, value)
-        else:
-            into[name] = value
-
-
-def _keys(values: Mapping[str, Any], key: str = "") -> Iterable[tuple[str, bool]]:
-    """Every dotted key, and whether it holds a value rather than a section."""
-    for name, value in values.items():
-        yield _join(key, name), not isinstance(value, Mapping)
-        if isinstance(value, Mapping):
-            yield from _keys(value, _join(key, name))
 
 
 # --- building dataclasses ---------------------------------------------------------------------------------------------------
@@ -306,20 +158,27 @@ def _build(schema: Any, value: Any, key: str, document: Document) -> Any:
         return _build_nested(schema, value, key, document)
     elif origin is dict and _is_nested(typing.get_args(schema)[1]):
         if not isinstance(value, Mapping):
-            raise document.error(key, f"expected a mapping, got {value!r}")
-        return {str(k): _build(typing.get_args(schema)[1], v, _join(key, str(k)), document) for k, v in value.items()}
+            raise document.error(key, f"expected a mapping, got {_shown(value)}")
+        return {str(k): _build(typing.get_args(schema)[1], v, join(key, str(k)), document) for k, v in value.items()}
     elif origin in (list, tuple) and _is_nested(typing.get_args(schema)[0]):
         if not isinstance(value, list):
-            raise document.error(key, f"expected a list, got {value!r}")
+            raise document.error(key, f"expected a list, got {_shown(value)}")
         return origin(_build(typing.get_args(schema)[0], v, f"{key}[{i}]", document) for i, v in enumerate(value))
+    if _holds_bool(value) and not _allows_bool(schema):
+        raise document.error(key, f"expected {describe(schema)}, got {_shown(value)}")
+    given = environment(value, lambda message: document.error(key, message))
     try:
-        if _holds_bool(value) and not _allows_bool(schema):
-            raise document.error(key, f"expected {describe(schema)}, got {value!r}")
-        return _adapter(schema).validate_python(value)
+        return _adapter(schema).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int) or (isinstance(value, Mapping) and part in value))
-        raise document.error(key + place, f"expected {describe(schema)}, got {first['input']!r} ({first['msg']})") from None
+        got = first["input"] if given == value else value  # what the environment gives is not shown
+        raise document.error(key + place, f"expected {describe(schema)}, got {_shown(got)} ({first['msg']})") from None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
 def _holds_bool(value: Any) -> bool:
@@ -376,7 +235,7 @@ def _build_nested(schema: Any, value: Any, key: str, document: Document) -> Any:
     if issubclass(schema, Component):
         values = {"name": value} if isinstance(value, str) else value
         if not isinstance(values, Mapping):
-            raise document.error(key, f"expected the name of a {schema.kind} or a mapping with `name`, got {value!r}")
+            raise document.error(key, f"expected the name of a {schema.kind} or a mapping with `name`, got {_shown(value)}")
         available = {name: cls for name, cls in schema.available().items() if issubclass(cls, schema)}
         values = dict(values)
         name = values.pop("name", schema.__dict__.get("registered_name"))  # a registered class needs no name to be chosen
@@ -386,28 +245,42 @@ def _build_nested(schema: Any, value: Any, key: str, document: Document) -> Any:
             raise document.error(f"{key}.name", f"no {schema.kind} is called {name!r}; {_suggest(name, available, 'available')}")
         schema = available[name]
     if not isinstance(values, Mapping):
-        raise document.error(key, f"expected a mapping, got {value!r}")
+        raise document.error(key, f"expected a mapping, got {_shown(value)}")
     fields = {field.name: field for field in dataclasses.fields(schema) if field.init}
     for name in values:
         if name not in fields:
-            raise document.error(_join(key, name), f"unknown key; {_suggest(name, fields, 'valid keys')}")
+            raise document.error(join(key, name), f"unknown key; {_suggest(name, fields, 'valid keys')}")
     hints = typing.get_type_hints(schema, include_extras=True)
-    arguments = {name: _build(hints[name], item, _join(key, name), document) for name, item in values.items()}
+    arguments = {name: _build(hints[name], item, join(key, name), document) for name, item in values.items()}
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise document.error(_join(key, name), f"a value is required: {describe(hints[name])}")
+            raise document.error(join(key, name), f"a value is required: {describe(hints[name])}")
+    hidden = {name: item for name, item in values.items() if reads_environment(item) and not reads_environment(to_dict(arguments[name]))}
+
+    def hide(message: str) -> str:
+        for name, item in hidden.items():
+            message = message.replace(str(arguments[name]) or "\0", str(item))
+        return message
+
     try:
-        return schema(**arguments)
+        built = schema(**arguments)
     except ConfigError as error:
-        raise document.error(_join(key, error.key) if error.key else key, error.message) from None
+        raise document.error(join(key, error.key) if error.key else key, hide(error.message)) from None
     except ValueError as error:  # a dataclass' own __post_init__ check
-        raise document.error(key, str(error)) from None
+        raise document.error(key, hide(str(error))) from None
+    if hidden:
+        vars(built)[_HIDDEN] = hidden
+    return built
 
 
 def to_dict(value: Any) -> Any:
-    """The plain containers from which `build` makes an equal object: the resolved configuration that is saved with a run."""
+    """The plain containers from which `build` makes an equal object: the resolved configuration that is saved with a run.
+
+    What was read from the environment is `${oc.env:NAME}` in them, as in the file it came from.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        hidden = getattr(value, _HIDDEN, {})
+        items = {f.name: hidden.get(f.name, to_dict(getattr(value, f.name))) for f in dataclasses.fields(value) if f.init}
         return {"name": value.registered_name, **items} if isinstance(value, Component) else items
     if isinstance(value, Mapping):
         return {str(k): to_dict(v) for k, v in value.items()}

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -55,8 +56,8 @@ def checks(directory: Path = Path("runs")) -> list[Check]:
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, for a report."""
-    versions = {name: _version(name) for name in ("gentrain", *MAIN_PACKAGES)}
+    """Versions and machine: kept with a run from its start, for the report."""
+    versions = {name: _version(name) for name in ("gentrain", *MAIN_PACKAGES)} | {"commit": _commit()}
     return {
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version is not None},
@@ -65,6 +66,19 @@ def environment() -> dict[str, str]:
         "memory": f"{psutil.virtual_memory().total / GIB:.0f} GiB",
         "accelerator": _accelerator().detail,
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this gentrain runs from; None where it runs from none."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

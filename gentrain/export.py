@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import html
 import inspect
 import json
 import os
@@ -11,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from gentrain.models.conditional import ConditionalNetwork
 from gentrain.models.denoiser import Denoiser
+from gentrain.paths.space import Free
 from gentrain.samplers.base import Sampler
 
 _STOCK_USE = """from diffusers import DiffusionPipeline
@@ -54,12 +58,12 @@ Replace `{{ name }}` by the path of this directory. Needs torch and diffusers (w
 ## Metrics
 {% if metrics %}| metric | value | 95 % interval | better | definition |
 |---|---|---|---|---|
-{% for m in metrics %}| {{ m.name }} | {{ "%.4g" | format(m.value) }} | {{ "%.4g" | format(m.low) }} to {{ "%.4g" | format(m.high) }} | \
-{{ m.better }} | {{ m.definition }} |
+{% for m in metrics %}| {{ cell(m.name) }} | {{ "%.4g" | format(m.value) }} | \
+{{ "%.4g" | format(m.low) }} to {{ "%.4g" | format(m.high) }} | {{ cell(m.better) }} | {{ cell(m.definition) }} |
 {% endfor %}{% else %}None were measured.
 {% endif %}
 ## Limits
-It draws images like those of its data and nothing else, {{ size }} pixels only. The metrics hold for the sampler, steps and guidance above.
+It draws images like those of its data and nothing else, {{ size }} pixels only. A metric holds for what its definition says.
 Nothing was done to keep it from repeating images of its data.
 
 ## Configuration
@@ -93,23 +97,34 @@ def export(
 
     Raises:
         FileExistsError: `out` is there and not an empty directory.
+        OSError: it cannot be written.
         ValueError: the network is none of diffusers', or no diffusers scheduler takes the sampler's steps.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise FileExistsError(f"{out} exists and is not an empty directory; name another or remove it")
     pipeline = _pipeline(denoiser, sampler, class_names)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_partial(out)
         pipeline.save_pretrained(partial)
         custom = type(pipeline).__module__ == "gentrain.export_pipeline"
         if custom:
             _add_code(partial, type(pipeline))
         _write_card(partial, out.name, custom, denoiser, sampler, class_names, licence, config, metrics)
         os.rename(partial, out)
+    except OSError as error:
+        raise OSError(f"{out} cannot be written ({error.strerror or error}); name another directory") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _remove_partial(out: Path) -> None:
+    """Removes what exports to `out` that were killed have left."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        if not psutil.pid_exists(int(path.name.split(".")[-2])):
+            shutil.rmtree(path)
 
 
 def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) -> Any:
@@ -120,6 +135,8 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
     network, path = denoiser.network, denoiser.path
     if not isinstance(network, ConditionalNetwork):
         raise ValueError(f"only the networks unet and dit can be exported to diffusers, this one is a {type(network).__name__}")
+    if not isinstance(path.space, Free):
+        raise ValueError(f"no diffusers pipeline undoes the space {path.space.registered_name}; draw samples with gentrain instead")
     scheduler = sampler.diffusers_scheduler(path, denoiser.prediction)
     if scheduler is None:
         raise ValueError(
@@ -155,6 +172,11 @@ def _add_code(directory: Path, pipeline: type) -> None:
     index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _cell(text: str) -> str:
+    """As a cell of a Markdown table, and as text in one line elsewhere: names of classes and metrics may hold anything."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`")
+
+
 def _write_card(
     directory: Path,
     name: str,
@@ -172,13 +194,14 @@ def _write_card(
     backbone, block = denoiser.network.backbone, denoiser.network.space_to_depth  # type: ignore[attr-defined]
     sides = backbone.config.sample_size
     height, width = (sides, sides) if isinstance(sides, int) else sides
-    call = f'class_labels=["{class_names[0]}"]' if class_names else ""
+    call = f"class_labels=[{json.dumps(class_names[0])}]" if class_names else ""
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=["gentrain"]),
         template_str=_CARD,
+        cell=_cell,
         name=name,
         size=f"{height * block}x{width * block}",
-        classes=list(class_names),
+        classes=[_cell(name) for name in class_names],
         parameters=f"{backbone.num_parameters():,}",
         gentrain=version("gentrain"),
         diffusers=diffusers.__version__,

@@ -48,7 +48,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int | str] | None = None,
+        class_labels: int | str | list[int | str] | None = None,
         batch_size: int = 1,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
@@ -59,7 +59,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Draws one image for each label.
 
         Args:
-            class_labels: class numbers or names; None = no class, `batch_size` images.
+            class_labels: class numbers or names, one or a list of them; None = no class, `batch_size` images.
             guidance_scale: null + guidance_scale (conditional - null); 1 = conditional only.
             num_inference_steps: more are slower and more exact.
             generator: of the noise.
@@ -74,7 +74,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             batch_size = batch_size if labels is None else len(labels)
             shape = (batch_size, config.in_channels // block**2, size[0] * block, size[1] * block)
             noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        self._set_timesteps(num_inference_steps or self.config.num_inference_steps)
+        self._set_timesteps(self.config.num_inference_steps if num_inference_steps is None else num_inference_steps)
         start = self.config.init_noise_sigma
         x = noise.to(self._execution_device) * (getattr(self.scheduler, "init_noise_sigma", 1.0) if start is None else start)
         for t in self.progress_bar(self.scheduler.timesteps):
@@ -87,9 +87,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
-    def _label_indices(self, class_labels: list[int | str] | None) -> torch.Tensor | None:
+    def _label_indices(self, class_labels: int | str | list[int | str] | None) -> torch.Tensor | None:
         if class_labels is None:
             return None
+        class_labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
         names = {name: int(index) for index, name in (self.config.class_names or {}).items()}
         indices = [names.get(label, -1) if isinstance(label, str) else int(label) for label in class_labels]
         for label, index in zip(class_labels, indices, strict=True):
@@ -98,6 +99,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return torch.tensor(indices, device=self._execution_device)
 
     def _set_timesteps(self, steps: int) -> None:
+        if steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
         if "FlowMatch" in type(self.scheduler).__name__:
             # its own spacing ends at the last training timestep; equal steps down to 0 were used in training's samples
             self.scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)], device=self._execution_device)

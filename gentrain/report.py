@@ -7,9 +7,11 @@ or cannot be read is left out, so a page can be written while a run is still goi
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from gentrain.doctor import environment
-
 MAX_GRIDS = 24  # embedded per training stage; evenly picked, first and last included
 MAX_POINTS = 400  # per curve
+MAX_TEXT = 2**18  # characters shown of a configuration
+MAX_IMAGE = 2**24  # bytes: larger images are left out
 CHARTS = {  # prefix in metrics.jsonl -> (title, drawn on a logarithmic axis where its range asks for one)
     "loss": ("Loss", True),
     "grad_norm": ("Gradient norm", True),
@@ -55,12 +57,12 @@ def write_report(directory: Path) -> Path:
     """Writes `report.html` into a run's or a recipe's directory and returns its path.
 
     Raises:
-        FileNotFoundError: there is no such directory.
+        FileNotFoundError: there is no such directory, or it is of something else.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no such run: {directory}")
-    states = _json(directory / "stages.json") or {}
-    stages = [_stage(name, directory / name, state) for name, state in states.items()] or [_stage(directory.name, directory, {})]
+    states = {name: state for name, state in (_json(directory / "stages.json") or {}).items() if _is_stage(name, state)}
+    stages = [_stage(name, directory / name, state) for name, state in states.items()] or _run(directory)
     seconds = sum(stage["seconds"] for stage in stages)
     recipe = _text(directory / "recipe.yaml")
     page = _template().render(
@@ -70,7 +72,7 @@ def write_report(directory: Path) -> Path:
         hero=next((stage["grid"] or stage["grids"][-1] for stage in reversed(stages) if stage["grid"] or stage["grids"]), None),
         headline=next((stage["metrics"][:4] for stage in reversed(stages) if stage["metrics"]), []),
         configs=([("recipe.yaml", recipe)] if recipe else []) + [(stage["name"], stage["config"]) for stage in stages if stage["config"]],
-        environment=environment(),
+        environments=_environments(stages),
         written=datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z"),
     )
     path = directory / "report.html"
@@ -78,6 +80,14 @@ def write_report(directory: Path) -> Path:
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)  # a browser that reloads never meets half a page
     return path
+
+
+def _run(directory: Path) -> list[dict[str, Any]]:
+    """A run that stands alone, and what was drawn from it and measured."""
+    if not any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise FileNotFoundError(f"{directory} is neither a run's nor a recipe's directory: it holds no config.yaml and no stages.json")
+    parts = [(name, kind) for name, kind in (("generated", "generate"), ("evaluation", "evaluate")) if (directory / name).is_dir()]
+    return [_stage(directory.resolve().name, directory, {}), *(_stage(name, directory / name, {"kind": kind}) for name, kind in parts)]
 
 
 def _template() -> Any:
@@ -93,18 +103,21 @@ def _stage(name: str, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     rows, unreadable = _rows(directory / "metrics.jsonl")
     config = _text(directory / "config.yaml")
     evaluation = _json(directory / "metrics.json") or {}
-    grids = _pick(sorted((directory / "samples").glob("*.png")), MAX_GRIDS)
+    grids = _pick(sorted(filter(_is_image, (directory / "samples").glob("*.png"))), MAX_GRIDS)
     info = _json(directory / "info.json") or evaluation.get("settings")
     charts = _charts(rows)
+    spent = (_number(state.get("seconds")), rows[-1].get("seconds") if rows else None)
     counts = {key: value for row in rows for key, value in row.items() if key.startswith("skipped/")}  # the last of each role
     return {
         "name": name,
         "kind": state.get("kind", "train"),
         "status": state.get("status", ""),
-        "seconds": float(state.get("seconds") or (rows[-1].get("seconds", 0) if rows else 0)),
+        "error": state.get("error", ""),
+        "environment": _json(directory / "environment.json"),
+        "seconds": next((s for s in spent if s is not None and 0 < s < 1e12), 0.0),
         "facts": _facts(config),
         "config": config,
-        "metrics": evaluation.get("metrics", []),
+        "metrics": _metrics(evaluation.get("metrics")),
         "charts": charts,
         "samples": rows[-1]["samples"] if rows else None,
         "notes": [
@@ -117,24 +130,75 @@ def _stage(name: str, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
             *([f"Unreadable lines of metrics.jsonl left out: {unreadable}."] if unreadable else []),
         ],
         "grids": [_image(path, f"{int(path.stem):,} samples seen" if path.stem.isdecimal() else path.stem) for path in grids],
-        "grid": _image(directory / "grid.png", "") if (directory / "grid.png").is_file() else None,
-        "info": yaml.safe_dump(info, sort_keys=False, allow_unicode=True) if info else "",
+        "grid": _image(directory / "grid.png", "") if _is_image(directory / "grid.png") else None,
+        "info": _yaml(info) if info else "",
     }
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------------
+# A run's directory may come from anybody: nothing outside it is read, and what is damaged or absurd is left out.
+
+
+def _is_stage(name: str, state: Any) -> bool:
+    return re.fullmatch(r"[\w-]+", name) is not None and isinstance(state, dict)
+
+
+def _is_image(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_IMAGE
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if not path.is_file() or path.is_symlink():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(MAX_TEXT).strip()
 
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(_text(path))
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _yaml(value: Any) -> str:
+    try:
+        return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+    except RecursionError:
+        return ""
+
+
+def _number(value: Any) -> float | None:
+    """As a float that can be drawn: what is absurdly large is infinite, what is absurdly small zero; None for what is no number."""
+    if not isinstance(value, int | float):
+        return None
+    if not abs(value) < 1e100:
+        return math.nan if value != value else math.copysign(math.inf, value)
+    return float(value) if abs(value) > 1e-100 else 0.0
+
+
+def _metrics(entries: Any) -> list[dict[str, Any]]:
+    if not isinstance(entries, list):
+        return []
+    numbers, texts = ("value", "low", "high"), ("name", "better", "definition")
+    return [
+        {**{key: _number(entry.get(key)) for key in numbers}, **{key: str(entry.get(key, "")) for key in texts}}
+        for entry in entries
+        if isinstance(entry, dict)
+    ]
+
+
+def _environments(stages: list[dict[str, Any]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """The stages that ran in each environment, and that environment."""
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    for stage in stages:
+        if stage["environment"]:
+            same = next((names for names, environment in found if environment == stage["environment"]), None)
+            if same is None:
+                found.append((same := [], stage["environment"]))
+            same.append(stage["name"])
+    return found
 
 
 def _rows(path: Path) -> tuple[list[dict[str, float]], int]:
@@ -144,12 +208,16 @@ def _rows(path: Path) -> tuple[list[dict[str, float]], int]:
     """
     rows: dict[int, dict[str, float]] = {}
     unreadable = 0
-    for line in _text(path).splitlines():
-        try:
-            row = {key: float(value) for key, value in json.loads(line).items() if isinstance(value, int | float)}
-            rows[int(row["samples"])] = row
-        except (ValueError, AttributeError, KeyError):
-            unreadable += 1
+    if not path.is_file() or path.is_symlink():
+        return [], 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                numbers = {key: _number(value) for key, value in json.loads(line).items()}
+                row = {key: number for key, number in numbers.items() if number is not None}
+                rows[int(row["samples"])] = row
+            except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
+                unreadable += 1
     return [rows[samples] for samples in sorted(rows)], unreadable
 
 
@@ -163,7 +231,7 @@ def _facts(config: str) -> list[str]:
     """The names of method, path and data set: what a reader asks first of a run."""
     try:
         values = yaml.safe_load(config)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return []
     parts = [values.get(key) for key in ("method", "path", "data")] if isinstance(values, dict) else []
     names = [part.get("name") if isinstance(part, dict) else part for part in parts]
@@ -276,11 +344,10 @@ def _chart(title: str, at: list[float], group: dict[str, list[float]], logarithm
 def _smooth(values: list[float]) -> list[float]:
     """Centred mean over a fortieth of the run on either side, of what is finite there."""
     reach = max(1, len(values) // 40)
-    result = []
-    for index in range(len(values)):
-        window = [value for value in values[max(0, index - reach) : index + reach + 1] if math.isfinite(value)]
-        result.append(sum(window) / len(window) if window else math.nan)
-    return result
+    sums = [0.0, *itertools.accumulate(value if math.isfinite(value) else 0.0 for value in values)]
+    counts = [0, *itertools.accumulate(map(math.isfinite, values))]
+    windows = [(max(0, index - reach), min(len(values), index + reach + 1)) for index in range(len(values))]
+    return [(sums[b] - sums[a]) / (counts[b] - counts[a]) if counts[b] > counts[a] else math.nan for a, b in windows]
 
 
 def _path(points: list[tuple[float, float]]) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from gentrain import cli
 from gentrain.catalogue import kinds
-from gentrain.training.checkpoint import latest
+from tests.distributed.cases import newest
 
 COMMANDS = ["run", "train", "sample", "evaluate", "export", "report", "plan", "methods", "doctor"]
 TOY = """
@@ -129,6 +129,11 @@ def test_methods_of_a_name_shows_its_fields_with_unit_and_source(gentrain: Comma
     assert re.search(r"path +│ text +│ required", gentrain("methods", "image_folder")[1])
 
 
+def test_version_and_the_short_form_of_help(gentrain: Command) -> None:
+    assert re.fullmatch(r"gentrain \d+\.\d+\.\d+\n", gentrain("--version")[1])
+    assert gentrain("plan", "-h") == gentrain("plan", "--help")
+
+
 def test_doctor(gentrain: Command) -> None:
     status, printed = gentrain("doctor")
     assert (status, "fail" in printed) in {(0, False), (1, True)}
@@ -168,14 +173,22 @@ def test_from_training_to_a_report(gentrain: Command, folder: Path) -> None:
     assert status == 0 and re.search(r"energy distance, generated +│ \S+ +│ \S+ to \S+ +│ lower", printed)
     assert json.loads((folder / "runs/toy/evaluation/metrics.json").read_text())["settings"]["reference"] == "100 held-out items"
     assert gentrain("report", "runs/toy") == (0, "runs/toy/report.html\n")
+    assert "energy distance, generated" in (folder / "runs/toy/report.html").read_text()
     assert gentrain("sample", "runs/toy", "count=3", "--out", "elsewhere")[0] == 0
     assert len(load_file("elsewhere/samples.safetensors")["x"]) == 3
+    assert (folder / "runs/toy/evaluation").is_dir()
+    assert "removed, since it was of the former samples" in gentrain("sample", "runs/toy", "count=3")[1]
+    assert not (folder / "runs/toy/evaluation").exists()
+    assert "is a run of flow_matching; a judge is one of `classifier`" in gentrain("evaluate", "runs/toy", "judge=runs/toy")[1]
 
 
 def test_export(gentrain: Command, folder: Path) -> None:
     assert gentrain("train", "digits.yaml")[0] == 0
+    assert gentrain("sample", "runs/digits", "count=60", "sampler.steps=2")[0] == 0
+    assert gentrain("evaluate", "runs/digits")[0] == 0
     assert gentrain("export", "runs/digits", "pipeline", "sampler={name: euler, steps: 3}") == (0, "exported: pipeline\n")
     assert (folder / "pipeline/model_index.json").is_file()
+    assert "| sliced Wasserstein, generated |" in (folder / "pipeline/README.md").read_text()
     status, printed = gentrain("export", "runs/digits", "pipeline")
     assert status == 1 and "pipeline" in printed and "error" in printed
 
@@ -218,7 +231,7 @@ def test_ctrl_c_publishes_a_checkpoint_and_the_same_command_goes_on(
     assert process.returncode == 75, printed
     assert f"Go on with: gentrain train toy.yaml cluster.place={place} training.samples=100_000_000" in printed
     assert psutil.wait_procs(children, timeout=20)[1] == []
-    stopped = latest(folder / "runs/toy/checkpoints")
+    stopped = newest(folder / "runs/toy")
     assert stopped is not None and 0 < int(stopped.name) < 100_000_000
     process = start("train", "toy.yaml", f"training.samples={int(stopped.name) + 160}")
     printed, _ = process.communicate(timeout=200)
@@ -253,7 +266,7 @@ MISTAKES = [
     (["train"], 2, "Missing argument 'config'. See gentrain --help."),
     (["train", "toy.yml"], 2, "toy.yml: no such file; did you mean toy.yaml?"),
     (["train", "toy.yaml", "modle.width=2"], 2, "command line: modle: unknown key; did you mean 'model'?"),
-    (["train", "toy.yaml", "model=cnn"], 2, "runs/toy: model: cnn is for images (C, H, W), got samples of shape (2,)"),
+    (["train", "toy.yaml", "model=cnn"], 2, "runs/toy: model: a network that denoises is needed, and cnn does not"),
     (["train", "toy.yaml", "roles.model.weights=nowhere"], 2, "roles.model.weights: nowhere is not a run's directory"),
     (["train", "recipe.yaml"], 2, "this is a recipe, not a run; run it with: gentrain run recipe.yaml"),
     (["run", "toy.yaml"], 2, "this is a run, not a recipe; train it with: gentrain train toy.yaml"),
@@ -284,12 +297,10 @@ def test_a_mistake_gets_one_clear_line(gentrain: Command, folder: Path, argument
 
 def test_a_damaged_checkpoint_is_named(gentrain: Command, folder: Path) -> None:
     assert gentrain("train", "toy.yaml")[0] == 0
-    newest = latest(folder / "runs/toy/checkpoints")
-    assert newest is not None
-    (newest / "model.ema.safetensors").write_bytes(b"x")
+    (newest(folder / "runs/toy") / "model.ema.00000.safetensors").write_bytes(b"x")
     for command in ("train toy.yaml", "sample runs/toy"):
         status, printed = gentrain(*command.split())
-        assert status == 1 and "model.ema.safetensors differs from its hash in the manifest" in printed
+        assert status == 1 and "model.ema.00000.safetensors differs from its hash in the manifest" in printed
 
 
 def test_what_cannot_be_exported_is_told(gentrain: Command) -> None:

@@ -421,8 +421,8 @@ MISTAKES = [
     ("not YAML", "shape: circle\n  title: [\n", None, MAIN, "", "not valid YAML in line 2"),
     ("a key twice", "shape: circle\ntitle: a\ntitle: b\n", None, MAIN, "", "not valid YAML in line 3: found duplicate key title"),
     ("a list as a file", "- shape\n", None, MAIN, "", "the top level must be a mapping"),
-    ("a word as a file", "shape\n", None, MAIN, "shape", "expected the name of a shape or a mapping with `name`, got None"),
-    ("a number as a file", "3\n", None, MAIN, "", "cannot read it as a mapping of keys to values"),
+    ("a word as a file", "shape\n", None, MAIN, "", "the top level must be a mapping"),
+    ("a number as a file", "3\n", None, MAIN, "", "the top level must be a mapping"),
     (
         "an item of a list by an override",
         "shape: circle\nstyles: [{}]\n",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import socket
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 
@@ -148,5 +149,28 @@ def test_hub(monkeypatch: pytest.MonkeyPatch, value: str, word: str) -> None:
 def test_environment_names_what_a_result_depends_on() -> None:
     environment = doctor.environment()
     assert environment["torch"] == importlib.metadata.version("torch")
-    assert set(environment) == {"python", "gentrain", *doctor.MAIN_PACKAGES, "system", "processor", "memory", "accelerator"}
+    expected = {"python", "gentrain", *doctor.MAIN_PACKAGES, "system", "processor", "memory", "accelerator"}
+    assert set(environment) - {"commit"} == expected
     assert all(environment.values())
+
+
+def test_the_commit_is_that_of_gentrains_own_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not that of a project which has gentrain somewhere in its environment."""
+    package = tmp_path / "checkout" / "gentrain"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(doctor, "__file__", str(package / "doctor.py"))
+
+    def git(where: Path, *arguments: str) -> str:
+        command = ["git", "-C", str(where), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git(tmp_path, "init", "--quiet", ".")
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "-m", "the project's")
+    assert "commit" not in doctor.environment()
+    git(package.parent, "init", "--quiet", ".")
+    (package / "a.py").write_text("1\n")
+    git(package.parent, "add", ".")
+    git(package.parent, "commit", "--quiet", "-m", "gentrain's")
+    assert doctor.environment()["commit"] == git(package.parent, "rev-parse", "HEAD")[:12]
+    (package / "a.py").write_text("2\n")
+    assert doctor.environment()["commit"].endswith("-dirty")

@@ -156,7 +156,9 @@ def test_the_line_of_the_card_draws_by_name_and_refuses_unknown_classes(tmp_path
     by_name = pipeline(["owl", "cat"], generator=torch.Generator().manual_seed(0), output_type="np").images
     by_number = pipeline([2, 0], generator=torch.Generator().manual_seed(0), output_type="np").images
     assert by_name.shape == (2, 8, 12, 1) and (by_name == by_number).all()
-    assert pipeline(["owl"], num_inference_steps=2).images[0].size == (12, 8)
+    assert pipeline("owl", num_inference_steps=2).images[0].size == (12, 8) and len(pipeline(2).images) == 1
+    with pytest.raises(ValueError, match="at least 1"):
+        pipeline("owl", num_inference_steps=0)
     for label in ("ant", 3, -1):
         with pytest.raises(ValueError, match="the classes are cat, dog, owl"):
             pipeline([label])

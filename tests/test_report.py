@@ -88,6 +88,7 @@ def recipe(tmp_path: Path) -> Path:
     (directory / "evaluate").mkdir()
     (directory / "evaluate" / "metrics.json").write_text(json.dumps({"metrics": [metric], "settings": {"count": 1000}}))
     (directory / "recipe.yaml").write_text("stages: {}\n")
+    (directory / "generator" / "environment.json").write_text(json.dumps({"torch": "1.2.3", "processor": "another one"}))
     stages = {"generator": ("train", 216.0), "draw": ("generate", 25.0), "evaluate": ("evaluate", 9.0)}
     state = {name: {"kind": kind, "status": "finished", "seconds": seconds, "reason": ""} for name, (kind, seconds) in stages.items()}
     (directory / "stages.json").write_text(json.dumps(state))
@@ -117,8 +118,7 @@ def test_recipe_page_has_every_section(recipe: Path) -> None:
         "86 %",
         "guidance",
         "recipe.yaml",
-        "Environment",
-        "torch",
+        "Environment generator torch 1.2.3 processor another one",
     ):
         assert text in page, text
     assert len(page.images) == 1 + 1 + 3, "the drawn grid, the viewer, its strip"
@@ -195,11 +195,25 @@ def test_what_a_killed_run_leaves_is_tolerated(tmp_path: Path) -> None:
     assert "Results" not in page
 
 
-def test_an_empty_directory_gives_a_page(tmp_path: Path) -> None:
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"neither a run's nor a recipe's directory"):
+        write_report(tmp_path)
+
+
+def test_a_run_that_has_just_begun_gives_a_page(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("method: diffusion\n")
     page = read(tmp_path)
     assert not page.charts
     assert not page.images
-    assert "Environment" in page
+    assert "Environment" not in page, "that of whoever writes the page says nothing about the run"
+
+
+def test_stages_are_shown_with_the_environment_each_ran_in(recipe: Path) -> None:
+    for name, machine in (("draw", "another one"), ("evaluate", "a third one")):
+        (recipe / name / "environment.json").write_text(json.dumps({"torch": "1.2.3", "processor": machine}))
+    page = read(recipe)
+    assert "Environment generator, draw torch 1.2.3 processor another one Environment evaluate torch 1.2.3 processor a third one" in page
 
 
 @pytest.mark.parametrize("status", ["failed", "stopped"])
@@ -207,18 +221,25 @@ def test_an_unfinished_stage_is_said_first(recipe: Path, status: str) -> None:
     states = json.loads((recipe / "stages.json").read_text())
     states["draw"].update(status=status)
     (recipe / "stages.json").write_text(json.dumps(states))
-    assert f"draw {status} before it was finished" in read(recipe)
+    assert f"draw {status} before it was finished; run the recipe again" in read(recipe)
+    states["draw"].update(error="no room <here>")
+    (recipe / "stages.json").write_text(json.dumps(states))
+    assert f"draw {status} before it was finished: no room <here>; run the recipe again" in read(recipe)
 
 
 def test_text_is_escaped(tmp_path: Path) -> None:
     nasty = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>'\""
     directory = tmp_path / "a<b>"
-    write_metrics(directory, [{"samples": i, f"loss/{nasty}": 1.0 * i} for i in (1, 2)])
-    (directory / "config.yaml").write_text(f"# {nasty}\nmethod: {{name: '<b>bold</b>'}}\n")
+    stage = directory / "stage"
+    write_metrics(stage, [{"samples": i, f"loss/{nasty}": 1.0 * i} for i in (1, 2)])
+    (stage / "config.yaml").write_text(f"# {nasty}\nmethod: {{name: '<b>bold</b>'}}\n")
     metric = {"name": nasty, "value": 1.0, "low": None, "high": None, "better": "lower", "definition": nasty}
-    (directory / "metrics.json").write_text(json.dumps({"metrics": [metric], "settings": {nasty: nasty}}))
-    (directory / "stages.json").write_text(json.dumps({".": {"kind": nasty, "status": "failed", "seconds": 1, "reason": nasty}}))
+    (stage / "metrics.json").write_text(json.dumps({"metrics": [metric], "settings": {nasty: nasty}}))
+    (stage / "environment.json").write_text(json.dumps({nasty: nasty}))
+    state = {"kind": nasty, "status": "failed", "seconds": 1, "reason": nasty, "error": nasty}
+    (directory / "stages.json").write_text(json.dumps({"stage": state}))
     html = write_report(directory).read_text()
+    assert "onerror" in html, "it was drawn"
     assert html.count("<script>") == 1
     assert "<b>bold" not in html
     assert "onerror=alert(1)>" not in html

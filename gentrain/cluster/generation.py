@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gentrain.cluster import session
+from gentrain.cluster.progress import shown
 from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.noise import Noise, derive
 from gentrain.samplers.base import Sampler
-from gentrain.training.checkpoint import latest
 from gentrain.training.roles import load_network
-from gentrain.training.run import CHECKPOINTS, open_run
+from gentrain.training.run import open_run
 
 CHUNK = 100  # samples drawn together. Fixed: results must not depend on how the work is shared out
 
@@ -56,12 +56,12 @@ def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int 
     run = open_run(directory)  # what a user can mend is told here, not by an actor that dies
     if run.method.generator is None:
         raise ConfigError(f"{directory} holds a {run.method.registered_name}, which generates nothing")
-    if latest(run.directory / CHECKPOINTS) is None:
+    if run.storage.latest() is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
     chunks = [(first, labels[first : first + CHUNK]) for first in range(0, len(labels), CHUNK)]
     if actors == 0:
         generator = Generator(str(directory), to_dict(sampler), seed)
-        return torch.cat([generator.draw(first, part) for first, part in chunks])
+        return torch.cat(list(shown((generator.draw(first, part) for first, part in chunks), len(chunks), "samples, in hundreds")))
     session.start()
     import ray
     from ray.util import ActorPool
@@ -71,7 +71,8 @@ def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int 
     size = min(actors, len(chunks), max(1, int(ray.cluster_resources().get("CPU", 1))))  # one that has no core would wait for ever
     fleet = [actor.remote(str(Path(directory).resolve()), to_dict(sampler), seed, threads=1) for _ in range(size)]
     try:
-        parts = list(ActorPool(fleet).map(lambda member, chunk: member.draw.remote(*chunk), chunks))
+        drawn = ActorPool(fleet).map(lambda member, chunk: member.draw.remote(*chunk), chunks)
+        parts = list(shown(drawn, len(chunks), "samples, in hundreds"))
     except ray.exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
     finally:

@@ -1,18 +1,26 @@
-"""A progress bar for a training run, read from its metrics: the same for every place a run can live in."""
+"""Progress bars. That of a training run is read from its metrics: the same for every place a run can live in."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 
 from gentrain.training.run import METRICS, RunConfig
+
+T = TypeVar("T")
+
+
+def shown(parts: Iterable[T], count: int, what: str) -> Iterator[T]:
+    """The parts as they come, with a progress bar; without one when the output is not a terminal."""
+    console = Console(stderr=True)
+    yield from track(parts, what, count, console=console, disable=not console.is_terminal)
 
 
 @contextmanager

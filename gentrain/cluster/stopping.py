@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 STOP_FILE = ".stop"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPED = 75  # EX_TEMPFAIL: the exit status of what may be run again to go on
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
@@ -32,7 +33,7 @@ class StopFlag:
 def stop_on_signals() -> Iterator[StopFlag]:
     """Within it SIGINT, SIGTERM and SIGUSR1 (what SLURM's --signal is usually told to send) set the flag. Main thread only."""
     flag = StopFlag()
-    previous = {number: signal.signal(number, flag._receive) for number in _SIGNALS}
+    previous = {number: signal.signal(number, flag._receive) for number in SIGNALS}
     try:
         yield flag
     finally:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from gentrain.config import Component
+from gentrain.domains.base import Domain
 
 
 class CorruptItem(Exception):
@@ -52,7 +55,11 @@ class TensorItems:
 
 
 class Data(Component, kind="data"):
-    """A data set as configured. Reading happens in `split`; the properties are known without reading the items."""
+    """A data set as configured. Reading happens in `split`; the properties are known without reading the items.
+
+    A continuous condition (a growth rate, an income) is given as a class as well: the bin of its value, whose limits
+    class_names tells (`Bins`). So null class, guidance, sampling and export work as for any label.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,9 +72,17 @@ class Data(Component, kind="data"):
         raise NotImplementedError
 
     @property
+    def domain(self) -> Domain | None:
+        """The set that all of x lies in, its boundary included, for data that come with one (proportions, fluxes); else None."""
+        return None
+
+    @property
     def licence(self) -> str:
         """Where the data come from and under which licence: goes into the model card."""
         raise NotImplementedError
+
+    def fit(self) -> None:
+        """Records in the configuration what it takes from the items and a run must know for ever. Raises ValueError if it cannot."""
 
     def split(self, name: str) -> Items:
         """The fixed split "train" or "held_out". Raises ValueError for another name."""
@@ -78,3 +93,21 @@ def check_split(name: str) -> None:
     """Raises ValueError unless `name` is "train" or "held_out"."""
     if name not in ("train", "held_out"):
         raise ValueError(f"no split is called {name!r}; there are train and held_out")
+
+
+def import_for(data: str, module: str, remedy: str) -> Any:
+    """A package that only the data set called `data` needs. Raises ValueError with the remedy, a command, where it is not installed."""
+    _require(data, module, remedy)
+    return importlib.import_module(module)
+
+
+def packaged_file(data: str, module: str, path: str, remedy: str) -> Path:
+    """A file inside an installed package, which is not imported. Raises ValueError as `import_for` does."""
+    return _require(data, module, remedy).parent / path
+
+
+def _require(data: str, module: str, remedy: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{data} is read from the package {module}, which is not installed; {remedy}")
+    return Path(spec.origin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # what is left out of Pillow runs other programs or is rarely tested
 _LONGEST = 20  # times the shorter side: beyond it a centre crop shows next to nothing of the image
+_OVERHEAD = 2**24  # bytes of a file beside its pixels: colour profile, metadata
 
 
 @register("image_folder")
@@ -43,6 +45,9 @@ class ImageFolder(Data):
     colours: Literal["rgb", "grey"] = option("rgb", "3 channels or 1")
     max_pixels: PositiveInt = option(50_000_000, "larger images count as corrupt: they could fill the memory", unit="pixels")
     licence: str = option("not stated", "origin and licence of the images, for the model card")
+    classes: list[str] | None = option(
+        None, "names of the class folders, in the order of their labels; null = those that are there, which a run records"
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +55,12 @@ class ImageFolder(Data):
 
     @property
     def class_names(self) -> Sequence[str]:
-        return sorted({file.split("/")[0] for file in self._files})
+        return self.classes if self.classes is not None else sorted({file.split("/")[0] for file in self._files})
+
+    def fit(self) -> None:
+        self.path = str(Path(self.path).expanduser().absolute())
+        if self.classes is None:
+            self.classes = list(self.class_names)
 
     @cached_property
     def _files(self) -> list[str]:
@@ -66,10 +76,17 @@ class ImageFolder(Data):
         if links:
             log.warning("%s: %d links were not followed", root, links)
         classed = sorted(file for file in files if "/" in file)
+        if wrong := [file for file in classed if not file.split("/")[0].isprintable()]:
+            raise ValueError(f"the name of the folder {wrong[0].split('/')[0]!r} below {root} cannot be printed; rename it")
         if len(classed) < len(files):
             log.warning("%s: %d images lie in no class folder and are left out", root, len(files) - len(classed))
         if not classed:
             raise ValueError(f"no images below {root}; looked for {root}/CLASS/**/*({' '.join(SUFFIXES)}), links not followed")
+        if self.classes is not None and (others := sorted({file.split("/")[0] for file in classed} - set(self.classes))):
+            raise ValueError(
+                f"the folder {others[0]!r} below {root} is none of the classes {', '.join(self.classes)}; give it its former name, move it "
+                "away, or train a run of its own"
+            )
         return classed
 
     def split(self, name: str) -> ImageItems:
@@ -113,7 +130,8 @@ class ImageItems:
         try:
             x = self._decode(file)
         except Exception as error:  # of hostile bytes, Pillow's decoders raise almost anything
-            raise CorruptItem(f"{file}: {error or type(error).__name__}") from error
+            message = f"{file}: {error or type(error).__name__}"
+            raise CorruptItem(message if message.isprintable() else ascii(message)) from error  # names may hold commands for terminals
         return {"x": x, "label": self.labels[index]}
 
     def _decode(self, file: Path) -> Tensor:
@@ -121,18 +139,25 @@ class ImageItems:
         import numpy as np
         from PIL import Image, ImageOps
 
-        with Image.open(file, formats=FORMATS) as image:
-            long, short = max(image.size), min(image.size)
-            if long * short > self.max_pixels:
-                raise ValueError(f"{image.width} x {image.height} is more than {self.max_pixels} pixels")
-            if long > _LONGEST * short:
-                raise ValueError(f"{image.width} x {image.height} is more than {_LONGEST} times as long as wide")
-            if image.mode[0] in "IF":
-                raise ValueError(f"pixels of more than 8 bits (mode {image.mode}) are not supported; convert the image")
-            image.draft("RGB", (2 * self.size, 2 * self.size))  # lets the JPEG decoder skip detail that resizing would drop
-            upright = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.colours == "rgb" else "L")
-            # crops first, so that a long image is never enlarged as a whole
-            square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
+        # what was a file when the folder was read may be a link or a pipe by now: neither is followed or waited for
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as opened:
+            info, most = os.fstat(opened.fileno()), 4 * self.max_pixels + _OVERHEAD
+            if not stat.S_ISREG(info.st_mode):
+                raise ValueError("not a regular file")
+            if info.st_size > most:
+                raise ValueError(f"{info.st_size:,} bytes are more than {most:,}")
+            with Image.open(opened, formats=FORMATS) as image:
+                long, short = max(image.size), min(image.size)
+                if long * short > self.max_pixels:
+                    raise ValueError(f"{image.width} x {image.height} is more than {self.max_pixels} pixels")
+                if long > _LONGEST * short:
+                    raise ValueError(f"{image.width} x {image.height} is more than {_LONGEST} times as long as wide")
+                if image.mode[0] in "IF":
+                    raise ValueError(f"pixels of more than 8 bits (mode {image.mode}) are not supported; convert the image")
+                image.draft("RGB", (2 * self.size, 2 * self.size))  # lets the JPEG decoder skip detail that resizing would drop
+                upright = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.colours == "rgb" else "L")
+                # crops first, so that a long image is never enlarged as a whole
+                square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(square)).reshape(self.size, self.size, -1)
         return pixels.permute(2, 0, 1).float().contiguous() / 127.5 - 1
 

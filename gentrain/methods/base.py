@@ -11,6 +11,7 @@ from torch import Tensor
 from gentrain.config import Component
 from gentrain.models.base import Condition
 from gentrain.noise import Noise
+from gentrain.paths.base import Path
 
 Batch = dict[str, Tensor]  # {"x": [B, ...], "label": [B] int64 if the data have classes}
 
@@ -48,10 +49,12 @@ class Role:
     Attributes:
         init: role whose initial weights it copies; None = its own (from the config's `roles.<role>.weights`, else random).
         denoiser: the method sees it as a Denoiser; False = the bare network (a classifier, a critic).
+        classifier: its network reads x alone and gives logits, see models.base.
     """
 
     init: str | None = None
     denoiser: bool = True
+    classifier: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,10 +111,16 @@ class Method(Component, kind="method"):
     Attributes:
         roles: the networks it needs, by name.
         generator: the role that `sample`, `evaluate` and `export` use; None for methods that make no generator.
+        guarded: metrics, or groups of them, that jump upwards only when training goes wrong (training.spike_guard watches them). A method
+            with a loss that may do so in sound training, as that of an adversary, names those that may not.
     """
 
     roles: ClassVar[dict[str, Role]]
     generator: ClassVar[str | None] = None
+    guarded: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
+
+    def check(self, path: Path) -> None:
+        """Raises ValueError, naming what would do, when the method does not work on the path. Called as the configuration loads."""
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         """The updates of one step, in order. Called once per step on every rank; a role may appear more than once."""

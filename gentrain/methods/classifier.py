@@ -38,7 +38,7 @@ class ImageClassifier(Method):
     label_smoothing: Fraction = option(0.1, "share of the target spread evenly over all classes", source="arXiv:1512.00567, section 7")
     shift: NonNegativeInt = option(2, "images move by up to this much along each axis", unit="pixels")
 
-    roles: ClassVar[dict[str, Role]] = {"classifier": Trained(denoiser=False)}
+    roles: ClassVar[dict[str, Role]] = {"classifier": Trained(denoiser=False, classifier=True)}
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("classifier", self.loss)

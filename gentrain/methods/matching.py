@@ -17,7 +17,7 @@ from gentrain.paths.base import Path, TimeLaw
 
 @dataclass(frozen=True)
 class Noised:
-    """Data [B, ...], the noise eps [B, ...] and time t [B] they met, the outcome x_t [B, ...], and the condition after label dropout."""
+    """Data in the path's coordinates [B, ...], the noise eps [B, ...] and time t [B] they met, x_t [B, ...], the condition then."""
 
     x0: Tensor
     eps: Tensor
@@ -28,9 +28,9 @@ class Noised:
 
 def noised(batch: Batch, noise: Noise, path: Path, times: TimeLaw, label_dropout: Fraction) -> Noised:
     """Noises a batch at times drawn from the law `times`; labels become the null class with probability `label_dropout`."""
-    x0 = batch["x"]
+    x0 = path.space.encode(batch["x"])
     t = times.sample(noise.uniform((len(x0),)), path)
-    eps = noise.normal(tuple(x0.shape))
+    eps = path.draw_eps(noise, tuple(x0.shape))
     condition = condition_of(batch)
     if condition is not None:
         condition = drop_condition(condition, noise.bernoulli(label_dropout, (len(x0),)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from gentrain.config import Component
@@ -10,7 +12,12 @@ Condition = dict  # {"label": [B] int64, -1 = the null class}; None = null for e
 
 
 class Model(Component, kind="model"):
-    """A network as configured. Heavy libraries are imported in `build`, when a run needs them."""
+    """A network as configured. Heavy libraries are imported in `build`, when a run needs them.
+
+    `classifies`: what it builds is a classifier, not a network for denoising.
+    """
+
+    classifies: ClassVar[bool] = False
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A network for samples of `shape` ((C, H, W) or (D,)), initialised from torch's global generator.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ FEATURES = 128
 @dataclass
 class CNN(Model):
     """Convolutions with group normalisation and pooling, then 128 features, then logits."""
+
+    classifies: ClassVar[bool] = True
 
     channels: tuple[PositiveInt, ...] = option((16, 32), "channels of each level; each level after the first halves the grid")
     norm_groups: PositiveInt = option(8, "groups of the group normalisation; divides every level's channels")

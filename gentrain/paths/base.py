@@ -10,6 +10,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from gentrain.config import Component, option
+from gentrain.noise import Noise
+from gentrain.paths.space import Free, Space
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -30,6 +32,7 @@ class Path(Component, kind="path"):
     pure_noise: ClassVar[bool] = False
 
     sigma_data: PositiveFloat = option(0.5, "standard deviation of the data, for EDM preconditioning", source="arXiv:2206.00364, table 1")
+    space: Space = option(Free, "where it runs: free (R^D), dual (the mirror image of a convex set), inside (the set itself)")
 
     @property
     def t_min(self) -> float:
@@ -65,8 +68,17 @@ class Path(Component, kind="path"):
         """2 log(alpha / sigma), decreasing in t; infinite where sigma or alpha is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
+    @property
+    def start(self) -> float:
+        """What a draw of the space's prior is multiplied by to be x at t_max."""
+        return float(self.sigma(torch.tensor(self.t_max, dtype=torch.float64)))
+
+    def draw_eps(self, noise: Noise, shape: tuple[int, ...]) -> Tensor:
+        """eps [B, ...] for `perturb`."""
+        return self.space.prior(noise, shape)
+
     def perturb(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t; x0 and eps [B, ...], t [B]."""
+        """x_t; x0 (in the space's coordinates) and eps [B, ...], t [B]."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

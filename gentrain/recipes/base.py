@@ -5,20 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 from omegaconf import OmegaConf
+from pydantic import NonNegativeFloat, StringConstraints, TypeAdapter
+from typing_extensions import TypedDict
 
 from gentrain.config import Component, ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.training.run import changed_keys
 
 RECIPE = "recipe.yaml"
 STAGES = "stages.json"
-_KEYS = {"kind", "status", "reason", "seconds", "fingerprint", "inputs", "settings"}  # of a stage in it
+NAME = r"[\w-]+"  # of a stage
+
+
+class State(TypedDict):
+    """A stage in stages.json. `error`: why the last attempt failed."""
+
+    kind: str
+    status: Literal["finished", "running", "stopped", "failed"]
+    reason: str
+    seconds: NonNegativeFloat
+    fingerprint: Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]  # becomes part of a directory's name
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+    error: NotRequired[str]
+
+
+_STATES = TypeAdapter(dict[Annotated[str, StringConstraints(pattern=f"^{NAME}$")], State])
 
 
 class Stopped(Exception):
@@ -81,7 +100,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RecipeConfig
     load_plugins(document)
     stages = document.values.get("stages")
     for name, stage in stages.items() if isinstance(stages, dict) else ():
-        if not name.replace("_", "").replace("-", "").isalnum():
+        if not re.fullmatch(NAME, name):
             raise document.error(f"stages.{name}", "a stage's name becomes a directory: letters, digits, - and _ only")
         if isinstance(stage, dict) and isinstance(stage.get("run"), dict):
             _load_plugins_of_run(document, name)
@@ -106,8 +125,8 @@ def _load_plugins_of_run(document: Document, stage: str) -> None:
 
 def _dependencies(recipe: RecipeConfig, stage: Stage) -> list[str]:
     """The stages whose outputs, or something in them, this one reads."""
-    texts = list(_texts(stage.settings()))
-    return [name for name in recipe.stages if any(f"{text}/".startswith(f"{recipe.output}/{name}/") for text in texts)]
+    texts, output = list(_texts(stage.settings())), to_dict(recipe)["output"]  # both as written: neither shows the environment
+    return [name for name in recipe.stages if any(f"{text}/".startswith(f"{output}/{name}/") for text in texts)]
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -158,7 +177,7 @@ def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:
         if before is None or before["fingerprint"] != fingerprint:
             _set_aside(directory / name, "unknown" if before is None else before["fingerprint"], say)
         spent = before["seconds"] if before is not None and before["fingerprint"] == fingerprint else 0.0
-        state = {
+        state: State = {
             "kind": stage.registered_name, "status": "running", "reason": why, "seconds": spent, "fingerprint": fingerprint,
             "inputs": inputs, "settings": settings,
         }  # fmt: skip
@@ -170,6 +189,8 @@ def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:
             state["status"] = "finished"
         except BaseException as error:
             state["status"] = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+            if state["status"] == "failed":
+                state["error"] = str(error) or type(error).__name__
             raise
         finally:
             state["seconds"] = round(spent + time.monotonic() - started, 2)
@@ -180,7 +201,7 @@ def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:
 _ENDED = {"running": "was killed", "stopped": "was stopped", "failed": "failed"}
 
 
-def _why(before: Mapping[str, Any] | None, fingerprint: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
+def _why(before: State | None, fingerprint: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str | None:
     """Why a stage has to run, None when it has not."""
     if before is None:
         return "not run yet"
@@ -208,18 +229,16 @@ def _set_aside(directory: Path, fingerprint: str, say: Callable[[str], None]) ->
         say(f"{directory.name}: its former output is kept in {aside}")
 
 
-def read_states(directory: Path) -> dict[str, dict[str, Any]]:
+def read_states(directory: Path) -> dict[str, State]:
     """stages.json of a recipe's directory, empty before the first run. Raises ConfigError when it is damaged."""
     try:
-        states: dict[str, dict[str, Any]] = json.loads((directory / STAGES).read_text())
-        if not all(state.keys() >= _KEYS and state["status"] in {"finished", *_ENDED} for state in states.values()):
-            raise ValueError("a stage lacks entries")
-        return states
+        return _STATES.validate_json((directory / STAGES).read_bytes())
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         remedy = "restore it, or move the directory away to run every stage from its beginning"
-        raise ConfigError(f"damaged ({error}); {remedy}", source=str(directory / STAGES)) from error
+        what = " ".join(str(error).partition("For further")[0].split())[:200]
+        raise ConfigError(f"damaged ({what}); {remedy}", source=str(directory / STAGES)) from error
 
 
 def _write_states(directory: Path, states: Mapping[str, Any]) -> None:

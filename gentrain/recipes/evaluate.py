@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gentrain.config import ConfigError, option, register
+from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.data.base import Data
 from gentrain.data.loader import Loader
 from gentrain.metrics.accuracy import class_accuracy
 from gentrain.metrics.base import Metric
 from gentrain.metrics.distances import distance_metric, energy_distance, frechet_distance, sliced_wasserstein
 from gentrain.recipes.base import Stage
-from gentrain.recipes.generate import SAMPLES
+from gentrain.recipes.generate import INFO, SAMPLES
 from gentrain.training.roles import load_network
 from gentrain.training.run import open_run
 
@@ -33,7 +35,7 @@ class Evaluate(Stage):
     """Compares sets of samples with held-out data: metrics.json.
 
     With a judge (a trained classifier run): class accuracy, and the Frechet distance between its penultimate features; its own accuracy
-    on the held-out data comes first. Without one: sliced Wasserstein and energy distance between the samples themselves.
+    on the held-out data comes last. Without one: sliced Wasserstein and energy distance between the samples themselves.
     """
 
     samples: dict[str, str] = option(help="name -> directory of a generate stage")
@@ -53,39 +55,88 @@ class Evaluate(Stage):
         held_out = next(iter(Loader(items, seed=0, batch_size=min(len(items), self.reference))))[0]
         metrics = self._with_judge(held_out) if self.judge is not None else self._without_judge(held_out)
         directory.mkdir(parents=True, exist_ok=True)
-        settings = {"judge": self.judge, "samples": self.samples, "reference": f"{len(held_out['x'])} held-out items"}
+        settings = {key: value for key, value in to_dict(self).items() if key in ("judge", "samples")}
+        settings |= {"reference": f"{len(held_out['x'])} held-out items"}
+        metrics = [self._told(metric) for metric in metrics]
         (directory / METRICS).write_text(json.dumps({"metrics": [asdict(metric) for metric in metrics], "settings": settings}, indent=1))
 
+    def _told(self, metric: Metric) -> Metric:
+        """With how the samples were drawn, where that is recorded: the numbers are of that sampler, not of the model alone."""
+        for name, place in self.samples.items():
+            info = Path(place) / INFO
+            if metric.name.endswith(f", {name}") and info.is_file():
+                sampler = json.loads(info.read_text())["sampler"]
+                drawn = f"{sampler['name']}, {sampler['steps']} steps, guidance {sampler['guidance']:g}"
+                return replace(metric, definition=f"{metric.definition}; drawn with {drawn}")
+        return metric
+
     def _with_judge(self, held_out: dict[str, Tensor]) -> list[Metric]:
-        judge, _ = load_network(str(self.judge))
-        metrics = [class_accuracy(_apply(judge, held_out["x"]).argmax(1), held_out["label"], "accuracy of the judge on held-out data")]
+        judge, run = load_network(str(self.judge))
+        if not hasattr(judge, "features"):
+            raise ConfigError(f"{self.judge} is a run of {run.method.registered_name}; a judge is one of `classifier`", key="judge")
+        ours = (self.data or run.data).shape, list((self.data or run.data).class_names)
+        theirs = run.data.shape, list(run.data.class_names)
+        if ours != theirs:
+            raise ConfigError(
+                f"{self.judge} judges samples of shape {theirs[0]} and the classes {', '.join(theirs[1])}; these are of shape {ours[0]} "
+                f"and the classes {', '.join(ours[1]) or 'none'}; train a judge on their data",
+                key="judge",
+            )
+        metrics = []
         real = _apply(judge.features, held_out["x"])
-        for name, samples in self._read():
+        for name, samples in self._read(held_out):
             metrics.append(class_accuracy(_apply(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
             features = _apply(judge.features, samples["x"])
+            if min(len(features), len(real)) <= real.shape[1]:
+                raise ConfigError(
+                    f"{len(features)} samples and {len(real)} held-out items are too few for the Frechet distance of {real.shape[1]} "
+                    f"features: it takes more than that of each; draw count={5 * real.shape[1]} or more",
+                    key=f"samples.{name}",
+                )
             metrics.append(
                 distance_metric(
                     f"Frechet distance, {name}", frechet_distance, features, real, f"of the judge's {real.shape[1]} penultimate features"
                 )
             )
-        return metrics
+        read = _apply(judge, held_out["x"]).argmax(1)
+        return [*metrics, class_accuracy(read, held_out["label"], "accuracy of the judge on held-out data")]
 
     def _without_judge(self, held_out: dict[str, Tensor]) -> list[Metric]:
         real, metrics = held_out["x"].flatten(1), []
-        for name, samples in self._read():
+        for name, samples in self._read(held_out):
             x = samples["x"].flatten(1)
             metrics.append(distance_metric(f"sliced Wasserstein, {name}", sliced_wasserstein, x, real, "of the samples"))
             metrics.append(distance_metric(f"energy distance, {name}", energy_distance, x, real, "of the samples"))
         return metrics
 
-    def _read(self) -> list[tuple[str, dict[str, Tensor]]]:
+    def _read(self, held_out: dict[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
+        """Name and contents of each set of samples. Raises ConfigError for what are no samples like the held-out ones."""
         found = []
         for name, place in self.samples.items():
-            path = Path(place) / SAMPLES
+            path, key = Path(place) / SAMPLES, f"samples.{name}"
             if not path.is_file():
-                raise ConfigError(f"{path} does not exist; generate it first", key=f"samples.{name}")
-            found.append((name, load_file(path)))
+                raise ConfigError(f"{path} does not exist; draw the samples first (gentrain sample RUN, or a stage `generate`)", key=key)
+            try:
+                samples = load_file(path)
+                x, label = samples["x"], samples["label"]
+            except (OSError, SafetensorError, KeyError) as error:
+                raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); generate it again", key=key) from error
+            fits = x.dtype == torch.float32 and x.shape[1:] == held_out["x"].shape[1:] and label.dtype == torch.int64
+            if not fits or label.shape != x.shape[:1] or not len(x) or not x.isfinite().all():
+                what = f"x {x.dtype} {list(x.shape)}, label {label.dtype} {list(label.shape)}"
+                expected = f"finite float32 samples of shape {list(held_out['x'].shape[1:])} with an int64 label each"
+                raise ConfigError(f"{path} holds {what}; expected {expected}; generate it again", key=key)
+            found.append((name, samples))
         return found
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """What an evaluate stage measured, as plain mappings. Raises ConfigError when its file is missing or damaged."""
+    path = Path(directory) / METRICS
+    try:
+        return [asdict(metric) for metric in TypeAdapter(list[Metric]).validate_python(json.loads(path.read_bytes())["metrics"])]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ConfigError(f"no table of metrics ({str(error).splitlines()[0]}); evaluate again", source=str(path)) from error
 
 
 def _apply(network: nn.Module | Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gentrain.config import option, register, to_dict
+from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.export import export
 from gentrain.recipes.base import Stage
-from gentrain.recipes.evaluate import METRICS
+from gentrain.recipes.evaluate import read_metrics
 from gentrain.samplers.base import Sampler
 from gentrain.training.roles import load_network
 
@@ -32,7 +30,9 @@ class Export(Stage):
     def write(self, out: Path) -> Path:
         """Exports to `out`, which must not exist or be empty (FileExistsError)."""
         denoiser, run = load_network(self.run)
-        metrics: list[dict[str, Any]] = json.loads((Path(self.scores) / METRICS).read_text())["metrics"] if self.scores else []
+        if run.method.generator is None:
+            raise ConfigError(f"{self.run} holds a {run.method.registered_name}, which generates nothing", key="run")
+        metrics = read_metrics(self.scores) if self.scores else []
         return export(
             out,
             denoiser,

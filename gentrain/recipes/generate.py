@@ -59,5 +59,5 @@ class Generate(Stage):
         save_file({"x": x, "label": labels}, directory / SAMPLES)
         if x.ndim == 4 and x.shape[1] in (1, 3):
             save_grid(x[: self.grid], directory / GRID, self.columns)
-        info = {"run": self.run, "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
+        info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
         (directory / INFO).write_text(json.dumps(info, indent=1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
@@ -26,15 +25,16 @@ class Sampler(Component, kind="sampler"):
     )
 
     def sample(self, denoiser: Denoiser, shape: tuple[int, ...], noise: Noise, condition: Condition | None = None) -> Tensor:
-        """Samples [B, ...] of `shape`, float32: `solve` from `start` times the first numbers of `noise`."""
-        return self.solve(denoiser, self.start(denoiser.path) * noise.normal(shape), noise, condition)
+        """Samples [B, ...] of `shape`, float32: `solve` from `start` times the first draws of the space's prior, decoded."""
+        space = denoiser.path.space
+        return space.decode(self.solve(denoiser, self.start(denoiser.path) * space.prior(noise, shape), noise, condition))
 
     def start(self, path: Path) -> float:
         """Standard deviation of x at t_max. The stock schedulers' init_noise_sigma (where they step x / alpha, divided by alpha)."""
-        return float(path.sigma(torch.tensor(path.t_max, dtype=torch.float64)))
+        return path.start
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
-        """Data [B, ...] from x [B, ...] at t_max; draws from `noise` if the sampler is stochastic.
+        """Clean data in the path's coordinates [B, ...] from x [B, ...] at t_max; draws from `noise` if the sampler is stochastic.
 
         Raises:
             ValueError: the steps or their spacing do not exist on the denoiser's path.

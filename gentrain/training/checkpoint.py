@@ -1,131 +1,216 @@
-"""Checkpoints that are whole or absent.
+"""One checkpoint: files that each rank wrote for itself, and the manifest that says what belongs to it.
 
-A checkpoint is written to a temporary directory, every file is hashed into a manifest and synced, the directory is renamed into place,
-LATEST is replaced, and only then are older ones deleted. What is read is verified against the manifest first; nothing is unpickled.
+For each role and kind (`weights`, `ema`, `optimizer`) a rank writes one safetensors file with the stretches that it holds of each tensor,
+flat, and says in the file's header where they start and what shape the whole has. Nothing is gathered. A rank that goes on reads its own
+file, and the others only for what that one lacks, so that any number of ranks and any ZeRO stage may go on. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import shutil
-from collections.abc import Mapping
+import re
+import shlex
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-LATEST = "LATEST"
-FORMAT = 1
+FORMAT = 2
+_LAYOUT = "layout"  # key in a file's header: name -> [start, *shape]
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that must not be read. The message names the file and the remedy."""
 
 
-def publish(root: Path, samples: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep_last: int) -> Path:
-    """Publishes a checkpoint under `root` and deletes all but the newest `keep_last`. One process calls it.
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a tensor: its elements [start, start + len(values)), flat. shape: of the whole."""
 
-    Args:
-        tensors: file stem -> name -> tensor; each becomes a safetensors file.
-        state: what is not a tensor; becomes state.json.
-    """
-    name = f"{samples:012d}"
-    root.mkdir(parents=True, exist_ok=True)
-    remove_unpublished(root)
-    temporary = root / f".{name}.tmp"
-    temporary.mkdir()
-    for stem, values in tensors.items():
-        save_file({key: value.contiguous() for key, value in values.items()}, temporary / f"{stem}.safetensors")
-    (temporary / STATE).write_text(json.dumps(dict(state), indent=1))
-    hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
-    (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "samples": samples, "sha256": hashes}, indent=1))
-    for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
-    final = root / name
-    if final.exists():  # published by an attempt that died before it could say so in LATEST
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(root)
-    pointer = root / f".{LATEST}.tmp"
-    pointer.write_text(name + "\n")
-    _sync(pointer)
-    pointer.rename(root / LATEST)
-    _sync(root)
-    for old in _published(root)[:-keep_last]:
-        if old != final:
-            shutil.rmtree(old)
-    return final
+    values: Tensor
+    start: int
+    shape: tuple[int, ...]
 
 
-def latest(root: Path) -> Path | None:
-    """The checkpoint that LATEST names, None before the first. Raises CheckpointError when it names one that is not there."""
-    try:
-        name = (root / LATEST).read_text().strip()
-    except FileNotFoundError:
-        return None
-    if not name.isdigit() or not (root / name).is_dir():
-        there = ", ".join(path.name for path in _published(root)) or "none"
-        raise CheckpointError(f"{root / LATEST} names {name!r}, which is not there; write one of these into it: {there}")
-    return root / name
+Shard = dict[str, Piece]
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint whose every file has the hash in its manifest. Raises CheckpointError naming the file."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        hashes, version = dict(manifest["sha256"]), manifest["format"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint} was never published: it has no {MANIFEST}; resume from another one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged ({error}); resume from another one") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{checkpoint} has format {version}, this version reads {FORMAT}; use the version that wrote it")
-    extra = {path.name for path in checkpoint.iterdir()} - set(hashes) - {MANIFEST}
-    if extra:
-        raise CheckpointError(f"{checkpoint / min(extra)} is not in the manifest; remove it or resume from another checkpoint")
-    for name, expected in hashes.items():
-        path = checkpoint / name
-        if Path(name).name != name or not path.is_file() or path.is_symlink():
-            raise CheckpointError(f"{path} is missing or not a file of its own; resume from another checkpoint")
-        if _hash(path) != expected:
-            raise CheckpointError(f"{path} differs from its hash in the manifest; resume from another checkpoint")
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    return state
+def shard_file(stem: str, rank: int) -> str:
+    return f"{stem}.{rank:05d}.safetensors"
 
 
-def load_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors published under `stem`. Call `verify` first."""
-    tensors: dict[str, Tensor] = load_file(checkpoint / f"{stem}.safetensors")
-    return tensors
+def write_shard(path: Path, shard: Shard) -> None:
+    layout = json.dumps({name: [piece.start, *piece.shape] for name, piece in shard.items()})
+    save_file({name: piece.values.cpu().contiguous() for name, piece in shard.items()}, path, metadata={_LAYOUT: layout})
 
 
-def remove_unpublished(root: Path) -> None:
-    """Deletes what a writer that died has left behind."""
-    for path in root.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _published(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.name.isdigit() and path.is_dir())
-
-
-def _hash(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def manifest(hashes: dict[str, str]) -> str:
+    return json.dumps({"format": FORMAT, "sha256": dict(sorted(hashes.items()))}, indent=1)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises CheckpointError for what is no file or directory of its own, and for what another user could have written."""
+    info = path.lstat()
+    if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+        raise CheckpointError(f"{path} is a link, or no file at all; put a file in its place, or resume from another checkpoint")
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CheckpointError(f"{path} may be written by other users; if you trust what is there: chmod -R go-w {shlex.quote(str(path))}")
+    if info.st_uid not in (os.getuid(), 0):
+        raise CheckpointError(f"{path} belongs to user {info.st_uid}, not to you; if you trust what is there, copy it and use the copy")
+
+
+class Checkpoint:
+    """A published checkpoint as it is read: each file is fetched, and compared with its hash, before anything in it is looked at.
+
+    Every function raises CheckpointError, which names the file and the remedy.
+
+    Args:
+        where: names it in messages.
+        present: names of the files that are there.
+        fetch: file name -> a local file with its contents.
+    """
+
+    def __init__(self, where: str, present: Iterable[str], fetch: Callable[[str], Path]):
+        self.where, self._fetch = where, fetch
+        self._verified: dict[str, Path] = {}
+        names = set(present)
+        if MANIFEST not in names:
+            raise CheckpointError(f"{where} was never published: it has no {MANIFEST}; resume from another one")
+        self.hashes = self._read_manifest()
+        for name in sorted(names - set(self.hashes) - {MANIFEST}):
+            raise CheckpointError(f"{where}/{name} is not in the manifest; remove it or resume from another checkpoint")
+        for name in sorted({*self.hashes, STATE} - names):  # which also refuses names that point out of the directory
+            raise CheckpointError(f"{where}/{name} is missing; resume from another checkpoint")
+
+    def _read_manifest(self) -> dict[str, str]:
+        try:
+            text = self._fetch(MANIFEST).read_text()
+            content = json.loads(text)
+            hashes, version = dict(content["sha256"]), content["format"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{self.where}/{MANIFEST} is damaged ({error}); resume from another one") from error
+        if version != FORMAT:
+            raise CheckpointError(f"{self.where} has format {version}, this version reads {FORMAT}; use the version that wrote it")
+        if text != manifest(hashes):
+            raise CheckpointError(f"{self.where}/{MANIFEST} is damaged (its form is not the one it is written in); resume from another one")
+        return hashes
+
+    def file(self, name: str) -> Path:
+        """A local file with the contents that the manifest says."""
+        if name not in self._verified:
+            path = self._fetch(name)
+            if not path.is_file() or sha256(path) != self.hashes.get(name):
+                raise CheckpointError(f"{self.where}/{name} differs from its hash in the manifest; resume from another checkpoint")
+            self._verified[name] = path
+        return self._verified[name]
+
+    def verify(self) -> None:
+        """Reads every file."""
+        for name in self.hashes:
+            self.file(name)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What is not a tensor."""
+        try:
+            return dict(json.loads(self.file(STATE).read_text()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{self.where}/{STATE} is damaged ({error}); resume from another one") from error
+
+    def shards(self, stem: str, rank: int = 0) -> Shards:
+        """The tensors of `<role>.<kind>`, looked for in the file of `rank` first."""
+        pattern = re.compile(rf"{re.escape(stem)}\.\d{{5}}\.safetensors")
+        files = sorted(filter(pattern.fullmatch, self.hashes), key=lambda name: (name != shard_file(stem, rank), name))
+        if not files:
+            raise CheckpointError(f"{self.where} has no {shard_file(stem, 0)}; resume from another checkpoint")
+        return Shards(self, files)
+
+
+class Shards:
+    """The tensors of one stem, spread over the files of the ranks that wrote them. A file is opened when it is first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, files: list[str]):
+        self._checkpoint, self._names = checkpoint, files
+        self._opened: list[_ShardFile] = []
+
+    def _files(self) -> Iterator[_ShardFile]:
+        for index, name in enumerate(self._names):
+            if index == len(self._opened):
+                self._opened.append(_ShardFile(self._checkpoint.file(name), f"{self._checkpoint.where}/{name}"))
+            yield self._opened[index]
+
+    def keys(self) -> dict[str, bool]:
+        """What stands before the first slash of names -> whether there was one: alike for all ranks that hold a part of a parameter."""
+        keys: dict[str, bool] = {}
+        for file in self._files():
+            keys |= {name.partition("/")[0]: "/" in name for name in file.pieces}
+            if any(keys.values()):
+                break
+        return keys
+
+    def read(self, name: str, start: int, size: int, shape: tuple[int, ...]) -> Tensor:
+        """Elements [start, start + size), flat, of a tensor that must have `shape`."""
+        parts, position = [], start
+        while position < start + size:
+            file = next((file for file in self._files() if file.holds(name, position)), None)
+            if file is None:
+                raise CheckpointError(f"{self._checkpoint.where} lacks a part of {name!r}; this network is not the one that was saved")
+            first, count, whole = file.pieces[name]
+            if whole != shape:
+                raise CheckpointError(f"{file.where}: {name!r} has shape {list(whole)}, this network needs {list(shape)}")
+            end = min(start + size, first + count)
+            parts.append(file.slice(name, position - first, end - first))
+            position = end
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Every tensor in its shape."""
+        shapes = {name: shape for file in self._files() for name, (_, _, shape) in file.pieces.items()}
+        return {name: self.read(name, 0, math.prod(shape), shape).reshape(shape) for name, shape in shapes.items()}
+
+
+class _ShardFile:
+    """pieces: name -> (start, elements, shape of the whole)."""
+
+    def __init__(self, path: Path, where: str):
+        self.where = where
+        try:
+            self._file = safe_open(path, "pt")  # which refuses headers that claim more than the file holds
+            layout = json.loads((self._file.metadata() or {})[_LAYOUT])
+            self.pieces: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+            for name in self._file.keys():  # noqa: SIM118
+                (count,), (first, *shape) = self._file.get_slice(name).get_shape(), layout.pop(name)
+                if not 0 <= first <= first + count <= math.prod(shape):
+                    raise ValueError(f"{name!r} lies outside of its tensor")
+                self.pieces[name] = (first, count, tuple(shape))
+            if layout:
+                raise ValueError(f"its header names {min(layout)!r}, which it does not hold")
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{where} is no file of a checkpoint ({error}); resume from another checkpoint") from error
+
+    def holds(self, name: str, position: int) -> bool:
+        first, count, _ = self.pieces.get(name, (0, 0, ()))
+        return first <= position < first + count
+
+    def slice(self, name: str, start: int, end: int) -> Tensor:
+        values: Tensor = self._file.get_slice(name)[start:end]
+        return values

@@ -1,4 +1,4 @@
-"""What holds a network that learns: forward, backward, step, averages, and its whole state by parameter name.
+"""What holds a network that learns: forward, backward, step, averages, and its state by parameter name.
 
 `RoleEngine` is the contract and does everything but the parallelism; `TorchEngine` here is the reference implementation, DeepSpeed's is
 in `zero.py`. Both give the same loss curve in a test.
@@ -7,7 +7,7 @@ in `zero.py`. Both give the same loss curve in a test.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from gentrain.config import Component, option, register
+from gentrain.training.checkpoint import Piece, Shard, Shards
 from gentrain.training.optimizers import Optimizer, Partition
 from gentrain.training.world import World
 
@@ -116,7 +117,7 @@ class RoleEngine:
         """Starts from the master weights themselves (under bf16 they are not the weights the module was built with)."""
         self.ema = [p.detach().clone() for p in self.partitions]
 
-    # --- state by name: collective, every rank must call ---
+    # --- what all ranks hold, whole: collective ---
 
     def weights(self) -> State:
         """Full float32 master weights and the module's buffers, on every rank, on the host."""
@@ -128,56 +129,85 @@ class RoleEngine:
             raise EngineMisuse(f"role {self.role!r} keeps no average")
         return self._assemble(self.ema) | self._buffers()
 
-    def optimizer_state(self) -> State:
-        """`<key>/<parameter>` for what has a parameter's shape, `<key>` for numbers that all parameters share (the step count)."""
-        state: State = {}
-        entries = [self.optimizer.state.get(p, {}) for p in self.partitions]
-        for key in sorted({key for entry in entries for key in entry}):
-            values = [entry[key] for entry in entries]
-            if all(value.shape == p.shape for value, p in zip(values, self.partitions, strict=True)):
-                state |= {f"{key}/{name}": value for name, value in self._assemble(values).items()}
-            else:
-                state[key] = torch.as_tensor(values[0]).detach().cpu().clone()
-        return state
-
-    def load(self, weights: State, ema: State | None, optimizer: State) -> None:
-        """Restores a state written by the three functions above, at any number of ranks.
-
-        The module must have been built from the same `weights`, so that only what has more bits than the live weights is missing.
-        """
-        with torch.no_grad():
-            self._scatter(weights, self.partitions)
-            if ema is not None:
-                self.start_ema()
-                assert self.ema is not None
-                self._scatter(ema, self.ema)
-            keys = {name.partition("/")[0]: "/" in name for name in optimizer}
-            for key, per_parameter in keys.items():
-                if per_parameter:
-                    values = [torch.zeros_like(p) for p in self.partitions]
-                    prefix = f"{key}/"
-                    self._scatter({name.removeprefix(prefix): v for name, v in optimizer.items() if name.startswith(prefix)}, values)
-                else:
-                    values = [optimizer[key].clone() for _ in self.partitions]
-                for partition, value in zip(self.partitions, values, strict=True):
-                    self.optimizer.state[partition][key] = value
-
     def _buffers(self) -> State:
         return {name: v.detach().cpu().clone() for name, v in self.module.state_dict().items() if name not in self.shapes}
 
     def _assemble(self, partitions: list[Tensor]) -> State:
         full = {name: torch.zeros(shape.numel(), dtype=torch.float32) for name, shape in self.shapes.items()}
         for f in self.fragments:
-            full[f.name][f.start : f.start + f.size] = partitions[f.partition].reshape(-1)[f.offset : f.offset + f.size].cpu()
+            full[f.name][f.start : f.start + f.size] = _stretch(partitions, f).cpu()
         if self.sharded and self.world.size > 1:
             for value in full.values():  # exactly one rank holds each element, so the sum is exact
                 dist.all_reduce(value)
         return {name: value.reshape(self.shapes[name]) for name, value in full.items()}
 
-    def _scatter(self, full: State, partitions: list[Tensor]) -> None:
+    # --- what this rank holds, to be saved and restored ---
+
+    def shards(self) -> Iterator[tuple[str, Shard]]:
+        """This rank's part of the state: `weights` and `ema`, with the module's buffers, and `optimizer`. Views where they are on the host.
+
+        Over all ranks each element of a parameter is there once. Buffers, and numbers that all parameters share, are in every part.
+        """
+        buffers = {name: Piece(v.reshape(-1), 0, tuple(v.shape)) for name, v in self._buffers().items()}
+        yield "weights", self._pieces(self.partitions) | buffers
+        if self.ema is not None:
+            yield "ema", self._pieces(self.ema) | buffers
+        entries = [self.optimizer.state.get(p, {}) for p in self.partitions]
+        optimizer: Shard = {}
+        for key in sorted({key for entry in entries for key in entry}):
+            values = [torch.as_tensor(entry[key]) for entry in entries]
+            if all(value.shape == p.shape for value, p in zip(values, self.partitions, strict=True)):
+                optimizer |= self._pieces(values, f"{key}/")
+            elif all(value.numel() == 1 for value in values):
+                optimizer[key] = Piece(values[0].reshape(1), 0, ())
+            else:
+                raise EngineMisuse(
+                    f"role {self.role!r}: the optimiser's {key!r} is neither of a parameter's shape nor a number of all of them"
+                )
+        yield "optimizer", optimizer
+
+    def read(self, shards: Callable[[str], Shards]) -> None:
+        """Fills this rank's part of the state, as any number of ranks wrote it; `refresh` must follow. Raises CheckpointError.
+
+        Args:
+            shards: kind -> where its tensors are.
+        """
+        with torch.no_grad():
+            weights, optimizer = shards("weights"), shards("optimizer")
+            self._fill(self.partitions, weights)
+            saved = self._buffers()
+            for name, buffer in self.module.named_buffers():
+                if name in saved:
+                    buffer.copy_(weights.read(name, 0, buffer.numel(), tuple(buffer.shape)).reshape(buffer.shape))
+            if self.ema is not None:
+                self._fill(self.ema, shards("ema"))
+            for key, per_parameter in optimizer.keys().items():
+                if per_parameter:
+                    values = [torch.zeros_like(p) for p in self.partitions]
+                    self._fill(values, optimizer, f"{key}/")
+                else:
+                    values = [optimizer.read(key, 0, 1, ()).reshape(()).clone() for _ in self.partitions]
+                    if any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups):
+                        values = [value.to(p.device) for value, p in zip(values, self.partitions, strict=True)]
+                for partition, value in zip(self.partitions, values, strict=True):
+                    self.optimizer.state[partition][key] = value
+
+    def refresh(self) -> None:
+        """Has the weights that forward uses follow the masters. Collective. Raises EngineMisuse if they do not."""
+        self._refresh()
         for f in self.fragments:
-            value = full[f.name].reshape(-1)[f.start : f.start + f.size]
-            partitions[f.partition].view(-1)[f.offset : f.offset + f.size].copy_(value)
+            master = _stretch(self.partitions, f).detach()
+            if not all(torch.equal(live, master.to(live.dtype)) for live in self._live(f)):
+                raise EngineMisuse(f"role {self.role!r}: the weights {f.name!r} that forward uses are not the ones that were restored")
+
+    def _pieces(self, partitions: list[Tensor], prefix: str = "") -> Shard:
+        # What every rank holds is dealt out, so that each writes a share of it.
+        fragments = self.fragments if self.sharded else self.fragments[self.world.rank :: self.world.size]
+        return {prefix + f.name: Piece(_stretch(partitions, f).detach(), f.start, tuple(self.shapes[f.name])) for f in fragments}
+
+    def _fill(self, partitions: list[Tensor], shards: Shards, prefix: str = "") -> None:
+        for f in self.fragments:
+            _stretch(partitions, f).copy_(shards.read(prefix + f.name, f.start, f.size, tuple(self.shapes[f.name])))
 
     # --- what the parallelism decides ---
 
@@ -192,6 +222,18 @@ class RoleEngine:
 
     def _step(self) -> StepResult:
         raise NotImplementedError
+
+    def _refresh(self) -> None:
+        """Copies the masters into the weights that forward uses. Collective."""
+        raise NotImplementedError
+
+    def _live(self, fragment: Fragment) -> list[Tensor]:
+        """The fragment's stretch, flat, of every copy of the weights that forward may use here."""
+        raise NotImplementedError
+
+
+def _stretch(partitions: list[Tensor], f: Fragment) -> Tensor:
+    return partitions[f.partition].view(-1)[f.offset : f.offset + f.size]
 
 
 @contextmanager
@@ -239,6 +281,12 @@ class ReplicatedEngine(RoleEngine):
         self.optimizer = optimizer
         self.partitions = [p for _, p in module.named_parameters()]
         self.fragments = [Fragment(name, 0, p.numel(), i, 0) for i, (name, p) in enumerate(module.named_parameters())]
+
+    def _refresh(self) -> None:
+        pass  # the partitions are what forward uses
+
+    def _live(self, fragment: Fragment) -> list[Tensor]:
+        return []
 
     def clip(self) -> StepResult:
         """Clips the averaged gradients, which are alike on all ranks; so is the verdict on whether they are finite."""

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from enum import Enum
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gentrain.config import ConfigError
 from gentrain.data.loader import Loader
 from gentrain.methods.base import Batch, Clock, Update
 from gentrain.noise import Noise, derive
-from gentrain.training import checkpoint as checkpoints
 from gentrain.training.callbacks import Callback, MetricsFile, Previews, TensorBoard, due
+from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError
+from gentrain.training.lock import hold
 from gentrain.training.roles import Roles
-from gentrain.training.run import CHECKPOINTS, RunConfig
-from gentrain.training.world import World
+from gentrain.training.run import RunConfig
+from gentrain.training.saving import Saver
+from gentrain.training.spikes import SpikeWatch
+from gentrain.training.watchdog import SLOW, Watchdog
+from gentrain.training.world import RankGroup, World
 
 log = logging.getLogger(__name__)
+
+CALLBACKS: tuple[Callable[[Trainer], Callback], ...] = (MetricsFile, TensorBoard, Previews)
 
 
 class Outcome(Enum):
@@ -35,7 +41,7 @@ class Outcome(Enum):
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row had a gradient that is not finite. The last good checkpoint is the newest one."""
+    """Too many steps in a row had a gradient that is not finite, or too many rollbacks were of no use. The newest checkpoint is good."""
 
 
 class Trainer:
@@ -47,28 +53,26 @@ class Trainer:
         skipped: role -> optimiser steps skipped for a gradient that is not finite.
     """
 
-    def __init__(self, run: RunConfig, world: World):
-        self.run, self.world = run, world
-        portions = world.size * run.training.micro_batches
-        if run.training.batch_size % portions:
-            raise ConfigError(
-                f"{run.training.batch_size} samples cannot be shared by {world.size} ranks x {run.training.micro_batches} micro-batches; "
-                f"set a multiple of {portions}",
-                key="training.batch_size",
-            )
-        root = run.directory / CHECKPOINTS
-        resume = checkpoints.latest(root)
-        state: dict[str, Any] = checkpoints.verify(resume) if resume else {"samples": 0, "seconds": 0.0, "skipped": {}}
-        _refuse_other_method(state, run, resume)
-        self.roles = Roles(run, world, resume)
+    def __init__(self, run: RunConfig, world: World, watchdog: Watchdog):
+        self.run, self.world, self._watchdog = run, world, watchdog
+        self.saver = Saver(run.storage, world, run.training)
+        with self.saver.newest() as resume:
+            state: dict[str, Any] = resume.state if resume else {"samples": 0, "seconds": 0.0, "skipped": {}, "metrics": {}}
+            if resume is not None:
+                _refuse_foreign(state, run, resume)
+            self.roles = Roles(run, world, resume)
         batch = run.training.batch_size
         total = -(-run.training.samples // batch) * batch
         self.clock = Clock(samples=state["samples"], batch_size=batch, total=total)
         self.skipped: dict[str, int] = {role: state["skipped"].get(role, 0) for role in self.roles.engines}
         self._in_a_row = dict.fromkeys(self.roles.engines, 0)
         self._lr: dict[str, float] = {}
+        self._metrics: dict[str, Any] = state["metrics"]
         self._published = self.clock.samples if resume else None
         self._sums: dict[str, Tensor] = {}
+        guard = run.training.spike_guard
+        self._spikes = SpikeWatch(guard, run.method.guarded, state.get("spikes", {})) if guard is not None else None
+        self._step_sums: dict[str, Tensor] = {}  # of what the guard watches, in one step
         self._seconds_before, self._started = float(state["seconds"]), time.monotonic()
 
     @property
@@ -82,23 +86,33 @@ class Trainer:
             run.data.split("train"), run.seed, run.training.batch_size, self.world.rank, self.world.size, run.training.micro_batches,
             start=self.clock.samples, workers=run.training.data_workers, max_corrupt=run.training.max_corrupt,
         )  # fmt: skip
-        outcome = Outcome.FINISHED
+        outcome, owed = Outcome.FINISHED, False
         batches = iter(loader)
         while self.clock.samples < self.clock.total:
             if self.roles.group.any(should_stop()):
                 outcome = Outcome.STOPPED
                 break
             self._step([{key: value.to(self.world.device) for key, value in batch.items()} for batch in next(batches)])
+            self._watchdog.expect(SLOW)  # grids and checkpoints
+            self._judge_step()
             if due(self.clock, run.training.log_every):
-                record = self._record()
+                record = self._metrics = self._record()
                 for callback in callbacks:
                     callback.on_log(self, record)
             for callback in callbacks:
                 callback.after_step(self)
-            if due(self.clock, run.training.checkpoint_every):
-                self.publish()
-        if self._published != self.clock.samples:
+            self.saver.poll()
+            owed = owed or due(self.clock, run.training.checkpoint_every)
+            if owed and not self._suspicious:
+                owed = False
+                if self._published != self.clock.samples:
+                    self.publish()
+            self._watchdog.expect()
+        self._watchdog.expect(SLOW)
+        rejected = outcome is Outcome.STOPPED and self._suspicious and self._published is not None
+        if self._published != self.clock.samples and not rejected:
             self.publish()
+        self.saver.wait()
         for callback in callbacks:
             callback.on_end(self)
         return outcome
@@ -128,11 +142,13 @@ class Trainer:
             self.skipped[role] += 1
             log.warning("role %s: the gradient is not finite at sample %d; step skipped on all ranks", role, self.clock.samples)
             if self._in_a_row[role] > run.training.max_skipped:
+                self.saver.wait()
+                newest = run.storage.latest()
+                good = f"{run.storage.where}/{newest}" if newest else "none: no step was good"
                 raise Diverged(
                     f"role {role!r}: {self._in_a_row[role]} steps in a row had a gradient that is not finite (training.max_skipped is "
-                    f"{run.training.max_skipped}); the last good checkpoint is "
-                    f"{checkpoints.latest(run.directory / CHECKPOINTS) or 'none: no step was good'}. Lower optimizer.lr or set "
-                    "engine.gradient_clipping, then run again"
+                    f"{run.training.max_skipped}); the last good checkpoint is {good}. "
+                    "Lower optimizer.lr or set engine.gradient_clipping, then run again"
                 )
         else:
             for values in means:
@@ -145,43 +161,79 @@ class Trainer:
         """Sums on the device: only logging steps wait for it."""
         for key, value in values.items():
             entry = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)]) * weight
-            self._sums[key] = self._sums[key] + entry if key in self._sums else entry
+            _add(self._sums, key, entry)
+            if self._spikes is not None and self._spikes.watches(key):
+                _add(self._step_sums, key, entry)
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Over all ranks, and over the steps that were not skipped."""
+        keys = sorted(sums)
+        if not keys:
+            return {}
+        means = self.roles.group.mean(torch.stack([sums[key].to(self.world.device) for key in keys]))
+        return {key: (pair[0] / pair[1]).item() for key, pair in zip(keys, means.cpu(), strict=True)}
 
     def _record(self) -> dict[str, Any]:
-        """Means since the last record over all ranks, of the steps that were not skipped; the learning rates of the last ones."""
-        keys = sorted(self._sums)
-        means = torch.zeros(0)
-        if keys:
-            means = self.roles.group.mean(torch.stack([self._sums[key].to(self.world.device) for key in keys]))
-        self._sums = {}
+        """Means since the last record, and the learning rates of the last steps."""
+        means, self._sums = self._means(self._sums), {}
         seconds = self.seconds
         record: dict[str, Any] = {"samples": self.clock.samples, "seconds": round(seconds, 3)}
-        record |= {key: (pair[0] / pair[1]).item() for key, pair in zip(keys, means.cpu(), strict=True)}
+        record |= means
         record |= {f"lr/{role}": lr for role, lr in self._lr.items()}
         record |= {f"skipped/{role}": count for role, count in self.skipped.items()}
+        if self._spikes is not None:
+            record["rollbacks"] = self._spikes.rollbacks
         return record
 
+    @property
+    def _suspicious(self) -> bool:
+        """Whether the newest steps spiked, so that their weights should not become a checkpoint."""
+        return self._spikes is not None and self._spikes.streak > 0
+
+    def _judge_step(self) -> None:
+        """Goes back to the newest checkpoint when what the method guards has spiked too often in a row. Collective."""
+        if self._spikes is None:
+            return
+        values, self._step_sums = self._means(self._step_sums), {}
+        spiking = self._spikes.see(values)
+        if spiking:
+            self._roll_back(self._spikes, ", ".join(f"{key} = {values[key]:.4g}" for key in spiking))
+
+    def _roll_back(self, spikes: SpikeWatch, what: str) -> None:
+        """Weights, averages and optimisers of the newest checkpoint; the clock goes on, so that the data in between are not seen again."""
+        self.saver.wait()
+        if not spikes.roll_back():
+            raise Diverged(
+                f"{what} at sample {self.clock.samples}, after {spikes.rollbacks} rollbacks (training.spike_guard.max_rollbacks); lower "
+                "optimizer.lr or engine.gradient_clipping, or raise training.spike_guard.threshold if these values are sound"
+            )
+        with self.saver.newest() as resume:
+            log.warning(
+                "%s spiked up to sample %d; back to the weights of %s, on with the samples that follow",
+                what, self.clock.samples, resume.where if resume else "the start",
+            )  # fmt: skip
+            del self.roles  # there may be no room for both
+            gc.collect()
+            self.roles = Roles(self.run, self.world, resume)
+        self._sums = {}
+        self._in_a_row = dict.fromkeys(self._in_a_row, 0)
+        self.publish()
+
     def publish(self) -> None:
-        """Writes a checkpoint of every role that learns. Collective."""
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for name, engine in self.roles.engines.items():
-            tensors[f"{name}.weights"] = engine.weights()
-            tensors[f"{name}.optimizer"] = engine.optimizer_state()
-            if engine.ema is not None:
-                tensors[f"{name}.ema"] = engine.ema_weights()
-        failure = ""
-        if self.world.is_main:
-            state = {
-                "samples": self.clock.samples, "seconds": self.seconds, "skipped": self.skipped,
-                "method": self.run.method.registered_name, "roles": sorted(self.roles.engines), "world_size": self.world.size,
-            }  # fmt: skip
-            try:
-                checkpoints.publish(self.run.directory / CHECKPOINTS, self.clock.samples, tensors, state, self.run.training.keep_last)
-            except (OSError, SafetensorError) as error:  # safetensors reports a full disk in its own way
-                failure = str(error)
-        if self.roles.group.any(bool(failure)):
-            raise OSError(f"no checkpoint could be written under {self.run.directory}: {failure or 'see rank 0'}")
+        """Writes a checkpoint of every role that learns, or begins to (training.async_checkpoints). Collective."""
+        state = {
+            "samples": self.clock.samples, "seconds": self.seconds, "skipped": dict(self.skipped), "metrics": self._metrics,
+            "method": self.run.method.registered_name, "roles": sorted(self.roles.engines), "world_size": self.world.size,
+        }  # fmt: skip
+        if self._spikes is not None:
+            state["spikes"] = self._spikes.state()
+        shards = ((f"{name}.{kind}", shard) for name, engine in self.roles.engines.items() for kind, shard in engine.shards())
+        self.saver.save(self.clock.samples, shards, state)
         self._published = self.clock.samples
+
+
+def _add(sums: dict[str, Tensor], key: str, entry: Tensor) -> None:
+    sums[key] = sums[key] + entry if key in sums else entry
 
 
 @cache
@@ -197,19 +249,22 @@ def _ema_decay(run: RunConfig, clock: Clock) -> float:
     return 0.5 ** (clock.batch_size / max(half_life, 1e-8))
 
 
-def _refuse_other_method(state: dict[str, Any], run: RunConfig, resume: Path | None) -> None:
+def _refuse_foreign(state: dict[str, Any], run: RunConfig, resume: Checkpoint) -> None:
+    """Raises CheckpointError for a state that this run cannot have written, be its hash right or not."""
+    kinds = {"samples": int, "seconds": int | float, "skipped": dict, "metrics": dict, "method": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)] or ["samples"] * (state["samples"] < 0)
+    if wrong:
+        raise CheckpointError(f"{resume.where}/{STATE} is damaged ({wrong[0]}: {state.get(wrong[0])!r:.100}); resume from another one")
     expected = run.method.registered_name
-    if resume is not None and state["method"] != expected:
-        raise checkpoints.CheckpointError(
-            f"{resume} was written by method {state['method']!r}, this run is {expected!r}; choose another output"
-        )
+    if state["method"] != expected:
+        raise CheckpointError(f"{resume.where} was written by method {state['method']!r}, this run is {expected!r}; choose another output")
 
 
 def train(
     run: RunConfig,
     world: World,
     should_stop: Callable[[], bool],
-    callbacks: Sequence[Callable[[Trainer], Callback]] = (MetricsFile, TensorBoard, Previews),
+    callbacks: Sequence[Callable[[Trainer], Callback]] = CALLBACKS,
 ) -> Outcome:
     """Trains a run on this rank, from its newest checkpoint if it has one.
 
@@ -220,5 +275,31 @@ def train(
     Raises:
         ConfigError: a network or weights do not fit. CheckpointError: the newest checkpoint is damaged. Diverged: see there.
     """
-    trainer = Trainer(run, world)
-    return trainer.fit([make(trainer) for make in callbacks], should_stop)
+    portions = world.size * run.training.micro_batches
+    if run.training.batch_size % portions:
+        raise ConfigError(
+            f"{run.training.batch_size} samples cannot be shared by {world.size} ranks x {run.training.micro_batches} micro-batches; "
+            f"set a multiple of {portions}",
+            key="training.batch_size",
+        )
+    group = RankGroup(world.size)
+    attempt = time.strftime("%Y%m%d-%H%M%S", time.gmtime(group.max(int(time.time()))))
+    with Watchdog(run.directory, world, attempt, run.training.hang_timeout_s) as watchdog, _alone(run, world, group):
+        trainer = Trainer(run, world, watchdog)
+        with closing(trainer.saver):
+            return trainer.fit([make(trainer) for make in callbacks], should_stop)
+
+
+@contextmanager
+def _alone(run: RunConfig, world: World, group: RankGroup) -> Iterator[None]:
+    """Within it no other attempt writes into the run's directory: a rank 0 that outlived its launcher, or was cut off, is waited for."""
+    with ExitStack() as stack:
+        failure = ""
+        if world.is_main:
+            try:
+                stack.enter_context(hold(run.directory, "writer", wait_s=60))
+            except ConfigError as error:
+                failure = error.message
+        if group.any(bool(failure)):
+            raise ConfigError(failure or f"rank 0 may not write into {run.directory}; see its message", key="output")
+        yield

@@ -13,11 +13,13 @@ from torch.func import functional_call
 
 from gentrain.config import ConfigError
 from gentrain.methods.base import Nets, Trained
+from gentrain.models.base import Model
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import derive
-from gentrain.training import checkpoint as checkpoints
+from gentrain.training.checkpoint import Checkpoint
 from gentrain.training.engine import RoleEngine, State, frozen
-from gentrain.training.run import CHECKPOINTS, RunConfig, open_run
+from gentrain.training.run import RunConfig, open_run
+from gentrain.training.saving import together
 from gentrain.training.world import RankGroup, World
 from gentrain.training.zero import shard_frozen
 
@@ -37,36 +39,40 @@ class Roles:
     """Every role's network: an engine for those that learn, a plain frozen module for the others.
 
     Args:
-        resume: a verified checkpoint to continue from, None for a fresh start.
+        resume: a checkpoint to continue from, None for a fresh start.
     """
 
-    def __init__(self, run: RunConfig, world: World, resume: Path | None = None):
+    def __init__(self, run: RunConfig, world: World, resume: Checkpoint | None = None):
         self.run, self.world, self.group = run, world, RankGroup(world.size)
+        run.fit_space()
         self.engines: dict[str, RoleEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
         for name, role in run.method.roles.items():
             module = build_network(run, name)
-            if isinstance(role, Trained) and resume is not None:
-                weights = checkpoints.load_tensors(resume, f"{name}.weights")
-            else:
-                weights = _first_weights(run, name, module)
-            _load_into(module, weights, name)
+            if resume is None or not isinstance(role, Trained):
+                _load_into(module, _first_weights(run, name, module), f"roles.{name}.weights")
             module = module.to(run.engine_of(name).live_dtype)
             if isinstance(role, Trained):
-                self.engines[name] = self._engine(name, role, module.to(world.device), weights, resume)
+                self.engines[name] = run.engine_of(name).build(name, module.to(world.device), run.optimizer_of(name), world)
+                if role.ema:
+                    self.engines[name].start_ema()
             else:
                 self.frozen[name] = module.eval().requires_grad_(False)
         calls = {name: self._frozen_call(name, module) for name, module in self.frozen.items()}
         self._views = {name: self._view(name, calls) for name in self.engines}
-
-    def _engine(self, name: str, role: Trained, module: nn.Module, weights: State, resume: Path | None) -> RoleEngine:
-        engine = self.run.engine_of(name).build(name, module, self.run.optimizer_of(name), self.world)
         if resume is not None:
-            ema = checkpoints.load_tensors(resume, f"{name}.ema") if role.ema else None
-            engine.load(weights, ema, checkpoints.load_tensors(resume, f"{name}.optimizer"))
-        elif role.ema:
-            engine.start_ema()
-        return engine
+            self.load(resume)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Restores every role that learns, as any number of ranks saved it. Collective. Raises CheckpointError on all ranks or on none."""
+
+        def read() -> None:
+            for name, engine in self.engines.items():
+                engine.read(lambda kind, name=name: checkpoint.shards(f"{name}.{kind}", self.world.rank))  # type: ignore[misc]
+
+        together(self.world, read, f"{checkpoint.where} cannot be restored")
+        for engine in self.engines.values():
+            engine.refresh()
 
     def _view(self, stepped: str, frozen_calls: dict[str, Callable[..., Tensor]]) -> Nets:
         """What a loss of the role `stepped` sees."""
@@ -111,12 +117,18 @@ class Roles:
 def build_network(run: RunConfig, role: str) -> nn.Module:
     """The role's network with the random weights that (seed, role) give. Raises ConfigError when it does not fit the data."""
     torch.manual_seed(derive(run.seed, "weights", role))
+    model, classifies = run.model_of(role), run.method.roles[role].classifier
     try:
-        shape, classes = run.data.shape, len(run.data.class_names)
+        with torch.device("cpu"):  # sets that are held in memory may be read here, and on "meta" tensors hold no numbers
+            shape, classes = run.data.shape, len(run.data.class_names)
     except ValueError as error:  # a folder of images that is not there
         raise ConfigError(str(error), source=run.output, key="data") from error
     try:
-        return run.model_of(role).build(shape, classes)
+        if model.classifies != classifies:
+            fit = ", ".join(name for name, other in Model.available().items() if other.classifies == classifies)
+            what = "classifies" if classifies else "denoises"
+            raise ValueError(f"a network that {what} is needed, and {model.registered_name} does not; there are: {fit}")
+        return model.build(shape, classes)
     except ValueError as error:
         key = f"roles.{role}.model" if run.role_settings(role).model is not None else "model"
         raise ConfigError(str(error), source=run.output, key=key) from error
@@ -136,11 +148,17 @@ def _first_weights(run: RunConfig, role: str, module: nn.Module) -> State:
     return _first_weights(run, copied, build_network(run, copied)) if copied is not None else module.state_dict()
 
 
-def _load_into(module: nn.Module, weights: State, role: str) -> None:
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigError(f"the weights for role {role!r} do not fit its network: {error}", key=f"roles.{role}") from error
+def _load_into(module: nn.Module, weights: State, key: str) -> None:
+    mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (module.state_dict(), weights))
+    if mine != theirs:
+        name = min(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+        shapes = " and ".join(
+            f"{list(where[name]) if name in where else 'absent'} in {what}" for where, what in ((theirs, "them"), (mine, "it"))
+        )
+        raise ConfigError(
+            f"the weights are of another network: {name!r} is {shapes}; give the role the `model:` of the run they come from", key=key
+        )
+    module.load_state_dict(weights)
 
 
 def load_weights(directory: str, key: str = "") -> State:
@@ -148,12 +166,13 @@ def load_weights(directory: str, key: str = "") -> State:
     run = open_run(directory, key)
     names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
     role = run.method.generator or names[0]
-    found = checkpoints.latest(Path(directory) / CHECKPOINTS)
-    if found is None:
+    storage = run.storage
+    newest = storage.latest()
+    if newest is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first", key=key)
-    checkpoints.verify(found)
     trained = run.method.roles[role]
-    return checkpoints.load_tensors(found, f"{role}.ema" if isinstance(trained, Trained) and trained.ema else f"{role}.weights")
+    with storage.open(newest) as checkpoint:
+        return checkpoint.shards(f"{role}.ema" if isinstance(trained, Trained) and trained.ema else f"{role}.weights").whole()
 
 
 def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
@@ -165,6 +184,7 @@ def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
     names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
     role = run.method.generator or names[0]
     module = build_network(run, role)
-    _load_into(module, load_weights(str(directory)), role)
+    _load_into(module, load_weights(str(directory)), "model")
     module.eval().requires_grad_(False)
+    run.fit_space()
     return Denoiser(module, run.path, run.prediction) if run.method.roles[role].denoiser else module, run

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gentrain.config import ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.data.base import Data
+from gentrain.doctor import environment
 from gentrain.methods.base import Method, Trained
 from gentrain.models.base import Model
 from gentrain.models.denoiser import Prediction
@@ -18,12 +21,14 @@ from gentrain.paths.base import Path
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.euler import Euler
-from gentrain.training import checkpoint as checkpoints
 from gentrain.training.engine import Engine
 from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
+from gentrain.training.spikes import SpikeGuard
+from gentrain.training.storage import Storage, check_storage, open_storage
 from gentrain.training.zero import DeepSpeedEngine
 
 CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -38,7 +43,14 @@ class Training:
     micro_batches: PositiveInt = option(1, "portions in which each worker computes its share of a batch (gradient accumulation)")
     log_every: PositiveInt = option(1_280, "between lines of metrics.jsonl", unit="samples")
     checkpoint_every: PositiveInt = option(64_000, "between checkpoints; one is always written at the end", unit="samples")
-    keep_last: PositiveInt = option(2, "checkpoints kept")
+    checkpoints: str | None = option(
+        None, "where they are published: a directory or an fsspec URL (s3://bucket/prefix), the run's own; null = in the run's directory"
+    )
+    async_checkpoints: bool = option(False, "training goes on while a copy of the state on the host is written")
+    keep_last: PositiveInt = option(2, "newest checkpoints kept")
+    keep_every: NonNegativeInt = option(0, "the first checkpoint at or after each multiple is kept too; 0 = none", unit="samples")
+    keep_best: str | None = option(None, "key of metrics.jsonl: the checkpoint at which it was best is kept too")
+    best_is: Literal["lowest", "highest"] = option("lowest", "which value of keep_best")
     preview_every: NonNegativeInt = option(0, "between sample grids; 0 = none", unit="samples")
     preview_count: PositiveInt = option(40, "images in a sample grid")
     ema_half_life: PositiveInt = option(32_000, "of the average of the weights", unit="samples", source="EDM (Karras et al. 2022), F.2")
@@ -46,8 +58,18 @@ class Training:
         0.05, "the half-life is at most this share of the samples seen", source="EDM code release, ema_rampup_ratio"
     )
     max_skipped: NonNegativeInt = option(10, "optimiser steps of a role in a row that may be skipped for a gradient that is not finite")
+    spike_guard: SpikeGuard | None = option(
+        None, "goes back to the last checkpoint when the loss jumps; {} = with its defaults, null = not"
+    )
     max_corrupt: NonNegativeInt = option(10, "data items that may be unreadable")
+    hang_timeout_s: PositiveFloat = option(
+        600.0, "a rank that makes no progress for so long ends the attempt; ten times as long for a first step or a checkpoint", unit="s"
+    )
     data_workers: NonNegativeInt = option(0, "processes per rank that read data sets which are not held in memory")
+
+    def __post_init__(self) -> None:
+        if self.checkpoints is not None:
+            check_storage(self.checkpoints, "checkpoints")
 
 
 @dataclass
@@ -55,10 +77,28 @@ class Cluster:
     """Where the run's processes live."""
 
     place: Literal["inline", "ray"] = option("inline", "inline: this process (or one rank of torchrun); ray: workers under Ray Train")
-    workers: PositiveInt = option(1, "training workers (ray)")
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = option(
+        1, "training workers, or [fewest, most]: as many as the cluster has room for at the time (ray)"
+    )
     cpus_per_worker: PositiveInt = option(1, "cores and threads of a worker (ray)")
     gpus_per_worker: NonNegativeFloat = option(0.0, "accelerators of a worker (ray)")
     max_failures: NonNegativeInt = option(3, "worker or node deaths after which the run goes on from its last checkpoint (ray)")
+    max_preemptions: NonNegativeInt | None = option(None, "nodes taken away with notice after which it goes on; null = any number (ray)")
+    max_attempts: PositiveInt = option(3, "times that it is started, where the launcher or the head of the Ray cluster dies (ray)")
+    backoff_s: NonNegativeFloat = option(5.0, "before a restart; doubled for each further one, up to 300 s (ray)", unit="s")
+    grace_s: PositiveFloat = option(60.0, "for a checkpoint after a signal; then workers are ended without one (ray)", unit="s")
+
+    def __post_init__(self) -> None:
+        if self.fewest > self.most:
+            raise ConfigError(f"it reads [fewest, most], and {self.fewest} is more than {self.most}; swap them", key="workers")
+
+    @property
+    def fewest(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass
@@ -107,14 +147,15 @@ class RunConfig:
                 raise ConfigError(
                     f"role {name!r} learns, so its engine places it; set roles.{name}.engine.zero_stage", key=f"roles.{name}.placement"
                 )
-        if self.cluster.place == "inline" and self.cluster.workers > 1:
+        cluster, training = self.cluster, self.training
+        if cluster.place == "inline" and cluster.most > 1:
             raise ConfigError("workers are Ray's: set cluster.place=ray, or start ranks with torchrun", key="cluster.workers")
-        portions = self.cluster.workers * self.training.micro_batches
-        if self.training.batch_size % portions:
-            remedy = self.training.batch_size - self.training.batch_size % portions or portions
+        portions = training.micro_batches * math.lcm(*range(cluster.fewest, cluster.most + 1))
+        if training.batch_size % portions:
+            remedy = training.batch_size - training.batch_size % portions or portions
+            sizes = f"{cluster.most}" if cluster.fewest == cluster.most else f"each size from {cluster.fewest} to {cluster.most}"
             raise ConfigError(
-                f"{self.training.batch_size} samples cannot be shared by {self.cluster.workers} workers x {self.training.micro_batches} "
-                f"micro-batches; {remedy} can",
+                f"{training.batch_size} samples cannot be shared by {sizes} workers x {training.micro_batches} micro-batches; {remedy} can",
                 key="training.batch_size",
             )
         for name, role in self.method.roles.items():
@@ -126,6 +167,21 @@ class RunConfig:
                         "does not give; set engine.zero_stage to 0, engine to torch, or take an elementwise optimiser (adamw, sgd)",
                         key="optimizer",
                     )
+        try:
+            self.method.check(self.path)
+        except ValueError as error:
+            raise ConfigError(str(error), key="path") from error
+
+    def fit_space(self) -> None:
+        """Completes the data set and the path's space with what they take from the items. Raises ConfigError."""
+        try:
+            self.data.fit()
+        except ValueError as error:
+            raise ConfigError(str(error), source=self.output, key="data") from error
+        try:
+            self.path.space.fit(self.data)
+        except ValueError as error:
+            raise ConfigError(str(error), source=self.output, key="path.space") from error
 
     def role_settings(self, role: str) -> RoleSettings:
         return self.roles.get(role) or RoleSettings()
@@ -145,6 +201,11 @@ class RunConfig:
     @property
     def directory(self) -> FilePath:
         return FilePath(self.output)
+
+    @property
+    def storage(self) -> Storage:
+        """Of the run's checkpoints."""
+        return open_storage(self.training.checkpoints or str(self.directory / CHECKPOINTS), self.directory)
 
 
 def parse_run(document: Document) -> RunConfig:
@@ -173,7 +234,21 @@ def weight_settings(run: RunConfig) -> dict[str, Any]:
     values: dict[str, Any] = to_dict(run)
     for key in ("cluster", "output", "plugins"):
         del values[key]
-    for key in ("log_every", "checkpoint_every", "keep_last", "preview_every", "preview_count", "data_workers"):
+    for key in (
+        "log_every",
+        "checkpoint_every",
+        "checkpoints",
+        "async_checkpoints",
+        "keep_last",
+        "keep_every",
+        "keep_best",
+        "best_is",
+        "preview_every",
+        "preview_count",
+        "data_workers",
+        "hang_timeout_s",
+        "spike_guard",
+    ):
         del values["training"][key]
     return values
 
@@ -192,7 +267,7 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
 
 def refuse_other_settings(run: RunConfig) -> None:
     """Raises ConfigError when the directory holds checkpoints of other settings; only `training.samples` may have changed."""
-    if checkpoints.latest(run.directory / CHECKPOINTS) is None or not (run.directory / CONFIG).is_file():
+    if run.storage.latest() is None or not (run.directory / CONFIG).is_file():
         return
     changed = changed_keys(weight_settings(open_run(run.directory)), weight_settings(run))
     changed = [key for key in changed if key != "training.samples"]
@@ -205,8 +280,9 @@ def refuse_other_settings(run: RunConfig) -> None:
 
 
 def save_config(run: RunConfig) -> None:
-    """Writes the resolved configuration, which alone reproduces the run, into its directory."""
+    """Writes the resolved configuration, which alone reproduces the run, and the environment it starts in into its directory."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    temporary = run.directory / f".{CONFIG}.tmp"
-    temporary.write_text(to_yaml(run))
-    temporary.replace(run.directory / CONFIG)  # other ranks may be reading it
+    for name, text in ((CONFIG, to_yaml(run)), (ENVIRONMENT, json.dumps(environment(), indent=1))):
+        temporary = run.directory / f".{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(run.directory / name)  # other ranks may be reading it

@@ -71,9 +71,13 @@ class RankGroup:
         return torch.cat(parts)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Travels between hosts, so that no accelerator has to be waited for."""
+        """Whether the flag is set on any rank."""
+        return bool(self.max(int(flag)))
+
+    def max(self, value: int) -> int:
+        """Of all ranks. Travels between hosts, so that no accelerator has to be waited for."""
         if self.size == 1:
-            return flag
-        value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return value
+        largest = torch.tensor([value])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())

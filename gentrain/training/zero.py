@@ -177,11 +177,19 @@ class _Stage12Engine(_ShardedEngine):
         super().__init__(engine, role, module, optimizer, world)
         self.partitions = list(self.deepspeed.optimizer.single_partition_of_fp32_groups)
         self.fragments = []
-        for name, p in module.named_parameters():
+        self._parameters = dict(module.named_parameters())
+        for name, p in self._parameters.items():
             mapping = p._hp_mapping  # type: ignore[attr-defined]  # None where another rank holds the parameter
             if mapping is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 self.fragments.append(Fragment(name, here.start, here.numel, mapping.param_group_index, there.start))
+
+    def _refresh(self) -> None:
+        self.deepspeed.optimizer.update_lp_params()
+
+    def _live(self, fragment: Fragment) -> list[Tensor]:
+        f = fragment
+        return [self._parameters[f.name].detach().view(-1)[f.start : f.start + f.size]]
 
 
 class _Stage3Engine(_ShardedEngine):
@@ -190,9 +198,24 @@ class _Stage3Engine(_ShardedEngine):
         zero = self.deepspeed.optimizer
         self.partitions = list(zero.fp32_partitioned_groups_flat)
         self.fragments = []
-        for name, p in module.named_parameters():
+        self._parameters = dict(module.named_parameters())
+        for name, p in self._parameters.items():
             group, offset, size = zero.grad_position[zero.get_param_id(p)]
             start = world.rank * size  # equal slices, the last ones padded
             held = min(size, self.shapes[name].numel() - start)
             if held > 0:
                 self.fragments.append(Fragment(name, start, held, group, offset))
+
+    def _refresh(self) -> None:
+        zero = self.deepspeed.optimizer
+        zero.checkpoint_event_prologue()  # drops the whole copies of small parameters
+        for group in range(len(zero.fp16_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero.checkpoint_event_epilogue()  # and gathers them anew
+
+    def _live(self, fragment: Fragment) -> list[Tensor]:
+        f, p = fragment, self._parameters[fragment.name]
+        copies = [p.ds_tensor.data.view(-1)[: f.size]]  # type: ignore[attr-defined]
+        if p.data.numel() == self.shapes[f.name].numel():  # a small one, whole on every rank
+            copies.append(p.data.view(-1)[f.start : f.start + f.size])
+        return copies

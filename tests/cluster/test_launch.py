@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from gentrain.cluster.generation import generate
 from gentrain.cluster.launch import launch
@@ -23,9 +22,9 @@ from gentrain.cluster.session import session
 from gentrain.cluster.stopping import STOP_FILE
 from gentrain.config import ConfigError, Document
 from gentrain.samplers.euler import Euler
-from gentrain.training.checkpoint import latest
 from gentrain.training.loop import Outcome
 from gentrain.training.run import CHECKPOINTS, METRICS, RunConfig, parse_run
+from tests.distributed.cases import newest, state_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -61,9 +60,7 @@ def _losses(directory: Path) -> list[float]:
 
 
 def _weights(run: RunConfig) -> dict[str, torch.Tensor]:
-    newest = latest(run.directory / CHECKPOINTS)
-    assert newest is not None
-    return load_file(newest / "model.ema.safetensors")
+    return {name: value for name, value in state_of(run.directory).items() if name.startswith("model.ema/")}
 
 
 def test_two_workers_train_what_one_process_trains_and_a_killed_one_changes_nothing(tmp_path: Path) -> None:
@@ -117,12 +114,12 @@ def test_a_request_to_stop_publishes_a_checkpoint_from_which_the_run_goes_on(tmp
     thread.start()
     assert launch(run) is Outcome.STOPPED
     thread.join()
-    newest = latest(run.directory / CHECKPOINTS)
-    assert newest is not None and 0 < int(newest.name) < 1_000_000
-    rest = _run(run.directory, 2, training=training | {"samples": int(newest.name) + 320})
+    stopped = int(newest(run.directory).name)
+    assert 0 < stopped < 1_000_000
+    rest = _run(run.directory, 2, training=training | {"samples": stopped + 320})
     assert launch(rest) is Outcome.FINISHED
     samples = [json.loads(line)["samples"] for line in (run.directory / METRICS).read_text().splitlines()]
-    assert samples == list(range(32, int(newest.name) + 321, 32))
+    assert samples == list(range(32, stopped + 321, 32))
 
 
 def test_a_fleet_draws_what_one_process_draws_whatever_its_size(tmp_path: Path) -> None:

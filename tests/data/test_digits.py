@@ -62,5 +62,7 @@ def test_an_unknown_split_is_refused():
 
 
 def test_all_data_sets_are_registered():
-    assert list(Data.available()) == ["checkerboard", "digits", "image_folder", "mixture", "mnist5k", "rings", "spiral"]
+    constrained = {"budget_shares", "core_flux", "watermarked"}
+    expected = constrained | {"checkerboard", "digits", "emoji", "image_folder", "mixture", "mnist5k", "rings", "spiral"}
+    assert set(Data.available()) == expected
     assert to_dict(Digits()) == {"name": "digits"}

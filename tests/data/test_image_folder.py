@@ -3,6 +3,7 @@ import itertools
 import logging
 import os
 import pickle
+import shutil
 import struct
 import zlib
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gentrain.data.base import BatchItems, CorruptItem
+from gentrain.config import Document, build, to_dict
+from gentrain.data.base import BatchItems, CorruptItem, Data
 from gentrain.data.image_folder import ImageFolder
 from gentrain.data.loader import Loader
 
@@ -47,6 +49,22 @@ def test_classes_and_labels_come_from_folders(folder):
             number = round(float(item["x"][0, 0, 0] + 1) * 127.5) // 8
             assert item["label"] == (0 if number % 2 else 1)
             assert item["x"].shape == (3, 8, 8) and item["x"].dtype == torch.float32 and item["label"].dtype == torch.int64
+
+
+def test_what_a_run_has_recorded_stays_whatever_becomes_of_the_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    data = ImageFolder(folder.name, size=8)
+    data.fit()
+    recorded = build(Data, Document(to_dict(data), "config.yaml"))
+    monkeypatch.chdir("/")
+    assert recorded.split("train").files == data.split("train").files
+    (folder / "bee").rename(folder / "zebra")
+    assert recorded.class_names == ["ant", "bee"] == data.class_names
+    recorded = build(Data, Document(to_dict(data), "config.yaml"))
+    with pytest.raises(ValueError, match=r"the folder 'zebra' below .* is none of the classes ant, bee; give it its former name"):
+        recorded.split("train")
+    shutil.rmtree(folder)
+    assert recorded.class_names == ["ant", "bee"], "sampling and exporting need no images"
 
 
 def test_new_files_move_no_old_ones(folder):

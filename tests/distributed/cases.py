@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gentrain.config import Document, Fraction, option, register
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update, condition_of
 from gentrain.models.base import Condition, Model
 from gentrain.noise import Noise
-from gentrain.training import checkpoint as checkpoints
 from gentrain.training.callbacks import Callback, MetricsFile
 from gentrain.training.engine import EngineMisuse, RoleEngine
 from gentrain.training.loop import Trainer, train
 from gentrain.training.run import CHECKPOINTS, METRICS, RunConfig, parse_run
+from gentrain.training.storage import LocalStorage
 from gentrain.training.world import World
 
 TIMES = ("seconds", "samples_per_second")  # what no two runs share
@@ -196,12 +195,20 @@ def records(directory: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-def state_of(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of the newest checkpoint, by file and name."""
-    newest = checkpoints.latest(directory / CHECKPOINTS)
-    assert newest is not None
-    checkpoints.verify(newest)
-    return {f"{path.stem}/{key}": value for path in sorted(newest.glob("*.safetensors")) for key, value in load_file(path).items()}
+def newest(directory: Path) -> Path:
+    """The directory of a run's newest checkpoint."""
+    storage = LocalStorage(directory / CHECKPOINTS)
+    name = storage.latest()
+    assert name is not None
+    return storage.root / name
+
+
+def state_of(directory: Path, name: str | None = None) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, the newest unless named, whole, by file stem and name."""
+    with LocalStorage(directory / CHECKPOINTS).open(name or newest(directory).name) as checkpoint:
+        checkpoint.verify()
+        stems = sorted({file.rsplit(".", 2)[0] for file in checkpoint.hashes if file.endswith(".safetensors")})
+        return {f"{stem}/{key}": value for stem in stems for key, value in checkpoint.shards(stem).whole().items()}
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

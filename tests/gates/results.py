@@ -1,5 +1,6 @@
 """Runs a gate and keeps its result in docs/gates.json; lists the gates whose result is missing, failed or older than the code.
 
+A gate is test_<topic>.py with the files test_<topic>_<part>.py beside it.
 A result is stale when a file of gentrain that the gate had imported, or the gate itself, has changed since. A gate that starts other
 processes therefore imports what they run at its top. Numbers reach the result through pytest's `record_property(name, value)`.
 """
@@ -55,16 +56,24 @@ def _read() -> dict[str, dict[str, Any]]:
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
+def _topics() -> dict[str, list[Path]]:
+    """Topic -> its files."""
+    topics: dict[str, list[Path]] = {}
+    for path in sorted(Path(__file__).parent.glob("test_*.py"), key=lambda path: path.stem):
+        name = path.stem.removeprefix("test_")
+        topics.setdefault(next((topic for topic in topics if name.startswith(f"{topic}_")), name), []).append(path)
+    return topics
+
+
 def run(topic: str) -> int:
-    test = ROOT / "tests" / "gates" / f"test_{topic}.py"
-    if not test.is_file():
-        topics = ", ".join(sorted(path.stem.removeprefix("test_") for path in test.parent.glob("test_*.py")))
-        print(f"no gate is called {topic!r}; gates: {topics}", file=sys.stderr)
+    tests = _topics().get(topic)
+    if tests is None:
+        print(f"no gate is called {topic!r}; gates: {', '.join(_topics())}", file=sys.stderr)
         return 2
     record, started = Record(), time.monotonic()
-    status = pytest.main(["-m", "gate", f"--timeout={LIMIT_S}", str(test)], plugins=[record])
+    status = pytest.main(["-m", "gate", f"--timeout={LIMIT_S}", *map(str, tests)], plugins=[record])
     loaded = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
-    files = sorted(str(path.relative_to(ROOT)) for path in {test, *loaded} if path.is_relative_to(ROOT / "gentrain") or path == test)
+    files = sorted(str(path.relative_to(ROOT)) for path in {*tests, *loaded} if path.is_relative_to(ROOT / "gentrain") or path in tests)
     results = _read()
     results[topic] = {
         "result": "passed" if status == 0 and record.passed else "failed",
@@ -85,8 +94,7 @@ def run(topic: str) -> int:
 def status() -> int:
     """Prints one line per gate; 1 when any is not up to date."""
     results, behind = _read(), 0
-    for path in sorted(Path(__file__).parent.glob("test_*.py")):
-        topic = path.stem.removeprefix("test_")
+    for topic in _topics():
         entry = results.get(topic)
         current = False
         if entry is None:

@@ -91,6 +91,7 @@ def test_every_stage_leaves_what_the_report_reads(finished: Path) -> None:
     lines = [json.loads(line) for line in (out / "generator" / "metrics.jsonl").read_text().splitlines()]
     assert [line["samples"] for line in lines] == [16, 32, 48, 64, 80, 96]
     assert (out / "generator" / "checkpoints" / "000000000096").is_dir()
+    assert json.loads((out / "generator" / "environment.json").read_text())["torch"] == torch.__version__
     drawn = load_file(out / "rough" / "samples.safetensors")
     assert drawn["x"].shape == (150, 2) and drawn["label"].tolist() == [0, 1, 2] * 50
     assert not torch.equal(drawn["x"], load_file(out / "fine" / "samples.safetensors")["x"])
@@ -173,7 +174,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(finished: Path, tmp_path
     said = _run(tmp_path)
     assert said["generator"] == "going on: the last attempt was stopped" and said["scores"] == "not run yet"
     assert _states(tmp_path)["generator"]["seconds"] > spent
-    for name in ("model.weights", "model.ema"):
+    for name in ("model.weights.00000", "model.ema.00000"):
         file = f"out/generator/checkpoints/000000000096/{name}.safetensors"
         assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()
     lines = (tmp_path / "out/generator/metrics.jsonl").read_text().splitlines()
@@ -193,6 +194,9 @@ def test_a_stage_that_fails_is_recorded_and_runs_again(
         with pytest.raises(type(error)):
             _run(copy)
     assert _states(copy)["rough"]["status"] == status
+    assert _states(copy)["rough"].get("error") == ("no" if status == "failed" else None)
+    reason = ": no" if status == "failed" else ""
+    assert f"rough</strong> {status} before it was finished{reason};" in write_report(copy / "out").read_text()
     assert _run(copy) == ALL_SKIPPED | {"rough": f"going on: the last attempt {said}"}
 
 
@@ -236,9 +240,10 @@ def test_digits_with_a_judge(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert (out / "generator/samples/000000000032.png").is_file() and (out / "drawn/grid.png").is_file()
     metrics = {metric["name"]: metric for metric in json.loads((out / "scores/metrics.json").read_text())["metrics"]}
-    assert list(metrics) == ["accuracy of the judge on held-out data", "class accuracy, drawn", "Frechet distance, drawn"]
+    assert list(metrics) == ["class accuracy, drawn", "Frechet distance, drawn", "accuracy of the judge on held-out data"]
     assert all(metric["low"] <= metric["value"] <= metric["high"] for name, metric in metrics.items() if "accuracy" in name)
     assert metrics["class accuracy, drawn"]["better"] == "higher"
+    assert ["steps, guidance" in metric["definition"] for metric in metrics.values()] == [True, True, False]
     assert (out / "pipeline/model_index.json").is_file() and "class accuracy, drawn" in (out / "pipeline/README.md").read_text()
     assert set(_run(tmp_path, text=DIGITS).values()) == {"finished before, skipped"}
     said = _run(tmp_path, "stages.judge.run.seed=3", text=DIGITS)

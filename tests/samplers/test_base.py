@@ -2,8 +2,11 @@ import pytest
 import torch
 
 from gentrain.config import Document, build
+from gentrain.domains.box import Box
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
+from gentrain.paths.inside import Inside
+from gentrain.paths.reflected_heat import ReflectedHeat
 from gentrain.paths.variance_exploding import VarianceExploding
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.ddim import DDIM
@@ -13,8 +16,11 @@ from tests.samplers.toy import CONDITION, SHAPE, noise_for, toy_network
 @pytest.mark.parametrize("name", Sampler.available())
 def test_samples_belong_to_their_rows(name: str) -> None:
     """The same images whatever the batch they are drawn in: what lets a fleet of any size draw them."""
-    fields = {"eta": 0.5} if name == "ddim" else {}
+    box = Box(-1.0, 1.0)
+    fields = {"ddim": {"eta": 0.5}, "reflected_sde": {"corrector_steps": 1}, "confined": {"domain": box}}.get(name, {})
     sampler, denoiser = Sampler.available()[name](steps=5, guidance=2.0, **fields), Denoiser(toy_network, VarianceExploding(), "edm")
+    if name.startswith("reflected"):
+        denoiser = Denoiser(toy_network, ReflectedHeat(space=Inside(domain=box)), "eps")
     whole = sampler.sample(denoiser, SHAPE, noise_for(), CONDITION)
     parts = [
         sampler.sample(denoiser, (len(rows), *SHAPE[1:]), Noise(0, rows), {"label": CONDITION["label"][rows]})

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from gentrain.training.engine import RoleEngine, frozen
+from gentrain.training.engine import EngineMisuse, RoleEngine, frozen
+from gentrain.training.storage import LocalStorage
 from gentrain.training.world import World
 from tests.distributed.cases import misuses, run_of, values
+from tests.reliability.publishing import publish
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -19,6 +21,10 @@ def _engine(**options: object) -> RoleEngine:
     run = run_of(values(Path("unused"), "flow_matching", {"name": "torch", **options}))
     torch.manual_seed(0)
     return run.engine.build("model", run.model.build((2,), 3), run.optimizer, ALONE)
+
+
+def _state(engine: RoleEngine) -> dict[str, dict[str, torch.Tensor]]:
+    return {kind: {name: piece.values.clone().reshape(piece.shape) for name, piece in shard.items()} for kind, shard in engine.shards()}
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def test_a_step_that_is_not_finite_changes_nothing(batch: tuple[torch.Tensor, to
     result = engine.step(0.1)
     assert not result.applied
     assert all(torch.equal(v, before[k]) for k, v in engine.weights().items())
-    assert engine.optimizer_state() == {}
+    assert not _state(engine)["optimizer"]
     engine.backward(engine(*batch).mean(), last=True)
     assert engine.step(0.1).applied
 
@@ -90,16 +96,51 @@ def test_bf16_of_the_reference_is_autocast_with_float32_results(batch: tuple[tor
     assert half.weights()["output.weight"].dtype == torch.float32
 
 
-def test_state_is_restored_into_another_engine(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _trained(batch: tuple[torch.Tensor, torch.Tensor]) -> RoleEngine:
     engine = _engine()
     engine.start_ema()
     for _ in range(3):
         engine.backward(engine(*batch).square().mean(), last=True)
         engine.step(0.1)
         engine.update_ema(0.5)
-    other = _engine()
-    other.load(engine.weights(), engine.ema_weights(), engine.optimizer_state())
-    for ours, theirs in ((engine.ema_weights(), other.ema_weights()), (engine.optimizer_state(), other.optimizer_state())):
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert engine.optimizer_state()["step"] == 3
-    assert {"exp_avg/unused", "exp_avg_sq/unused"} <= engine.optimizer_state().keys()  # which no loss reaches
+    return engine
+
+
+def test_state_is_restored_into_another_engine(batch: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+    engine, other = _trained(batch), _engine()
+    engine.module.get_buffer("scale").fill_(0.5)
+    storage = LocalStorage(tmp_path)
+    name = publish(storage, 3, {f"model.{kind}": [shard] for kind, shard in engine.shards()})
+    other.start_ema()
+    with storage.open(name) as checkpoint:
+        other.read(lambda kind: checkpoint.shards(f"model.{kind}"))
+    other.refresh()
+    ours, theirs = _state(engine), _state(other)
+    assert list(ours) == list(theirs) == ["weights", "ema", "optimizer"]
+    for kind in ours:
+        assert ours[kind].keys() == theirs[kind].keys() and all(torch.equal(ours[kind][k], theirs[kind][k]) for k in ours[kind])
+    assert theirs["optimizer"]["step"] == 3 and theirs["weights"]["scale"] == 0.5
+    assert {"exp_avg/unused", "exp_avg_sq/unused"} <= theirs["optimizer"].keys()  # which no loss reaches
+    for one in (engine, other):
+        torch.manual_seed(0)  # of dropout
+        one.backward(one(*batch).square().mean(), last=True)
+        one.step(0.1)
+    assert all(torch.equal(v, other.weights()[k]) for k, v in engine.weights().items())
+
+
+def test_replicas_share_the_writing_and_every_element_is_written_once() -> None:
+    run = run_of(values(Path("unused"), "flow_matching"))
+    written: list[str] = []
+    for rank in range(3):
+        engine = run.engine.build("model", run.model.build((2,), 3), run.optimizer, World(rank, 3, torch.device("cpu")))
+        weights = dict(engine.shards())["weights"]
+        assert "scale" in weights
+        written += [name for name in weights if name != "scale"]
+    assert sorted(written) == sorted(engine.shapes)
+
+
+def test_an_optimiser_whose_state_cannot_be_saved_is_refused(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    engine = _trained(batch)
+    engine.optimizer.state[engine.partitions[0]]["exp_avg"] = torch.zeros(5)
+    with pytest.raises(EngineMisuse, match=r"role 'model': the optimiser's 'exp_avg' is neither"):
+        list(engine.shards())

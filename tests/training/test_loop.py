@@ -16,14 +16,14 @@ from gentrain.config import ConfigError
 from gentrain.data.loader import Loader
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise, derive
-from gentrain.training import checkpoint as checkpoints
 from gentrain.training.callbacks import MetricsFile
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import Diverged, Outcome, train
 from gentrain.training.roles import build_network
 from gentrain.training.run import CHECKPOINTS, METRICS
+from gentrain.training.storage import LocalStorage
 from gentrain.training.world import World
-from tests.distributed.cases import TIMES, Job, records, run_of, state_of, train_all, values
+from tests.distributed.cases import TIMES, Job, newest, records, run_of, state_of, train_all, values
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -148,8 +148,8 @@ def test_checkpoints_come_when_due_and_at_the_end_and_finished_runs_stay_as_they
 def test_a_stop_before_the_first_step_publishes_a_start_to_resume_from(tmp_path: Path) -> None:
     settings = values(tmp_path, "flow_matching")
     assert _train(settings, stop_at=0) == ("stopped", "")
-    first = checkpoints.latest(tmp_path / CHECKPOINTS)
-    assert first is not None and first.name == "0" * 12
+    first = newest(tmp_path)
+    assert first.name == "0" * 12
     written = first.stat().st_mtime_ns
     assert _train(settings, stop_at=0) == ("stopped", "")
     assert first.stat().st_mtime_ns == written  # never rewritten while LATEST names it
@@ -199,10 +199,8 @@ def test_skipped_steps_survive_resume(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     settings = values(tmp_path, "flow_matching")
     _train(settings, stop_at=2)
-    newest = checkpoints.latest(tmp_path / CHECKPOINTS)
-    assert newest is not None
-    (newest / "model.ema.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"model\.ema\.safetensors differs"):
+    (newest(tmp_path) / "model.ema.00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.ema\.00000\.safetensors differs"):
         train(run_of(settings), ALONE, lambda: False)
 
 
@@ -233,8 +231,13 @@ def _largest_file(size: int) -> Iterator[None]:
 def test_a_disk_that_is_full_is_reported_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
     settings = values(tmp_path, "flow_matching")
     _train(settings, stop_at=2)
-    with _largest_file(1_500), pytest.raises(OSError, match="no checkpoint could be written under"):
+    with (
+        _largest_file(1_500),
+        pytest.raises(OSError, match=r"no checkpoint could be written under .*ulimit -f.*run the same command again"),
+    ):
         train(run_of(settings), ALONE, lambda: False, [])
-    newest = checkpoints.latest(tmp_path / CHECKPOINTS)
-    assert newest is not None and checkpoints.verify(newest)["samples"] == 24
+    with LocalStorage(tmp_path / CHECKPOINTS).open(newest(tmp_path).name) as checkpoint:
+        checkpoint.verify()
+        assert checkpoint.state["samples"] == 24
+    assert not list((tmp_path / CHECKPOINTS).glob(".*"))
     assert _train(settings) == ("finished", "")

@@ -10,11 +10,10 @@ import torch
 
 from gentrain.config import ConfigError
 from gentrain.models.denoiser import Denoiser
-from gentrain.training import checkpoint as checkpoints
 from gentrain.training.roles import Roles, build_network, load_network, load_weights
-from gentrain.training.run import CHECKPOINTS, save_config
+from gentrain.training.run import save_config
 from gentrain.training.world import World
-from tests.distributed.cases import Job, run_of, state_of, train_all, values
+from tests.distributed.cases import Job, newest, run_of, state_of, train_all, values
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -43,7 +42,9 @@ def test_a_role_starts_from_the_role_it_names_and_others_from_seeds_of_their_own
 def test_a_frozen_copy_of_a_role_that_learns_stays_its_first_weights_on_resume(tmp_path: Path) -> None:
     settings = values(tmp_path)
     _trained(settings, stop_at=2)
-    resumed = Roles(run_of(settings), ALONE, checkpoints.latest(tmp_path / CHECKPOINTS))
+    run = run_of(settings)
+    with run.storage.open(newest(tmp_path).name) as checkpoint:
+        resumed = Roles(run, ALONE, checkpoint)
     fresh = Roles(run_of(settings | {"output": str(tmp_path / "fresh")}), ALONE)
     assert _same(resumed.frozen["reference"].state_dict(), fresh.frozen["reference"].state_dict())
     assert not _same(resumed.engines["student"].weights(), fresh.engines["student"].weights())
@@ -64,7 +65,7 @@ def test_weights_come_from_the_average_of_another_run(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_or_are_not_there_are_named(tmp_path: Path) -> None:
     source = _trained(values(tmp_path / "source", "flow_matching"), stop_at=1)
     settings = values(tmp_path / "run") | {"model": {"name": "mlp", "width": 8}, "roles": {"teacher": {"weights": str(source)}}}
-    with pytest.raises(ConfigError, match=r"roles\.teacher: the weights for role 'teacher' do not fit"):
+    with pytest.raises(ConfigError, match=r"roles\.teacher\.weights: the weights are of another network: 'hidden\.2\.bias' is \[11\]"):
         Roles(run_of(settings), ALONE)
     save_config(run_of(values(tmp_path / "empty")))
     with pytest.raises(ConfigError, match=r"roles\.teacher\.weights: .*has no checkpoint yet; train it first"):

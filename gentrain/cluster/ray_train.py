@@ -1,0 +1,199 @@
+"""Training workers under Ray Train: what each of them runs, how it is restarted, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from gentrain.cluster.attempts import Started, backoff, last_failure, note, stacks_of
+from gentrain.cluster.session import ClusterLost
+from gentrain.cluster.stopping import STOP_FILE, STOPPED, StopFile, StopFlag
+from gentrain.config import ConfigError
+from gentrain.training.checkpoint import CheckpointError
+from gentrain.training.loop import CALLBACKS, Diverged, Outcome, train
+from gentrain.training.run import RunConfig, open_run
+from gentrain.training.watchdog import group_timeout_s
+from gentrain.training.world import join
+
+log = logging.getLogger(__name__)
+
+# Would fail in the same way again: reported at once instead of being retried by Ray Train.
+_FINAL = {error.__name__: error for error in (ConfigError, CheckpointError, Diverged)}
+_PREEMPTED = "preempted"
+
+
+class TrainingFailed(RuntimeError):
+    """Workers died more often than the configuration allows, or Ray could not place them."""
+
+
+def train_with_ray(run: RunConfig, stop: StopFlag) -> Outcome:
+    """Trains on workers until the end, or until `stop` is set. A preempted node ends an attempt; the next one does without it.
+
+    The session has been started.
+
+    Raises:
+        ConfigError, CheckpointError, Diverged: what must be mended first. TrainingFailed: Ray Train gave up. ClusterLost: Ray is gone.
+    """
+    _check_room(run)
+    preemptions = 0
+    while True:
+        result = _attempt(run, stop)
+        if isinstance(result, Exception):
+            raise result
+        if result != _PREEMPTED:
+            return Outcome(result)
+        if stop():
+            return Outcome.STOPPED
+        preemptions += 1
+        limit = run.cluster.max_preemptions
+        if limit is not None and preemptions > limit:
+            raise TrainingFailed(f"nodes of {run.output} were preempted {preemptions} times; cluster.max_preemptions is {limit}")
+
+
+def _attempt(run: RunConfig, stop: StopFlag) -> str | Exception:
+    """One controller of Ray Train, from its start to its end, or to `grace_s` after a request to stop."""
+    result: list[str | Exception] = []
+    # In a thread, so that Ray Train leaves the signal handlers alone: its own would abort the run without a checkpoint.
+    thread = threading.Thread(target=lambda: result.append(_fit(run)), name="ray-train", daemon=True)
+    thread.start()
+    asked: float | None = None
+    while thread.is_alive():
+        thread.join(0.2)
+        if stop() and asked is None:
+            asked = time.monotonic()
+            (run.directory / STOP_FILE).touch()
+        if asked is not None and time.monotonic() - asked > run.cluster.grace_s:
+            reason = f"no checkpoint within cluster.grace_s = {run.cluster.grace_s:g} s of the signal; the newest one stays"
+            note(run.directory, "abandoned", reason=reason)
+            log.warning(reason)
+            sys.stderr.flush()
+            os._exit(STOPPED)  # the thread cannot be ended, and Ray would end us when it next speaks
+    return result[0]
+
+
+def _check_room(run: RunConfig) -> None:
+    """Ray Train waits without end for cores and accelerators that the cluster does not have."""
+    import ray
+
+    cluster, there = run.cluster, ray.cluster_resources()
+    for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        if cluster.fewest * each > there.get(kind, 0):
+            raise ConfigError(
+                f"{cluster.fewest} workers of {each:g} {kind} do not fit on this cluster, which has {there.get(kind, 0):g}; lower "
+                f"cluster.workers or cluster.{kind.lower()}s_per_worker",
+                key="cluster.workers",
+            )
+
+
+def _fit(run: RunConfig) -> str | Exception:
+    """Runs Ray Train's controller to its end; what went wrong is returned, since a thread cannot raise into its parent."""
+    from ray.exceptions import RayError
+    from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = run.cluster
+    directory = run.directory.resolve()
+    resources = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    threads = {"OMP_NUM_THREADS": str(cluster.cpus_per_worker)}
+    passed_on = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "PYTHONPATH") if name in os.environ}
+    if not cluster.gpus_per_worker:
+        threads["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to workers that asked for none
+    trainer = TorchTrainer(
+        _train_on_worker,
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if cluster.gpus_per_worker else "gloo",  # flags travel between hosts
+            timeout_s=int(group_timeout_s(run.training.hang_timeout_s)),
+        ),
+        train_loop_config={"directory": str(directory), "working_directory": os.getcwd()},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.most if cluster.fewest == cluster.most else (cluster.fewest, cluster.most),
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RayRunConfig(
+            name="ray",
+            storage_path=str(directory),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures,
+                max_preemption_failures=-1 if cluster.max_preemptions is None else cluster.max_preemptions,
+            ),
+            callbacks=[_restarts(directory, cluster.max_failures, cluster.backoff_s)],
+            worker_runtime_env={"env_vars": threads | passed_on},
+        ),
+    )
+    try:
+        result = trainer.fit().return_value
+    except TrainingFailedError as error:
+        return TrainingFailed(
+            f"Ray Train gave up on {run.output} after {cluster.max_failures} restarts: {last_failure(directory) or error}"
+        )
+    except RayError as error:
+        return ClusterLost(f"Ray lost the controller of {run.output}: {error}")
+    except Exception as error:  # a thread cannot raise into its parent
+        return error
+    return result["outcome"] if "outcome" in result else _FINAL[result["error"]](result["message"])
+
+
+def _short(text: str) -> str:
+    """One line; of a long one its beginning, which says what failed, and its end, which says why."""
+    line = " ".join(text.split())
+    return line if len(line) <= 500 else f"{line[:150]} ... {line[-350:]}"
+
+
+def _restarts(directory: Path, max_failures: int, backoff_s: float) -> Any:
+    """Ray Train's callback that writes down why workers died, and waits before they are started again."""
+    from ray.train import UserCallback
+
+    class Restarts(UserCallback):
+        def __init__(self) -> None:
+            self._failures, self._hung = 0, stacks_of(directory)
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            self._failures += 1
+            reasons = [f"rank {rank}: {_short(str(error))}" for rank, error in sorted(worker_exceptions.items())]
+            hung = stacks_of(directory) - self._hung
+            self._hung |= hung
+            reasons = [f"hung (training.hang_timeout_s); stacks: {path}" for path in sorted(hung)] + reasons
+            note(directory, "failed", reason="; ".join(reasons))
+            if self._failures <= max_failures:
+                time.sleep(backoff(self._failures, backoff_s))
+
+    return Restarts()
+
+
+class _Notice:
+    """Whether Ray has announced that a node of this run will be taken away. Asked in a thread: the call waits for all workers."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        threading.Thread(target=self._ask, name="preemption", daemon=True).start()
+
+    def _ask(self) -> None:
+        import ray.train
+
+        while not self.is_set:
+            self.is_set = ray.train.get_preemption_info() is not None
+            time.sleep(2)
+
+
+def _train_on_worker(config: dict[str, str]) -> dict[str, str]:
+    """What each worker of Ray Train runs. It is restarted from the newest published checkpoint when a worker or node dies."""
+    import torch
+
+    os.chdir(config["working_directory"])  # relative paths of the configuration mean what they mean to the command
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    directory = Path(config["directory"])
+    asked, notice = StopFile(directory), _Notice()
+    try:
+        outcome = train(open_run(directory), join(), lambda: asked() or notice.is_set, (*CALLBACKS, Started))
+    except tuple(_FINAL.values()) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    if outcome is Outcome.STOPPED and not (directory / STOP_FILE).exists():
+        return {"outcome": _PREEMPTED}
+    return {"outcome": outcome.value}

@@ -1,0 +1,1 @@
+"""Convex sets: membership, reflection, uniform points, mirror maps."""

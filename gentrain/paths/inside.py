@@ -1,0 +1,83 @@
+"""Paths that stay inside a convex set: both ends of every path lie in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gentrain.config import option, register
+from gentrain.data.base import Data
+from gentrain.domains.base import Domain
+from gentrain.domains.box import Box
+from gentrain.domains.simplex import Simplex
+from gentrain.noise import Noise
+from gentrain.paths.space import Space
+
+MARGIN = 1e-6  # slack of data on the boundary, where neither the kernel's score nor stick-breaking exists
+
+
+def domain_of(data: Data, domain: Domain | None) -> Domain:
+    """The domain of a space: the one configured, else the data set's. Raises ValueError when there is none or the samples do not fit it."""
+    found = domain or data.domain
+    if found is None:
+        raise ValueError(f"the data set {data.registered_name} brings no domain; name one, such as domain: box")
+    found.check_shape(data.shape)
+    return found
+
+
+@register("inside")
+@dataclass
+class Inside(Space):
+    """The data's own coordinates, with noise uniform in the set; samplers that reflect keep to it (arXiv:2405.16577, arXiv:2304.04740)."""
+
+    domain: Domain | None = option(None, "the convex set; null = that of the data set")
+
+    def __post_init__(self) -> None:
+        self._set = self.domain
+
+    @property
+    def bounds(self) -> Domain | None:
+        return self._set
+
+    def encode(self, x: Tensor) -> Tensor:
+        assert self._set is not None
+        return self._set.interior(x, MARGIN)
+
+    def prior(self, noise: Noise, shape: tuple[int, ...]) -> Tensor:
+        assert self.bounds is not None
+        return self.bounds.uniform(noise, shape)
+
+    def fit(self, data: Data) -> None:
+        self._set = domain_of(data, self.domain)
+
+
+@register("stick_breaking")
+@dataclass
+class StickBreaking(Inside):
+    """The simplex as a cube: u_k = x_k / (1 - x_1 - ... - x_(k-1)), the share of what is left that part k takes
+    (arXiv:2304.04740, section 6).
+
+    For `reflected_heat`, whose kernel is that of a cube. The first parts are resolved best: put the largest first.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._cube = Box(low=0.0, high=1.0)
+
+    @property
+    def bounds(self) -> Domain | None:
+        return self._cube
+
+    def encode(self, x: Tensor) -> Tensor:
+        assert isinstance(self._set, Simplex)
+        return self._set.to_cube(self._set.interior(x, MARGIN))
+
+    def decode(self, z: Tensor) -> Tensor:
+        assert isinstance(self._set, Simplex)
+        return self._set.from_cube(z)[0]
+
+    def fit(self, data: Data) -> None:
+        super().fit(data)
+        if not isinstance(self._set, Simplex):
+            raise ValueError(f"stick_breaking is for the simplex, not for {domain_of(data, self.domain).registered_name}; take inside")

@@ -1,0 +1,67 @@
+"""The stage `likelihood`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from gentrain.config import ConfigError, option, register
+from gentrain.data.loader import Loader
+from gentrain.methods.base import condition_of
+from gentrain.metrics.base import Metric, bootstrap_interval
+from gentrain.metrics.likelihood import bits_per_dim, flow_log_density, variational_bound
+from gentrain.noise import Noise, derive
+from gentrain.recipes.base import Stage
+from gentrain.recipes.evaluate import METRICS
+from gentrain.training.roles import load_network
+from gentrain.training.run import open_run
+
+BATCH = 100
+
+
+@register("likelihood")
+@dataclass
+class Likelihood(Stage):
+    """Bits per coordinate of held-out data under a run of `reflected_diffusion`: metrics.json."""
+
+    run: str = option(help="the run whose model is asked")
+    count: PositiveInt = option(1_000, "held-out items, at most", unit="samples")
+    step: PositiveFloat = option(1.0, "distance of the data's levels, by noise of which they are dequantised; 1 = none, continuous data")
+    draws: PositiveInt = option(16, "random times per item of the variational bound")
+    steps: NonNegativeInt = option(0, "Heun steps of the probability flow's likelihood; 0 = the bound only")
+    probes: NonNegativeInt = option(1, "random vectors for each divergence; 0 = exact, at the cost of a backward pass per coordinate")
+    seed: NonNegativeInt = option(0, "of the noise")
+
+    def execute(self, directory: Path) -> None:
+        if open_run(self.run).method.registered_name != "reflected_diffusion":
+            raise ConfigError(f"{self.run} is not a run of reflected_diffusion, whose likelihood this is", key="run")
+        denoiser, run = load_network(self.run)
+        items = run.data.split("held_out")
+        batch = next(iter(Loader(items, seed=0, batch_size=min(len(items), self.count))))[0]
+        bounds, densities = [], []
+        for first in range(0, len(batch["x"]), BATCH):
+            part = {key: value[first : first + BATCH] for key, value in batch.items()}
+            noise = Noise(derive(self.seed, "likelihood"), torch.arange(first, first + len(part["x"])))
+            x = part["x"] if self.step == 1 else part["x"] + self.step * (noise.uniform(tuple(part["x"].shape)) - 0.5)
+            x, condition = run.path.space.encode(x), condition_of(part)
+            with torch.no_grad():
+                bounds.append(variational_bound(denoiser, x, noise, condition, self.draws))
+            if self.steps:
+                densities.append(-flow_log_density(denoiser, x, noise, condition, self.steps, self.probes))
+        dim = batch["x"][0].numel()
+        metrics = [self._metric("variational bound", torch.cat(bounds), dim)]
+        if densities:
+            metrics.append(self._metric("probability flow", torch.cat(densities), dim))
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = {"run": self.run, "items": len(batch["x"]), "draws": self.draws, "steps": self.steps}
+        (directory / METRICS).write_text(json.dumps({"metrics": [asdict(metric) for metric in metrics], "settings": settings}, indent=1))
+
+    def _metric(self, name: str, nats: Tensor, dim: int) -> Metric:
+        bits = bits_per_dim(nats, dim, self.step)
+        interval = bootstrap_interval(lambda sample: float(sample.mean()), bits)
+        return Metric(f"bits per dim, {name}", *interval, "lower", f"of {len(bits)} held-out items, in the path's coordinates")

@@ -1,0 +1,149 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gentrain.domains.box import Box
+from gentrain.methods.base import Clock
+from gentrain.methods.consistency_distillation import ConsistencyDistillation, flow_step, row_huber
+from gentrain.models.base import Condition
+from gentrain.models.denoiser import Denoiser
+from gentrain.paths.base import Path
+from gentrain.paths.dual import Dual
+from gentrain.paths.inside import Inside
+from gentrain.paths.rectified_flow import RectifiedFlow
+from gentrain.paths.trigflow import TrigFlow
+from gentrain.paths.variance_preserving import VariancePreserving
+from gentrain.samplers.consistency import Consistency
+from tests.methods.toy import TinyNetwork, batch_of, noise_of
+
+MEAN, STD = 0.3, 0.5
+
+
+def test_huber_is_a_norm_of_the_row_that_is_smooth_at_zero() -> None:
+    values = row_huber(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2))
+    c = 0.00054 * 2**0.5
+    assert values.tolist() == pytest.approx([math.sqrt(25 + c**2) - c, 0.0])
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), TrigFlow(), VariancePreserving()])
+def test_a_flow_step_holds_x0_and_eps(path: Path) -> None:
+    x0, eps = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    t = torch.full((5,), 0.7 * path.t_max, dtype=torch.float64)
+    s = torch.full((5,), 0.4 * path.t_max, dtype=torch.float64)
+    torch.testing.assert_close(flow_step(path, path.perturb(x0, eps, t), x0, t, s), path.perturb(x0, eps, s))
+
+
+def test_a_flow_step_is_mirrored_at_walls() -> None:
+    path = RectifiedFlow(space=Inside(domain=Box()))
+    x, x0 = torch.tensor([[0.5]]), torch.tensor([[2.0]])
+    moved = flow_step(path, x, x0, torch.tensor([1.0]), torch.tensor([0.5]))  # to 1.25
+    assert moved.item() == pytest.approx(0.75)
+
+
+def gaussian_teacher(path: Path) -> Denoiser:
+    """Exact for data N(MEAN, STD^2) in each coordinate."""
+
+    def network(x: torch.Tensor, t: torch.Tensor, condition: Condition | None) -> torch.Tensor:
+        t = t / path.network_time(torch.ones(()))
+        alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+        x0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+        return (x - x0) / sigma.clamp(min=1e-6)  # velocity of the rectified flow
+
+    return Denoiser(network, path, "velocity")
+
+
+class ExactStudent(torch.nn.Module):
+    """The consistency function of the Gaussian, MEAN + (x - alpha MEAN) STD / deviation, times a factor, as a velocity."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.factor = path, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
+        t = (t / 1000)[:, None]
+        deviation = ((1 - t) ** 2 * STD**2 + t**2).sqrt()
+        x0 = MEAN + (x - (1 - t) * MEAN) * STD / deviation
+        return self.factor * (x - x0) / t.clamp(min=1e-6)
+
+
+def nets(student: torch.nn.Module, path: Path, teacher: Denoiser | None = None) -> SimpleNamespace:
+    return SimpleNamespace(teacher=teacher or gaussian_teacher(path), student=Denoiser(student, path, "velocity"))
+
+
+def test_the_exact_consistency_function_has_next_to_no_loss_and_others_have() -> None:
+    path = RectifiedFlow()
+    batch = {"x": MEAN + STD * noise_of(5000, 5000).normal((5000, 2))}
+    student = ExactStudent(path)
+    method = ConsistencyDistillation(intervals=100)
+    losses = []
+    for factor in (1.0, 0.9, 1.1):
+        with torch.no_grad():
+            student.factor.fill_(factor)
+        losses.append(method.loss(nets(student, path), batch, noise_of(5000)).value.item())
+    exact, low, high = losses
+    assert exact < 3e-5 and low > 3e-4 and high > 3e-4  # 1.1e-5, what the teacher's finite step leaves, 4.9e-4 and 4.5e-4
+
+
+def test_the_target_carries_no_gradient() -> None:
+    """With the target detached, the gradient is that of the distance to a constant; finite differences of both sides would differ."""
+    path, student = RectifiedFlow(), TinyNetwork()
+    group, batch = nets(student, path), batch_of(64)
+    ConsistencyDistillation().loss(group, batch, noise_of(64)).value.backward()
+    found = [parameter.grad.clone() for parameter in student.parameters()]
+    student.zero_grad()
+    frozen = TinyNetwork()
+    seen = []
+
+    class Split:
+        """The student's first call, of the target, by a copy."""
+
+        path, prediction = group.student.path, "velocity"
+
+        def x0(self, x: torch.Tensor, t: torch.Tensor, condition: Condition | None) -> torch.Tensor:
+            seen.append(t)
+            return (Denoiser(frozen, path, "velocity") if len(seen) == 1 else group.student).x0(x, t, condition)
+
+    ConsistencyDistillation().loss(SimpleNamespace(teacher=group.teacher, student=Split()), batch, noise_of(64)).value.backward()
+    assert (seen[0] < seen[1]).all()
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    for a, parameter in zip(found, student.parameters(), strict=True):
+        torch.testing.assert_close(a, parameter.grad)
+
+
+def test_gradients_reach_the_student_only() -> None:
+    teacher, student = TinyNetwork(), TinyNetwork()
+    (update,) = ConsistencyDistillation(guidance=3.0).updates(Clock(0, 8, 80))
+    assert update.role == ConsistencyDistillation.generator == "student"
+    path = RectifiedFlow()
+    update.losses[0](nets(student, path, Denoiser(teacher, path, "velocity")), batch_of(8), noise_of(8)).value.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    assert teacher.seen[0] is not None and teacher.seen[1] is None  # guided: conditional and null
+
+
+def test_guidance_is_that_of_the_teacher() -> None:
+    method, t = ConsistencyDistillation(guidance=3.0), torch.tensor([0.5])
+    teacher = Denoiser(lambda x, t, c: torch.full_like(x, 2.0 if c is None else 1.0), RectifiedFlow(), "velocity")
+    x0 = method._teacher_x0(teacher, torch.zeros(1, 1), t, {"label": torch.tensor([0])})
+    assert x0.item() == pytest.approx(-(2 + 3 * (1 - 2)) * 0.5)
+
+
+def test_predictions_without_the_boundary_condition_are_refused() -> None:
+    group = SimpleNamespace(student=Denoiser(TinyNetwork(), RectifiedFlow(), "x0"))
+    with pytest.raises(ValueError, match="set prediction to velocity, v or edm"):
+        ConsistencyDistillation().loss(group, batch_of(4), noise_of(4))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_sampler_is_exact_with_the_exact_function(steps: int) -> None:
+    path, count = RectifiedFlow(), 20_000
+    x = Consistency(steps=steps).sample(Denoiser(ExactStudent(path), path, "velocity"), (count, 1), noise_of(count))
+    assert abs(x.mean() - MEAN) < 0.015 and abs(x.std() - STD) < 0.01
+
+
+@pytest.mark.parametrize("space", [Inside(domain=Box()), Dual(domain=Box(), mean=[0.0], std=[0.01])])
+def test_samples_stay_inside_in_bounded_spaces(space: Inside | Dual) -> None:
+    far = Denoiser(lambda x, t, c: 100 * (x - 0.5), RectifiedFlow(space=space), "velocity")
+    assert Box().contains(Consistency(steps=2).sample(far, (1000, 2), noise_of(1000))).all()

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from gentrain.domains.ball import Ball
+from gentrain.domains.box import Box
+from gentrain.domains.simplex import Simplex
+from gentrain.noise import Noise
+from gentrain.paths.inside import Inside, StickBreaking
+from tests.paths.test_dual import Points
+
+
+def noise_of(count: int) -> Noise:
+    return Noise(3, torch.arange(count))
+
+
+def test_prior_and_data_lie_strictly_inside() -> None:
+    x = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.6, 0.8]])
+    for domain in (Box(), Ball(), Simplex(2)):
+        space = Inside(domain=domain)
+        space.fit(Points(x))
+        assert space.bounds is domain
+        assert domain.contains(space.encode(x)).all()
+        assert domain.contains(space.prior(noise_of(10_000), (10_000, 2))).all()
+
+
+def test_stick_breaking_is_a_cube_and_comes_back() -> None:
+    domain = Simplex(3)
+    x = domain.uniform(noise_of(1000), (1000, 3))
+    space = StickBreaking()
+    space.fit(Points(x, domain))
+    u = space.encode(x)
+    assert space.bounds == Box(0.0, 1.0) and Box().contains(u).all()
+    torch.testing.assert_close(space.decode(u), x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(u[:, 1], x[:, 1] / (1 - x[:, 0]), rtol=1e-4, atol=1e-6)
+
+
+def test_stick_breaking_of_another_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="for the simplex, not for ball"):
+        StickBreaking(domain=Ball()).fit(Points(torch.zeros(2, 2)))

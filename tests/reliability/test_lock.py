@@ -1,0 +1,141 @@
+"""Two processes in one directory: the second is refused with the first one's name; a dead one never blocks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gentrain.config import ConfigError
+from gentrain.training import lock
+from gentrain.training.lock import hold
+
+HOLDER = """
+import subprocess, sys, time
+from pathlib import Path
+from gentrain.training.lock import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)  # as a worker that outlives its parent for a while
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock of tmp_path / run and has a child."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    child = int(process.stdout.readline())
+    yield process
+    process.kill()
+    process.wait()
+    os.kill(child, signal.SIGKILL)
+    process.stdout.close()
+
+
+def test_the_second_is_refused_and_told_by_whom_and_for_how_long(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    time.sleep(1.1)
+    with pytest.raises(ConfigError) as error, hold(tmp_path / "run"):
+        raise AssertionError("two hold it")
+    assert f"run is in use by pid {holder.pid} of " in str(error.value) and "choose another directory" in str(error.value)
+    age = re.search(r"since ([\d.]+) s \(-c", str(error.value))
+    assert age is not None and 1 <= float(age[1]) < 60
+    assert holder.poll() is None
+
+
+def test_a_killed_holder_blocks_nobody_even_if_its_child_lives_and_its_clock_was_ahead(
+    holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    os.utime(tmp_path / "run" / ".run.owner", (time.time() + 1e6,) * 2)
+    with pytest.raises(ConfigError, match=r"since 0\.0 s"), hold(tmp_path / "run"):
+        raise AssertionError("two hold it")
+    holder.kill()
+    holder.wait()
+    with hold(tmp_path / "run"):
+        assert json.loads((tmp_path / "run" / ".run.owner").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "run" / ".run.owner").exists()
+
+
+def test_a_holder_that_ends_in_time_is_waited_for(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    holder.send_signal(signal.SIGSTOP)  # alive, and still the holder
+    with pytest.raises(ConfigError, match="in use"), hold(tmp_path / "run", wait_s=0.3):
+        raise AssertionError("two hold it")
+    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"]).wait()
+    with hold(tmp_path / "run", wait_s=10):
+        pass
+
+
+def test_names_are_separate_and_a_body_that_fails_frees(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), hold(tmp_path), hold(tmp_path, "writer"):
+        raise KeyError
+    with hold(tmp_path), hold(tmp_path, "writer"):
+        pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: object, **options: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.FileLock, "acquire", refuse)
+    with caplog.at_level(logging.WARNING), hold(tmp_path):
+        pass
+    assert "has no locks" in caplog.text
+
+
+def _as_nobody(function: Callable[[], None]) -> int:
+    """The exit status of the function in a child process that may write almost nowhere."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_missing_permission_is_said_as_such() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to others
+        theirs = Path(name)
+        theirs.chmod(0o755)
+
+        def try_it() -> None:
+            for directory in (theirs, theirs / "new"):
+                with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\): ask its owner"), hold(directory):
+                    raise AssertionError("it may not be written")
+
+        assert _as_nobody(try_it) == 0
+
+
+def test_a_file_in_the_way_and_a_full_disk_are_said_as_such(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"a file .*in the way"), hold(directory):
+            raise AssertionError("it is a file")
+    (tmp_path / ".run.owner").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"No space left on device\): free some space there"), hold(tmp_path):
+        raise AssertionError("nothing can be written")
+    assert not (tmp_path / ".run.owner").is_symlink()
+    with hold(tmp_path):  # the refused one let go
+        pass

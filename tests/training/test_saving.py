@@ -1,0 +1,222 @@
+"""Which checkpoints stay, what asynchronous saving promises, and how a failure is told."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gentrain.training import saving
+from gentrain.training.checkpoint import Checkpoint, CheckpointError, Piece
+from gentrain.training.run import Training
+from gentrain.training.saving import Saver, kept
+from gentrain.training.storage import LocalStorage
+from gentrain.training.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "metric, last, every, best_is, stay",
+    [
+        ({}, 2, 0, "lowest", set()),
+        ({5: NAN, 40: NAN, 300: NAN}, 2, 0, "lowest", {40, 300}),
+        ({10: NAN, 25: NAN, 33: NAN, 39: NAN, 41: NAN}, 1, 20, "lowest", {25, 41}),  # of [20, 40) and of [40, 60)
+        ({10: 1.0, 20: 3.0, 30: 2.0, 40: 2.0}, 1, 0, "lowest", {10, 40}),
+        ({10: 1.0, 20: 3.0, 30: 2.0, 40: 2.0}, 1, 0, "highest", {20, 40}),
+        ({10: 1.0, 20: 1.0, 30: 2.0}, 1, 0, "lowest", {20, 30}),
+        ({10: NAN, 20: -float("inf"), 30: 2.0, 40: 3.0}, 1, 0, "lowest", {30, 40}),
+    ],
+)
+def test_which_checkpoints_stay(metric: dict[int, float], last: int, every: int, best_is: Any, stay: set[int]) -> None:
+    assert kept(metric, last, every, best_is) == stay
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(-5, 5)), min_size=1, max_size=12), st.integers(1, 3), st.integers(0, 60))
+def test_what_is_kept_of_a_run_is_what_would_be_kept_of_all_of_it(steps: list[tuple[int, float]], last: int, every: int) -> None:
+    """Deleting on the way loses nothing that was to stay in the end."""
+    there: dict[int, float] = {}
+    everything: dict[int, float] = {}
+    samples = 0
+    for step, value in steps:
+        samples += step
+        there[samples] = everything[samples] = value
+        stay = kept(there, last, every, "lowest")
+        assert samples in stay
+        there = {each: there[each] for each in stay}
+    assert set(there) == kept(everything, last, every, "lowest")
+
+
+def _saver(root: Path, **training: Any) -> Saver:
+    return Saver(LocalStorage(root), ALONE, Training(samples=100, **training))
+
+
+def _save(saver: Saver, samples: int, value: float = 0.0, **metrics: float) -> torch.Tensor:
+    values = torch.full((4,), value)
+    saver.save(samples, [("m.weights", {"w": Piece(values, 0, (4,))})], {"samples": samples, "metrics": metrics})
+    return values
+
+
+def _names(root: Path) -> list[int]:
+    return [int(name) for name in LocalStorage(root).names()]
+
+
+def _newest(root: Path) -> list[float]:
+    storage = LocalStorage(root)
+    name = storage.latest()
+    assert name is not None
+    with storage.open(name) as checkpoint:
+        checkpoint.verify()
+        return checkpoint.shards("m.weights").whole()["w"].tolist()
+
+
+def test_the_best_and_every_so_many_stay_over_attempts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"keep_last": 1, "keep_every": 40, "keep_best": "loss"}
+    saver = _saver(tmp_path, **options)
+    for samples, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (45, 5.0)):
+        _save(saver, samples, loss=loss)
+    assert _names(tmp_path) == [20, 45]
+    saver = _saver(tmp_path, **options)
+    _save(saver, 60, loss=4.0)
+    assert _names(tmp_path) == [20, 45, 60]
+    _save(saver, 70, loss=0.5)
+    assert _names(tmp_path) == [45, 70] and not caplog.text
+    _save(saver, 75)
+    assert _names(tmp_path) == [45, 70, 75] and "has no metric 'loss'" in caplog.text
+
+
+def test_what_was_just_published_stays_beside_newer_ones(tmp_path: Path) -> None:
+    """After LATEST was set back by hand, the numbers ahead of it are the older attempt's."""
+    saver = _saver(tmp_path, keep_last=1)
+    _save(saver, 300)
+    _save(saver, 200)
+    assert LocalStorage(tmp_path).latest() == "000000000200" and _names(tmp_path) == [200, 300]
+
+
+@contextmanager
+def _slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Writing waits for the event."""
+    go, write = threading.Event(), saving.write_shard
+
+    def wait(*arguments: Any) -> None:
+        assert go.wait(20)
+        write(*arguments)
+
+    monkeypatch.setattr(saving, "write_shard", wait)
+    yield go
+    go.set()
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = _saver(tmp_path, async_checkpoints=True)
+    with _slow(monkeypatch) as go:
+        values = _save(saver, 10, value=1.0)
+        values.fill_(9.0)  # the next step
+        saver.poll()
+        assert _names(tmp_path) == []
+        go.set()
+        saver.wait()
+    assert _newest(tmp_path) == [1.0] * 4
+    assert not list(tmp_path.glob(".*"))
+    saver.close()
+
+
+def test_poll_publishes_what_has_been_written(tmp_path: Path) -> None:
+    saver = _saver(tmp_path, async_checkpoints=True)
+    _save(saver, 10)
+    assert saver._flight is not None
+    saver._flight.written.result(20)
+    saver.poll()
+    assert _names(tmp_path) == [10]
+    saver.close()
+
+
+def test_a_second_checkpoint_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = _saver(tmp_path, async_checkpoints=True)
+    with _slow(monkeypatch) as go:
+        _save(saver, 10)
+        threading.Timer(0.2, go.set).start()
+        _save(saver, 20)
+        assert _names(tmp_path) == [10]
+    saver.wait()
+    assert _names(tmp_path) == [10, 20]
+    saver.close()
+
+
+@pytest.mark.parametrize("then", [Saver.wait, lambda saver: _save(saver, 30)])
+def test_a_failure_of_the_thread_is_told_and_the_former_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Callable[[Saver], object]
+) -> None:
+    saver = _saver(tmp_path, async_checkpoints=True)
+    _save(saver, 10, value=1.0)
+    saver.wait()
+
+    def full(path: Path, shard: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(saving, "write_shard", full)
+    _save(saver, 20)
+    with pytest.raises(OSError, match=rf"no checkpoint could be written under {tmp_path}: .*the disk is full: free some space, then run"):
+        then(saver)
+    assert _newest(tmp_path) == [1.0] * 4 and not list(tmp_path.glob(".*"))
+    saver.close()
+
+
+def test_a_checkpoint_given_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = _saver(tmp_path, async_checkpoints=True)
+    with _slow(monkeypatch) as go:
+        _save(saver, 10)
+        go.set()
+        saver.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only: make it writable or set training.checkpoints, then"),
+        (PermissionError(errno.EACCES, "Permission denied"), "this user may not write there: mend the permissions"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the quota is used up: free some space"),
+        (saving.SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full: free some space"),
+        (ValueError("what"), "ValueError: what"),
+    ],
+)
+def test_a_failure_names_the_place_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    saver = _saver(tmp_path)
+    _save(saver, 10)
+    monkeypatch.setattr(saving, "write_shard", fail)
+    with pytest.raises(OSError, match=f"under {tmp_path}: .*{says}"):
+        _save(saver, 20)
+    assert _names(tmp_path) == [10] and not list(tmp_path.glob(".*"))
+
+
+def test_no_room_to_begin_is_told_too(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"under {tmp_path}/file: "):
+        _save(_saver(tmp_path / "file"), 10)
+
+
+def test_the_newest_is_opened_and_what_the_dead_left_is_gone(tmp_path: Path) -> None:
+    with _saver(tmp_path).newest() as none:
+        assert none is None
+    _save(_saver(tmp_path), 10)
+    (tmp_path / ".000000000020.tmp").mkdir()
+    with _saver(tmp_path).newest() as checkpoint:
+        assert isinstance(checkpoint, Checkpoint) and checkpoint.state["samples"] == 10
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "000000000010" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read from .*state\.json differs"), _saver(tmp_path).newest():
+        pass
