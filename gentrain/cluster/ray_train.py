@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Would fail in the same way again: reported at once instead of being retried by Ray Train.
 _FINAL = {error.__name__: error for error in (ConfigError, CheckpointError, Diverged)}
 _PREEMPTED = "preempted"
+_LATE_S = 60
 
 
 class TrainingFailed(RuntimeError):
@@ -77,17 +78,20 @@ def _attempt(run: RunConfig, stop: StopFlag) -> str | Exception:
 
 
 def _check_room(run: RunConfig) -> None:
-    """Ray Train waits without end for cores and accelerators that the cluster does not have."""
+    """Ray Train waits without end for cores and accelerators that the cluster does not have. Nodes of a head that came back may be late."""
     import ray
 
-    cluster, there = run.cluster, ray.cluster_resources()
+    cluster = run.cluster
+    deadline = time.monotonic() + (_LATE_S if os.environ.get("RAY_ADDRESS") else 0)
     for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        if cluster.fewest * each > there.get(kind, 0):
-            raise ConfigError(
-                f"{cluster.fewest} workers of {each:g} {kind} do not fit on this cluster, which has {there.get(kind, 0):g}; lower "
-                f"cluster.workers or cluster.{kind.lower()}s_per_worker",
-                key="cluster.workers",
-            )
+        while cluster.fewest * each > (there := ray.cluster_resources().get(kind, 0)):
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"{cluster.fewest} workers of {each:g} {kind} do not fit on this cluster, which has {there:g}; lower cluster.workers or "
+                    f"cluster.{kind.lower()}s_per_worker",
+                    key="cluster.workers",
+                )
+            time.sleep(1)
 
 
 def _fit(run: RunConfig) -> str | Exception:

@@ -87,28 +87,29 @@ from pathlib import Path
 import torch
 from gentrain.training.watchdog import Watchdog
 from gentrain.training.world import World
-rank, size, timeout_s = (int(sys.argv[3]), 2, float(sys.argv[4])) if len(sys.argv) > 3 else (0, 1, 0.4)
+rank, size, timeout_s = (int(sys.argv[3]), 2, float(sys.argv[4])) if len(sys.argv) > 3 else (0, 1, 1.0)
 with Watchdog(Path(sys.argv[1]), World(rank, size, torch.device("cpu")), "attempt", timeout_s) as watchdog:
-    time.sleep(0.4 * {SLOW} / 2)  # loading and the first step
-    for _ in range(4):
+    time.sleep(1.5)  # loading and the first step
+    for _ in range(5):
         watchdog.expect()
-        time.sleep(0.2)
+        time.sleep(0.3)
     watchdog.expect({SLOW})
-    time.sleep(1.2)  # a checkpoint
+    time.sleep(1.5)  # a checkpoint
     watchdog.expect()
     print("a step", flush=True)
-    time.sleep(float(sys.argv[2]) / 3)
-    time.sleep(float(sys.argv[2]) / 3 * 2)
+    time.sleep(float(sys.argv[2]))
+    time.sleep(0.2)
 """
 
 
 def test_a_first_step_and_a_checkpoint_may_be_slow_and_a_paused_process_is_not_hung(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", SLOW_BUT_ALIVE, str(tmp_path), "0.3"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", SLOW_BUT_ALIVE, str(tmp_path), "0.5"], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "a step\n"
+        time.sleep(0.2)
         process.send_signal(signal.SIGSTOP)
-        time.sleep(1.5)
+        time.sleep(2)
         process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=60) == 0
         assert not (tmp_path / STACKS).exists()
