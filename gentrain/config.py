@@ -214,6 +214,10 @@ def describe(schema: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(schema)))
     if typing.get_origin(schema) in (typing.Union, types.UnionType):
         return " or ".join(describe(arm) for arm in typing.get_args(schema))
+    if typing.get_origin(schema) is list:
+        return f"a list, each {describe(typing.get_args(schema)[0])}"
+    if typing.get_origin(schema) is tuple:
+        return f"[{', '.join(describe(arm) for arm in typing.get_args(schema))}]"
     if typing.get_origin(schema) is not None:
         return str(schema).replace("typing.", "")
     if isinstance(schema, type) and issubclass(schema, Component):

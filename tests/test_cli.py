@@ -280,6 +280,7 @@ MISTAKES = [
     (["report", "nowhere"], 1, "no such run: nowhere"),
     (["sample", "untrained"], 2, "untrained has no checkpoint yet; train it first"),
     (["sample", "untrained", "cuont=3"], 2, "command line: cuont: unknown key; did you mean 'count'?"),
+    (["sample", "untrained", "labels=[-1]"], 2, "labels[0]: expected a list, each a whole number >= 0 or null, got -1"),
     (["evaluate", "untrained"], 2, "untrained/generated/samples.safetensors does not exist"),
     (["evaluate", "untrained", "judge=nowhere"], 2, "nowhere is not a run's directory"),
 ]

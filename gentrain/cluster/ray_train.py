@@ -87,8 +87,8 @@ def _check_room(run: RunConfig) -> None:
         while cluster.fewest * each > (there := ray.cluster_resources().get(kind, 0)):
             if time.monotonic() >= deadline:
                 raise ConfigError(
-                    f"{cluster.fewest} workers of {each:g} {kind} do not fit on this cluster, which has {there:g}; lower cluster.workers or "
-                    f"cluster.{kind.lower()}s_per_worker",
+                    f"{cluster.fewest} workers of {each:g} {kind} do not fit on this cluster, which has {there:g}; lower cluster.workers "
+                    f"or cluster.{kind.lower()}s_per_worker",
                     key="cluster.workers",
                 )
             time.sleep(1)

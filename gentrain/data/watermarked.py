@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
 from gentrain.data.base import BatchItems, Data, Items, check_split
+from gentrain.domains.base import read_tensors
 from gentrain.domains.orthonormal_slabs import OrthonormalSlabs
 from gentrain.noise import Noise, derive
 
@@ -46,8 +47,6 @@ def save_key(key: dict[str, Tensor], file: Path) -> None:
 
 def load_key(file: str) -> tuple[OrthonormalSlabs, float]:
     """(the slabs, coverage). Raises ConfigError when the file is missing, or others than its owner can read it."""
-    from gentrain.domains.base import read_tensors
-
     if not Path(file).is_file():
         raise ConfigError(f"{file} does not exist; make it with the stage watermark_key, or correct the path", key="key")
     if Path(file).stat().st_mode & 0o077:
@@ -70,8 +69,8 @@ def mark(x: Tensor, slabs: OrthonormalSlabs, margin: float, noise: Noise) -> Ten
     if not bool((low < high).all()):
         raise ValueError(f"a margin of {margin} leaves nothing between the bounds of the narrowest slab; make the key with a larger width")
     drawn = low + (high - low) * noise.uniform(tuple(u.shape))
-    moved = torch.where((u > low) & (u < high), u, drawn)
-    return slabs.interior(slabs._moved(x, u, moved))
+    redrawn = torch.where((u > low) & (u < high), u, drawn)
+    return slabs.interior(slabs.moved(x, u, redrawn))
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ class OrthonormalSlabs(Domain):
             raise ValueError(f"no point is {margin} away from both sides of a slab; the narrowest is {float((high - low).min())} wide")
         # of a dot product in x's dtype, A rounded to it: the errors of D products with a unit row add up like a random walk
         rounding = 16 * torch.finfo(x.dtype).eps * (1 + x.double().flatten(1).norm(dim=1, keepdim=True))
-        return self._moved(x, u, torch.minimum(torch.maximum(u, low + margin + rounding), high - margin - rounding))
+        return self.moved(x, u, torch.minimum(torch.maximum(u, low + margin + rounding), high - margin - rounding))
 
     def project(self, x: Tensor) -> Tensor:
         return self.interior(x)
@@ -79,28 +79,28 @@ class OrthonormalSlabs(Domain):
     def reflect_with_velocity(self, x: Tensor, velocity: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, du = self.coordinates(x.double()), self.coordinates(velocity.double())
         folded, turned = self._box.reflect_with_velocity(u, du)
-        return self.interior(self._moved(x, u, folded)), self._moved(velocity, du, turned)
+        return self.interior(self.moved(x, u, folded)), self.moved(velocity, du, turned)
 
     def uniform(self, noise: Noise, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         x = noise.normal(shape, torch.float64)
         u = self.coordinates(x)
-        return self.interior(self._moved(x, u, self._box.uniform(noise, tuple(u.shape), u.dtype)).to(dtype))
+        return self.interior(self.moved(x, u, self._box.uniform(noise, tuple(u.shape), u.dtype)).to(dtype))
 
     def to_dual(self, x: Tensor) -> Tensor:
         u = self.coordinates(x.double())
-        return self._moved(x, u, self._box.to_dual(u))
+        return self.moved(x, u, self._box.to_dual(u))
 
     def to_primal(self, z: Tensor) -> tuple[Tensor, Tensor]:
         v = self.coordinates(z.double())
         u, log_slack = self._box.to_primal(v)
-        return self.interior(self._moved(z, v, u)), log_slack.to(z.dtype)
+        return self.interior(self.moved(z, v, u)), log_slack.to(z.dtype)
 
     def hessian(self, x: Tensor) -> Tensor:
         A = self._constants(x)[0]
         inner = self._box.hessian(self.coordinates(x.double())) - torch.eye(len(A), dtype=A.dtype, device=A.device)
         return (torch.eye(A.shape[1], dtype=A.dtype, device=A.device) + A.T @ inner @ A).to(x.dtype)
 
-    def _moved(self, x: Tensor, u: Tensor, to: Tensor) -> Tensor:
+    def moved(self, x: Tensor, u: Tensor, to: Tensor) -> Tensor:
         """x with its coordinates u replaced by `to`; x itself where they are the same."""
         change = ((to - u) @ self._constants(x)[0]).reshape(x.shape)
         return torch.where((to == u).all(1).reshape(-1, *[1] * (x.ndim - 1)), x, (x + change).to(x.dtype))

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from gentrain.config import option, register
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.models.base import Condition
-from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.paths.base import Path, expand
+from gentrain.samplers.guidance import guided_x0
 
 HUBER = 0.00054  # of the root of the number of coordinates (arXiv:2310.14189, section 3.3)
 
@@ -70,14 +69,7 @@ class ConsistencyDistillation(Method):
         t, s = times[index], times[index + 1]
         x_t = path.perturb(x0, path.draw_eps(noise, tuple(x0.shape)), t)
         with torch.no_grad():
-            x_s = flow_step(path, x_t, self._teacher_x0(nets.teacher, x_t, t, condition), t, s)
+            x_s = flow_step(path, x_t, guided_x0(nets.teacher, x_t, t, condition, self.guidance), t, s)
             target = student.x0(x_s, s, condition)
         loss = row_huber(student.x0(x_t, t, condition), target)
         return Loss(loss.mean(), {"last_interval": (loss.detach() * (index == self.intervals - 1)).mean()})
-
-    def _teacher_x0(self, teacher: Denoiser, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
-        conditional = teacher.x0(x, t, condition)
-        if self.guidance == 1 or condition is None:
-            return conditional
-        null = teacher.x0(x, t, None)
-        return null + self.guidance * (conditional - null)

@@ -20,14 +20,14 @@ from gentrain.samplers.guidance import guided_x0
 
 
 class _Thresholded(Denoiser):
-    """Its x0 prediction is the guided one, moved to the nearest point of the domain; one time for all rows."""
+    """Its x0 prediction is the guided one, moved to the nearest point of the domain."""
 
     def __init__(self, denoiser: Denoiser, domain: Domain, guidance: float):
         super().__init__(denoiser.network, denoiser.path, denoiser.prediction)
         self.plain, self.domain, self.guidance = denoiser, domain, guidance
 
     def x0(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        return self.domain.project(guided_x0(self.plain, x_t, float(t[0]), condition, self.guidance))
+        return self.domain.project(guided_x0(self.plain, x_t, t, condition, self.guidance))
 
 
 @register("confined")

@@ -9,15 +9,16 @@ from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser, drop_condition
 
 
-def guided_x0(denoiser: Denoiser, x_t: Tensor, t: float, condition: Condition | None, weight: float) -> Tensor:
-    """null + weight (conditional - null) of the x0 prediction [B, ...] at one time for all rows; one network call.
+def guided_x0(denoiser: Denoiser, x_t: Tensor, t: float | Tensor, condition: Condition | None, weight: float) -> Tensor:
+    """null + weight (conditional - null) of the x0 prediction [B, ...] at time t, one number or [B]; one network call.
 
     Every prediction is affine in the network's output, so guiding x0 is guiding any of them. Without a condition, or with weight 1,
     there is nothing to mix and the batch is not doubled.
     """
+    times = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).expand(len(x_t))
     if condition is None or weight == 1:
-        return denoiser.x0(x_t, x_t.new_full((len(x_t),), t), condition)
+        return denoiser.x0(x_t, times, condition)
     null_condition = drop_condition(condition, torch.ones_like(condition["label"], dtype=torch.bool))
     both = {key: torch.cat([value, null_condition[key]]) for key, value in condition.items()}
-    conditional, null = denoiser.x0(torch.cat([x_t, x_t]), x_t.new_full((2 * len(x_t),), t), both).chunk(2)
+    conditional, null = denoiser.x0(torch.cat([x_t, x_t]), torch.cat([times, times]), both).chunk(2)
     return null + weight * (conditional - null)

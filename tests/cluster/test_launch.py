@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from gentrain.cluster.attempts import ATTEMPTS
 from gentrain.cluster.generation import generate
 from gentrain.cluster.launch import launch
 from gentrain.cluster.session import session
@@ -75,6 +76,9 @@ def test_two_workers_train_what_one_process_trains_and_a_killed_one_changes_noth
     written = {int(path.name): path.stat().st_mtime for path in (mortal.directory / CHECKPOINTS).iterdir() if path.is_dir()}
     assert [samples for samples in sorted(written) if written[samples] < marker.stat().st_mtime] == [160, 320]  # not written again
     assert sorted(written) == [160, 320, 480, 640]
+    lines = [json.loads(line) for line in (mortal.directory / ATTEMPTS).read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["started", "failed", "started", "finished"]
+    assert (lines[0]["ranks"], lines[0]["samples"], lines[2]["samples"]) == (2, 0, 320) and "rank" in lines[1]["reason"]
     assert len(_losses(mortal.directory)) == 20
     assert _losses(mortal.directory) == pytest.approx(_losses(alone.directory), rel=1e-5)
     for name, value in _weights(alone).items():

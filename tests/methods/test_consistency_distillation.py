@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -120,14 +121,22 @@ def test_gradients_reach_the_student_only() -> None:
     update.losses[0](nets(student, path, Denoiser(teacher, path, "velocity")), batch_of(8), noise_of(8)).value.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in student.parameters())
-    assert teacher.seen[0] is not None and teacher.seen[1] is None  # guided: conditional and null
+    (seen,) = teacher.seen  # guided: conditional and null, in one call
+    assert torch.equal(seen[:8], batch_of(8)["label"]) and (seen[8:] == -1).all()
 
 
 def test_guidance_is_that_of_the_teacher() -> None:
-    method, t = ConsistencyDistillation(guidance=3.0), torch.tensor([0.5])
-    teacher = Denoiser(lambda x, t, c: torch.full_like(x, 2.0 if c is None else 1.0), RectifiedFlow(), "velocity")
-    x0 = method._teacher_x0(teacher, torch.zeros(1, 1), t, {"label": torch.tensor([0])})
-    assert x0.item() == pytest.approx(-(2 + 3 * (1 - 2)) * 0.5)
+    """A velocity of 1 given a label and 2 without is guided by 3 to 2 + 3 (1 - 2) = -1."""
+    student, path = TinyNetwork(), RectifiedFlow()
+
+    def loss(guidance: float, velocity: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        teacher = Denoiser(lambda x, t, c: velocity(c["label"])[:, None].expand_as(x).to(x), path, "velocity")
+        (update,) = ConsistencyDistillation(guidance=guidance).updates(Clock(0, 8, 80))
+        return update.losses[0](nets(student, path, teacher), batch_of(8), noise_of(8)).value.item()
+
+    guided = loss(3.0, lambda label: torch.where(label < 0, 2.0, 1.0))
+    assert guided == pytest.approx(loss(1.0, lambda label: torch.full_like(label, -1.0, dtype=torch.float32)))
+    assert guided != pytest.approx(loss(1.0, lambda label: torch.ones_like(label, dtype=torch.float32)))
 
 
 def test_predictions_without_the_boundary_condition_are_refused() -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gentrain.config import ConfigError
+from gentrain.data.toys import Rings
 from gentrain.recipes.base import STAGES, Stopped, load_recipe, read_states, run_recipe
+from gentrain.recipes.evaluate import Evaluate
 from gentrain.report import write_report
 from gentrain.training.loop import Trainer
 
@@ -235,6 +237,16 @@ def test_plugins_of_a_recipe_and_of_its_runs_are_loaded_and_stay_with_the_runs(t
     assert run.data.registered_name == "far_rings"
 
 
+def _refuses_what_the_judge_cannot_judge(out: Path, few: Path) -> None:
+    with pytest.raises(ConfigError, match=r"judge: .* judges samples of shape \(1, 8, 8\) .* these are of shape \(2,\)"):
+        Evaluate(samples={"drawn": str(out / "drawn")}, judge=str(out / "judge"), data=Rings()).execute(out / "none")
+    few.mkdir()
+    save_file({key: value[:100] for key, value in load_file(out / "drawn/samples.safetensors").items()}, few / "samples.safetensors")
+    with pytest.raises(ConfigError, match=r"samples\.few: 100 samples .* are too few for the Frechet distance of 128 features"):
+        Evaluate(samples={"few": str(few)}, judge=str(out / "judge")).execute(out / "none")
+    assert not (out / "none").exists()
+
+
 def test_digits_with_a_judge(tmp_path: Path) -> None:
     _run(tmp_path, text=DIGITS)
     out = tmp_path / "out"
@@ -246,6 +258,7 @@ def test_digits_with_a_judge(tmp_path: Path) -> None:
     assert ["steps, guidance" in metric["definition"] for metric in metrics.values()] == [True, True, False]
     assert (out / "pipeline/model_index.json").is_file() and "class accuracy, drawn" in (out / "pipeline/README.md").read_text()
     assert set(_run(tmp_path, text=DIGITS).values()) == {"finished before, skipped"}
+    _refuses_what_the_judge_cannot_judge(out, tmp_path / "few")
     said = _run(tmp_path, "stages.judge.run.seed=3", text=DIGITS)
     assert [name for name, line in said.items() if line.startswith("runs again")] == ["pipeline", "scores", "judge"]
     page = write_report(out).read_text()

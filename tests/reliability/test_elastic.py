@@ -28,7 +28,8 @@ def test_a_batch_must_suit_every_size_of_the_range(batch_size: int, remedy: int)
 
 @pytest.mark.parametrize("workers", [[3, 1], [0, 2], [1, 2, 3], [1], "two", True])
 def test_what_is_no_range_is_refused_with_its_key(workers: Any) -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.workers"):
+    either = r"expected a whole number > 0 or \[a whole number > 0, a whole number > 0\]|it reads \[fewest, most\]"
+    with pytest.raises(ConfigError, match=rf"cluster\.workers: ({either})"):
         _run(Path("unused"), workers)
 
 
