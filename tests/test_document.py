@@ -99,7 +99,7 @@ def test_a_variable_is_read_when_it_is_used(tmp_path: Path, monkeypatch: pytest.
     "text, key, message",
     [
         ("title: ${oc.env:ABSENT}\n", "title", "the environment variable ABSENT is not set; export it, or write ${oc.env:ABSENT,DEFAULT}"),
-        ("times: ['${oc.env:TOKEN}']\n", "times[0]", "expected list[float], got ['${oc.env:TOKEN}'] ("),
+        ("times: ['${oc.env:TOKEN}']\n", "times[0]", "expected a list, each a number, got ['${oc.env:TOKEN}'] ("),
         ("main: {name: bucket, url: a, parts: '${oc.env:TOKEN}'}\n", "main.parts", "expected a whole number > 0, got '${oc.env:TOKEN}' ("),
         ("main: {name: bucket, url: 'http://${oc.env:TOKEN}'}\n", "main", "http://${oc.env:TOKEN} is not encrypted; use https"),
         ("main: {name: bucket, url: a, token: '${oc.env:OLD}'}\n", "main.token", "the token ${oc.env:OLD} has expired"),

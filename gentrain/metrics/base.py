@@ -22,6 +22,15 @@ class Metric:
     definition: str
 
 
+def proportion(name: str, hits: Tensor, better: Literal["lower", "higher"], definition: str) -> Metric:
+    """The share of True in `hits` [N] bool, N > 0, with Wilson's 95 % interval (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    test = binomtest(int(hits.sum()), len(hits))
+    low, high = test.proportion_ci(method="wilson")
+    return Metric(name, float(test.statistic), float(low), float(high), better, definition)
+
+
 class Interval(NamedTuple):
     value: float
     low: float

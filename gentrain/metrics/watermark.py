@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gentrain.domains.orthonormal_slabs import OrthonormalSlabs
-from gentrain.metrics.base import Metric
+from gentrain.metrics.base import Metric, proportion
 
 
 def rows_inside(x: Tensor, slabs: OrthonormalSlabs) -> Tensor:
@@ -34,10 +34,6 @@ def eight_bits(x: Tensor) -> Tensor:
 
 
 def detection(name: str, detected: Tensor, better: Literal["lower", "higher"], rate: float) -> Metric:
-    """The share of samples in which a watermark is detected ([N] bool), with Wilson's 95 % interval."""
-    from scipy.stats import binomtest
-
-    test = binomtest(int(detected.sum()), len(detected))
-    low, high = test.proportion_ci(method="wilson")
+    """The share of samples in which a watermark is detected ([N] bool), with its interval."""
     definition = f"part of {len(detected)} samples that by chance would have as many coordinates inside with probability {rate:g} at most"
-    return Metric(name, float(test.statistic), float(low), float(high), better, definition)
+    return proportion(name, detected, better, definition)

@@ -54,11 +54,9 @@ class Evaluate(Stage):
         items = data.split("held_out")
         held_out = next(iter(Loader(items, seed=0, batch_size=min(len(items), self.reference))))[0]
         metrics = self._with_judge(held_out) if self.judge is not None else self._without_judge(held_out)
-        directory.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in to_dict(self).items() if key in ("judge", "samples")}
         settings |= {"reference": f"{len(held_out['x'])} held-out items"}
-        metrics = [self._told(metric) for metric in metrics]
-        (directory / METRICS).write_text(json.dumps({"metrics": [asdict(metric) for metric in metrics], "settings": settings}, indent=1))
+        write_metrics(directory, [self._told(metric) for metric in metrics], settings)
 
     def _told(self, metric: Metric) -> Metric:
         """With how the samples were drawn, where that is recorded: the numbers are of that sampler, not of the model alone."""
@@ -128,6 +126,12 @@ class Evaluate(Stage):
                 raise ConfigError(f"{path} holds {what}; expected {expected}; generate it again", key=key)
             found.append((name, samples))
         return found
+
+
+def write_metrics(directory: Path, metrics: list[Metric], settings: dict[str, Any]) -> None:
+    """What a stage measured, and how: the table that the report and model cards show."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / METRICS).write_text(json.dumps({"metrics": [asdict(metric) for metric in metrics], "settings": settings}, indent=1))
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from gentrain.metrics.base import Metric, bootstrap_interval
 from gentrain.metrics.likelihood import bits_per_dim, flow_log_density, variational_bound
 from gentrain.noise import Noise, derive
 from gentrain.recipes.base import Stage
-from gentrain.recipes.evaluate import METRICS
+from gentrain.recipes.evaluate import write_metrics
 from gentrain.training.roles import load_network
 from gentrain.training.run import open_run
 
@@ -57,9 +56,8 @@ class Likelihood(Stage):
         metrics = [self._metric("variational bound", torch.cat(bounds), dim)]
         if densities:
             metrics.append(self._metric("probability flow", torch.cat(densities), dim))
-        directory.mkdir(parents=True, exist_ok=True)
         settings = {"run": self.run, "items": len(batch["x"]), "draws": self.draws, "steps": self.steps}
-        (directory / METRICS).write_text(json.dumps({"metrics": [asdict(metric) for metric in metrics], "settings": settings}, indent=1))
+        write_metrics(directory, metrics, settings)
 
     def _metric(self, name: str, nats: Tensor, dim: int) -> Metric:
         bits = bits_per_dim(nats, dim, self.step)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import PositiveFloat, PositiveInt
@@ -16,7 +15,7 @@ from gentrain.data.loader import Loader
 from gentrain.data.watermarked import load_key, make_key, save_key
 from gentrain.metrics.watermark import detection, eight_bits, false_positive_rate, rows_inside
 from gentrain.recipes.base import Stage
-from gentrain.recipes.evaluate import METRICS
+from gentrain.recipes.evaluate import write_metrics
 from gentrain.recipes.generate import SAMPLES
 
 KEY = "key.safetensors"
@@ -72,6 +71,5 @@ class WatermarkCheck(Stage):
             metrics.append(detection(f"detected after 8 bits, {name}", found(eight_bits(x)), "higher", self.rate))
         unmarked = _items(self.data, "held_out", self.reference)
         metrics.append(detection("false alarms on unmarked data", found(unmarked), "lower", self.rate))
-        directory.mkdir(parents=True, exist_ok=True)
         settings = {"key": self.key, "samples": self.samples, "rate": self.rate}
-        (directory / METRICS).write_text(json.dumps({"metrics": [asdict(metric) for metric in metrics], "settings": settings}, indent=1))
+        write_metrics(directory, metrics, settings)
