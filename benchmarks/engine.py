@@ -13,7 +13,6 @@ and their extremes. Every round builds the networks anew: where memory happens t
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -32,14 +31,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gentrain.cluster.launch import launch
 from gentrain.cluster.session import session
 from gentrain.data.loader import Loader
 from gentrain.models.denoiser import Denoiser, drop_condition
 from gentrain.training.callbacks import Callback, MetricsFile
 from gentrain.training.loop import Trainer, train
 from gentrain.training.roles import build_network
-from gentrain.training.run import METRICS, RunConfig, load_run
+from gentrain.training.run import RunConfig, load_run
 from gentrain.training.world import World, join, leave
 
 CONFIG = Path(__file__).parents[1] / "configs" / "mnist5k" / "flow_matching.yaml"
@@ -164,16 +162,25 @@ def report(title: str, results: dict[str, list[list[Pair]]]) -> None:
     Console(width=130).print(table)
 
 
-def report_ray(size: str, root: str) -> None:
-    """Wall time by the runs' own metrics: the workers of Ray Train are processes of their own."""
-    table = Table("", "wall, ms", title=f"{size}, two workers under Ray Train")
+def under_ray(root: str, *arguments: Any) -> dict[str, list[list[Pair]]]:
+    """`measure` on two workers of Ray Train, one core each."""
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def on_worker() -> dict[str, list[list[Pair]]]:
+        torch.set_num_threads(1)
+        return measure(join(), *arguments)
+
     with session():
-        for name, engine in ENGINES.items():
-            run = configured(size, engine, Path(root, name[-1]), ("cluster={place: ray, workers: 2}",))
-            launch(run)
-            seconds = [json.loads(line)["seconds"] for line in (run.directory / METRICS).read_text().splitlines()]
-            table.add_row(name, f"{1e3 * (seconds[-1] - seconds[0]) / (STEPS - WARM_UP):.1f}")
-    Console(width=130).print(table)
+        trainer = TorchTrainer(
+            on_worker,
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=2),
+            run_config=RayRunConfig(name="ray", storage_path=root, worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}}),
+        )
+        found: dict[str, list[list[Pair]]] = trainer.fit().return_value
+    return found
 
 
 def machine() -> str:
@@ -199,7 +206,7 @@ def main(
             if 2 in ranks:
                 report(f"{each}, two ranks", spawned(each, rounds, f"{root}/{each}-2"))
             if ray:
-                report_ray(each, f"{root}/{each}-ray")
+                report(f"{each}, two workers under Ray Train", under_ray(root, each, rounds, f"{root}/{each}-ray"))
     leave()
     print(machine())
 

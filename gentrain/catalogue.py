@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from gentrain.config import Component, ConfigError, describe, to_dict
+from gentrain.config import Component, ConfigError, build, describe, load, load_plugins, option, to_dict
 from gentrain.data.base import Data
 from gentrain.domains.base import Domain
 from gentrain.methods.base import Method
@@ -23,6 +23,18 @@ from gentrain.training.engine import Engine
 from gentrain.training.optimizers import Optimizer, Schedule
 
 _KINDS: tuple[type[Component], ...] = (Method, Path, TimeLaw, Space, Domain, Model, Data, Sampler, Optimizer, Schedule, Engine, Stage)
+
+
+@dataclasses.dataclass
+class _Settings:
+    plugins: list[str] = option(list, "the user's own modules: .py files or importable names")
+
+
+def add_plugins(overrides: Iterable[str]) -> None:
+    """Registers what the user's own modules, named by an override `plugins=[...]`, hold. Raises ConfigError."""
+    document = load(None, overrides)
+    build(_Settings, document)
+    load_plugins(document)
 
 
 def kinds() -> dict[str, Mapping[str, type[Component]]]:

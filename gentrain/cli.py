@@ -261,13 +261,19 @@ def plan(config: Path, overrides: Overrides = None) -> int:
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Of a method, path, sampler, ...; left out: list them")] = None) -> int:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Of a method, path, sampler, ...; left out: list them")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar=_KEYS, help="plugins=[FILE.py], whose own are shown too")] = None,
+) -> int:
     """Lists what exists; with NAME, every field of it: type, default, unit, source.
 
     Example: gentrain methods flow_matching
     """
-    from gentrain.catalogue import kinds, show
+    from gentrain.catalogue import add_plugins, kinds, show
 
+    if name is not None and "=" in name:
+        overrides, name = [name, *(overrides or ())], None
+    add_plugins(overrides or ())
     if name is None:
         for kind, entries in kinds().items():
             table = Table("name", "what it is", title=f"{kind}s", title_justify="left")

@@ -255,7 +255,7 @@ def _build_nested(schema: Any, value: Any, key: str, document: Document) -> Any:
         if name not in fields:
             raise document.error(join(key, name), f"unknown key; {_suggest(name, fields, 'valid keys')}")
     hints = typing.get_type_hints(schema, include_extras=True)
-    arguments = {name: _build(hints[name], item, join(key, name), document) for name, item in values.items()}
+    arguments = {name: _build(hints[name], _with_default(fields[name], item), join(key, name), document) for name, item in values.items()}
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise document.error(join(key, name), f"a value is required: {describe(hints[name])}")
@@ -275,6 +275,15 @@ def _build_nested(schema: Any, value: Any, key: str, document: Document) -> Any:
     if hidden:
         vars(built)[_HIDDEN] = hidden
     return built
+
+
+def _with_default(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Keys of a component without its name are set in the field's default component."""
+    if isinstance(value, Mapping) and "name" not in value and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+        if isinstance(default, Component):
+            return {**to_dict(default), **value}
+    return value
 
 
 def to_dict(value: Any) -> Any:

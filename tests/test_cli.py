@@ -140,6 +140,14 @@ def test_doctor(gentrain: Command) -> None:
     assert "python" in printed.lower() and "ray" in printed.lower()
 
 
+def test_methods_of_a_plugin_are_shown(gentrain: Command, folder: Path) -> None:
+    source = "@register('my_flow')\n@dataclass\nclass MyFlow(FlowMatching):\n    '''A flow of mine.'''\n"
+    imports = ("dataclasses import dataclass", "gentrain.config import register", "gentrain.methods.flow_matching import FlowMatching")
+    (folder / "mine.py").write_text("".join(f"from {line}\n" for line in imports) + source)
+    assert "A flow of mine." in gentrain("methods", "plugins=[mine.py]")[1]
+    assert "label_dropout" in gentrain("methods", "my_flow", "plugins=[mine.py]")[1]
+
+
 # --- the way from a configuration to results -------------------------------------------------------------------------------
 
 
@@ -274,6 +282,8 @@ MISTAKES = [
     (["plan", "toy.yaml", "model=unet"], 2, "unet is for images (C, H, W)"),
     (["plan", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
     (["methods", "flow_machting"], 2, "nothing is called 'flow_machting'; did you mean 'flow_matching'?"),
+    (["methods", "plugin=[mine.py]"], 2, "command line: plugin: unknown key; did you mean 'plugins'?"),
+    (["methods", "plugins=[nowhere.py]"], 2, "command line: plugins[0]: plugin 'nowhere.py' failed to import"),
     (["sample", "nowhere"], 2, "nowhere is not a run's directory: it has no config.yaml"),
     (["evaluate", "nowhere"], 2, "nowhere is not a run's directory: it has no config.yaml"),
     (["export", "nowhere", "out"], 2, "nowhere is not a run's directory: it has no config.yaml"),

@@ -75,6 +75,7 @@ class Drawing:
     limit: NonNegativeInt | None = None
     style: Style = option(Style)
     backdrop: Shape | None = None
+    margin: Shape = option(lambda: Polygon(corners=4))
     named: dict[str, Shape] = option(dict)
     styles: list[Style] = option(list)
     weights: dict[str, float] = option(dict)
@@ -325,6 +326,18 @@ def test_the_resolved_config_alone_makes_an_equal_object(tmp_path: Path) -> None
     assert drawing.title == "null"
     assert drawing.styles == [Style(fill=True), Style(kind="dashed")]
     assert yaml.safe_load(to_yaml(drawing))["shape"]["shapes"][0] == {"name": "circle", "radius": 1.0}
+
+
+def test_keys_without_a_name_are_set_in_the_default_component(tmp_path: Path) -> None:
+    assert draw(tmp_path, main="shape: circle\n").margin == Polygon(corners=4)
+    main = "shape: circle\nmargin: {sides: [2]}\n"
+    assert draw(tmp_path, main=main).margin == Polygon(corners=4, sides=(2,))
+    assert draw(tmp_path, "margin.corners=5", main=main).margin == Polygon(corners=5, sides=(2,))
+    assert draw(tmp_path, "margin={name: circle, radius: 2}", main="shape: circle\n").margin == Circle(radius=2)
+    with pytest.raises(ConfigError, match=r"command line: margin\.cornres: unknown key; did you mean 'corners'"):
+        draw(tmp_path, "margin.cornres=5", main=main)
+    with pytest.raises(ConfigError, match=r"backdrop: `name` is missing"):  # nothing is its default
+        draw(tmp_path, "backdrop.radius=2", main=main)
 
 
 def test_defaults_are_not_shared_between_instances(tmp_path: Path) -> None:

@@ -82,15 +82,15 @@ def _check_room(run: RunConfig) -> None:
     import ray
 
     cluster = run.cluster
-    deadline = time.monotonic() + (_LATE_S if os.environ.get("RAY_ADDRESS") else 0)
+    deadline, told = time.monotonic() + (_LATE_S if os.environ.get("RAY_ADDRESS") else 0), False
     for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         while cluster.fewest * each > (there := ray.cluster_resources().get(kind, 0)):
+            short = f"{cluster.fewest} workers of {each:g} {kind} do not fit on this cluster, which has {there:g}"
             if time.monotonic() >= deadline:
-                raise ConfigError(
-                    f"{cluster.fewest} workers of {each:g} {kind} do not fit on this cluster, which has {there:g}; lower cluster.workers "
-                    f"or cluster.{kind.lower()}s_per_worker",
-                    key="cluster.workers",
-                )
+                raise ConfigError(f"{short}; lower cluster.workers or cluster.{kind.lower()}s_per_worker", key="cluster.workers")
+            if not told:
+                log.warning("%s; nodes that join within %d s are waited for", short, _LATE_S)
+            told = True
             time.sleep(1)
 
 

@@ -40,6 +40,8 @@ def start() -> None:
         os.environ.setdefault(_BEYOND_LOOPBACK, "0")  # Ray reads it while it is imported
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray's own file can be read by others
+    # Ray's own word on a token ends in how to do without one.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     import ray
 
     if ray.is_initialized():

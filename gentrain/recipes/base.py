@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from pydantic import NonNegativeFloat, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict
 
 from gentrain.config import Component, ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.training.run import changed_keys
+
+log = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 STAGES = "stages.json"
@@ -84,7 +88,7 @@ def _output_of(stage: str, *, _root_: Any) -> str:
     """The resolver of `${output:STAGE}`."""
     stages = list(_root_.get("stages") or ())
     if stage not in stages:
-        raise KeyError(f"no stage is called {stage!r}; stages: {', '.join(stages) or 'none, this is no recipe'}")
+        raise InterpolationResolutionError(f"no stage is called {stage!r}; stages: {', '.join(stages) or 'none, this is no recipe'}")
     return f"{_root_.output}/{stage}"
 
 
@@ -104,6 +108,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RecipeConfig
             raise document.error(f"stages.{name}", "a stage's name becomes a directory: letters, digits, - and _ only")
         if isinstance(stage, dict) and isinstance(stage.get("run"), dict):
             _load_plugins_of_run(document, name)
+            if "output" in stage["run"]:
+                log.warning(
+                    "%s: stages.%s.run.output is not used: the run's directory is %s/%s",
+                    document.origin(f"stages.{name}.run.output"), name, document.values["output"], name,
+                )  # fmt: skip
     recipe = build(RecipeConfig, document)
     for name, stage in recipe.stages.items():
         stage.place(recipe.directory / name)

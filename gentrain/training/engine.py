@@ -25,6 +25,8 @@ from gentrain.training.world import World
 Precision = Literal["fp32", "bf16"]
 State = dict[str, Tensor]
 
+_BUCKET = 25 * 2**20  # bytes of gradients that are sent at once: large against the latency, small against the backward they hide behind
+
 
 class EngineMisuse(RuntimeError):
     """A use of an engine that would train something else than the method says. The message names the role and the remedy."""
@@ -299,10 +301,68 @@ class ReplicatedEngine(RoleEngine):
         return StepResult(value, finite)
 
 
+class _Average:
+    """Averages gradients over the ranks, bucket by bucket, while the backward that makes the last of them still runs.
+
+    Buckets leave in one order on every rank, whatever each rank's graph reaches; what it does not reach counts as zero.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], ranks: int):
+        self._ranks = ranks
+        self._buckets: list[list[nn.Parameter]] = []
+        room = 0
+        for p in reversed(parameters):  # about the order in which a backward reaches them
+            if p.nbytes > room:
+                self._buckets.append([])
+                room = _BUCKET
+            self._buckets[-1].append(p)
+            room -= p.nbytes
+            p.register_post_accumulate_grad_hook(self._arrived)
+        self._flat = [torch.cat([torch.zeros_like(p).flatten() for p in bucket]) for bucket in self._buckets]
+        self._awaited: list[set[nn.Parameter]] | None = None  # per bucket that has not left; None = gradients are still summed here
+        self._left: list[dist.Work] = []
+
+    def backward(self, loss: Tensor) -> None:
+        """loss.backward(), after which every gradient is the average; they lie in buffers that the next call overwrites."""
+        self._awaited, self._left = [set(bucket) for bucket in self._buckets], []
+        try:
+            loss.backward()
+            while self._awaited:
+                self._send()
+            for work in self._left:
+                work.wait()
+        finally:
+            self._awaited = None
+        for bucket, flat in zip(self._buckets, self._flat, strict=True):
+            flat /= self._ranks
+            for p, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = gradient.view_as(p)
+
+    def _arrived(self, p: nn.Parameter) -> None:
+        if self._awaited is None:
+            return
+        if not any(p in bucket for bucket in self._awaited):
+            raise EngineMisuse("a gradient arrived twice in one backward (reentrant checkpointing does that): use_reentrant=False")
+        for bucket in self._awaited:
+            bucket.discard(p)
+        while self._awaited and not self._awaited[0]:
+            self._send()
+
+    def _send(self) -> None:
+        assert self._awaited is not None
+        self._awaited.pop(0)
+        bucket, flat = self._buckets[len(self._left)], self._flat[len(self._left)]
+        for p, place in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            place.zero_() if p.grad is None else place.copy_(p.grad.flatten())
+            p.grad = None
+        self._left.append(dist.all_reduce(flat, async_op=True))
+
+
 class _TorchRoleEngine(ReplicatedEngine):
     def __init__(self, engine: TorchEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
         super().__init__(role, module, optimizer.build(module.parameters()), world, engine.gradient_clipping)
         self._autocast = engine.precision == "bf16"
+        self._average = _Average(list(module.parameters()), world.size) if world.size > 1 else None
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._autocast):
@@ -312,19 +372,13 @@ class _TorchRoleEngine(ReplicatedEngine):
     _through = _forward
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        loss.backward()
-        if not last:
+        if self._average is not None and last:
+            self._average.backward(loss)
             return
-        for p in self.module.parameters():
-            if p.grad is None:  # not reached on this rank: others may have, and ZeRO steps the whole partition
+        loss.backward()
+        for p in self.module.parameters() if last else ():
+            if p.grad is None:  # not reached: ZeRO steps the whole partition
                 p.grad = torch.zeros_like(p)
-        if self.world.size > 1:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            flat = torch._utils._flatten_dense_tensors(gradients)
-            dist.all_reduce(flat)
-            flat /= self.world.size
-            for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
-                gradient.copy_(mean)
 
     def _step(self) -> StepResult:
         result = self.clip()

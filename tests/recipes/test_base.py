@@ -146,6 +146,13 @@ def test_a_changed_training_runs_everything_again(copy: Path) -> None:
     assert said["scores"] == "runs again: rough, fine ran again"
 
 
+def test_an_output_of_a_stages_run_is_said_to_be_unused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "toy.yaml").write_text(TOY)
+    recipe = load_recipe(tmp_path / "toy.yaml", ["output=out", "stages.generator.run.output=elsewhere"])
+    assert caplog.messages == ["command line: stages.generator.run.output is not used: the run's directory is out/generator"]
+    assert recipe.stages["generator"].run.output == "out/generator"  # type: ignore[attr-defined]
+
+
 def test_the_name_of_an_output_that_is_gone_is_told(copy: Path) -> None:
     shutil.rmtree(copy / "out" / "fine")
     assert _run(copy) == ALL_SKIPPED | {"fine": "runs again: its output is gone"}
