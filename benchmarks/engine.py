@@ -13,6 +13,7 @@ and their extremes. Every round builds the networks anew: where memory happens t
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -117,6 +118,7 @@ def measure(world: World, size: str, rounds: int, root: str) -> dict[str, list[l
             run.directory.mkdir(parents=True, exist_ok=True)
             train(run, world, lambda: False, [MetricsFile, _Beside])
             results[name].append(_Beside.pairs[WARM_UP - 1 :])
+            gc.collect()  # engines hold themselves in circles: at 34M parameters fifteen runs would fill the memory
     return results
 
 

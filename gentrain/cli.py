@@ -352,11 +352,11 @@ def _roles(name: str, run: RunConfig) -> Table:
     sizes = f"{cluster.most}" if cluster.fewest == cluster.most else f"{cluster.fewest} to {cluster.most}"
     place = f"{sizes} workers under Ray Train" if cluster.place == "ray" else "this process"
     share = run.training.batch_size // (run.training.micro_batches * cluster.most)
-    table = Table("role", "network", "parameters", "learns", "average", "engine", title=f"{name}: {place}, micro-batches of {share}")
+    table = Table("role", "network", "parameters", "that learn", "average", "engine", title=f"{name}: {place}, micro-batches of {share}")
     for role, part in run.method.roles.items():
         learns = isinstance(part, Trained)
         engine = ", ".join(f"{key} {value}" for key, value in to_dict(run.engine_of(role)).items() if value) if learns else "frozen"
         average = "yes" if isinstance(part, Trained) and part.ema else ""
-        count = f"{count_parameters(run, role):,}"
-        table.add_row(role, run.model_of(role).registered_name, count, "yes" if learns else "", average, engine)
+        count, learning = count_parameters(run, role)
+        table.add_row(role, run.model_of(role).registered_name, f"{count:,}", f"{learning:,}" if learns else "", average, engine)
     return table

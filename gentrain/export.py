@@ -8,7 +8,8 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gentrain.models.conditional import ConditionalNetwork
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.space import Free
 from gentrain.samplers.base import Sampler
+from gentrain.samplers.one_step import OneStep, as_affine
 
 _STOCK_USE = """from diffusers import DiffusionPipeline
 
@@ -35,7 +37,15 @@ _CUSTOM_NOTE = """
 `trust_remote_code=True` runs this directory's `pipeline.py`, for no pipeline of diffusers itself draws as this one does: read it first.
 """
 
-_CARD = """---
+METRICS = """{% if metrics %}| metric | value | 95 % interval | better | definition |
+|---|---|---|---|---|
+{% for m in metrics %}| {{ cell(m.name) }} | {{ "%.4g" | format(m.value) }} | \
+{{ "%.4g" | format(m.low) }} to {{ "%.4g" | format(m.high) }} | {{ cell(m.better) }} | {{ cell(m.definition) }} |
+{% endfor %}{% else %}None were measured.
+{% endif %}"""
+
+_CARD = (
+    """---
 {{ card_data }}
 ---
 # {{ name }}
@@ -56,12 +66,9 @@ Replace `{{ name }}` by the path of this directory. Needs torch and diffusers (w
 {{ method }}; path {{ path }}, prediction {{ prediction }}; drawn with {{ sampler }}, {{ steps }} steps, guidance {{ guidance }}.
 
 ## Metrics
-{% if metrics %}| metric | value | 95 % interval | better | definition |
-|---|---|---|---|---|
-{% for m in metrics %}| {{ cell(m.name) }} | {{ "%.4g" | format(m.value) }} | \
-{{ "%.4g" | format(m.low) }} to {{ "%.4g" | format(m.high) }} | {{ cell(m.better) }} | {{ cell(m.definition) }} |
-{% endfor %}{% else %}None were measured.
-{% endif %}
+"""
+    + METRICS
+    + """
 ## Limits
 It draws images like those of its data and nothing else, {{ size }} pixels only. A metric holds for what its definition says.
 Nothing was done to keep it from repeating images of its data.
@@ -70,6 +77,7 @@ Nothing was done to keep it from repeating images of its data.
 ```yaml
 {{ config }}```
 """
+)
 
 
 def export(
@@ -89,7 +97,7 @@ def export(
     Args:
         out: must not exist, or be an empty directory; it appears whole or not at all.
         denoiser: of a `ConditionalNetwork` with its full weights.
-        sampler: whose steps the directory's scheduler takes.
+        sampler: whose steps the directory's scheduler takes; OneStep needs none.
         class_names: one per class; empty without classes.
         licence: of the data, for the card.
         config: the resolved configuration; `config["method"]["name"]` is named in the card.
@@ -100,24 +108,36 @@ def export(
         OSError: it cannot be written.
         ValueError: the network is none of diffusers', or no diffusers scheduler takes the sampler's steps.
     """
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise FileExistsError(f"{out} exists and is not an empty directory; name another or remove it")
+    refuse_present(out)
     pipeline = _pipeline(denoiser, sampler, class_names)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_partial(out)
+    with appearing(out) as partial:
         pipeline.save_pretrained(partial)
         custom = type(pipeline).__module__ == "gentrain.export_pipeline"
         if custom:
             _add_code(partial, type(pipeline))
         _write_card(partial, out.name, custom, denoiser, sampler, class_names, licence, config, metrics)
+    return out
+
+
+def refuse_present(out: Path) -> None:
+    """Raises FileExistsError unless `out` is not there, or an empty directory."""
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise FileExistsError(f"{out} exists and is not an empty directory; name another or remove it")
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A directory to write in that becomes `out` at the end, or leaves nothing. Raises OSError, which names `out`."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_partial(out)
+        yield partial
         os.rename(partial, out)
     except OSError as error:
         raise OSError(f"{out} cannot be written ({error.strerror or error}); name another directory") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
 
 
 def _remove_partial(out: Path) -> None:
@@ -138,7 +158,8 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
     if not isinstance(path.space, Free):
         raise ValueError(f"no diffusers pipeline undoes the space {path.space.registered_name}; draw samples with gentrain instead")
     scheduler = sampler.diffusers_scheduler(path, denoiser.prediction)
-    if scheduler is None:
+    one_step = as_affine(denoiser, sampler.sigma) if isinstance(sampler, OneStep) else None
+    if scheduler is None and one_step is None:
         raise ValueError(
             f"no diffusers scheduler takes the steps of sampler {sampler.registered_name} ({sampler.steps} steps) on path "
             f"{path.registered_name} with prediction {denoiser.prediction}; sampler euler has one for rectified_flow with velocity, "
@@ -160,6 +181,7 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
         num_inference_steps=sampler.steps,
         timestep_scale=1000.0 if edm else 1.0,
         init_noise_sigma=sampler.start(path) if edm else None,
+        one_step=one_step,
     )
 
 
@@ -172,7 +194,7 @@ def _add_code(directory: Path, pipeline: type) -> None:
     index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """As a cell of a Markdown table, and as text in one line elsewhere: names of classes and metrics may hold anything."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "\\`")
 
@@ -198,10 +220,10 @@ def _write_card(
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", tags=["gentrain"]),
         template_str=_CARD,
-        cell=_cell,
+        cell=cell,
         name=name,
         size=f"{height * block}x{width * block}",
-        classes=[_cell(name) for name in class_names],
+        classes=[cell(name) for name in class_names],
         parameters=f"{backbone.num_parameters():,}",
         gentrain=version("gentrain"),
         diffusers=diffusers.__version__,

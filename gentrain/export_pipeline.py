@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,18 +15,22 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     Args:
         network: UNet2DModel or DiTTransformer2DModel on images whose space_to_depth x space_to_depth blocks of pixels are channels.
-        scheduler: that takes the steps.
+        scheduler: that takes the steps; None for a network that needs one call.
         num_classes: index of the null class in the network's label embedding; None = the network takes no labels.
         class_names: {"0": name of class 0, ...}.
         guidance_scale, num_inference_steps: what calls use unless they say otherwise.
         timestep_scale: the network is given the scheduler's timesteps times this.
         init_noise_sigma: factor of the noise at the start; None = the scheduler's.
+        one_step: of a network that needs one call: with x = start noise, images are x_weight x + output_weight network(input_scale x,
+            timestep).
     """
+
+    _optional_components = ["scheduler"]
 
     def __init__(
         self,
         network: UNet2DModel | DiTTransformer2DModel,
-        scheduler: SchedulerMixin,
+        scheduler: SchedulerMixin | None = None,
         num_classes: int | None = None,
         class_names: dict[str, str] | None = None,
         space_to_depth: int = 1,
@@ -32,6 +38,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         timestep_scale: float = 1.0,
         init_noise_sigma: float | None = None,
+        one_step: dict[str, float] | None = None,
     ):
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler)
@@ -43,6 +50,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             timestep_scale=timestep_scale,
             init_noise_sigma=init_noise_sigma,
+            one_step=one_step,
         )
 
     @torch.no_grad()
@@ -74,16 +82,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
             batch_size = batch_size if labels is None else len(labels)
             shape = (batch_size, config.in_channels // block**2, size[0] * block, size[1] * block)
             noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        self._set_timesteps(self.config.num_inference_steps if num_inference_steps is None else num_inference_steps)
-        start = self.config.init_noise_sigma
-        x = noise.to(self._execution_device) * (getattr(self.scheduler, "init_noise_sigma", 1.0) if start is None else start)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            x = self.scheduler.step(self._guided(x, t, labels, guidance_scale), t, x).prev_sample
-        images = (x / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        solve = self._solve if self.config.one_step is None else self._one_step
+        x = (solve(noise.to(self._execution_device), labels, steps, guidance_scale) / 2 + 0.5).clamp(0, 1)
+        images: Any = x if output_type == "pt" else x.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images)
 
@@ -97,6 +101,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if not 0 <= index < (self.config.num_classes or 0):
                 raise ValueError(f"no class {label!r}; the classes are {', '.join(names) or 'none'} (0 to {len(names) - 1})")
         return torch.tensor(indices, device=self._execution_device)
+
+    def _solve(self, noise: torch.Tensor, labels: torch.Tensor | None, steps: int, guidance_scale: float) -> torch.Tensor:
+        self._set_timesteps(steps)
+        start = self.config.init_noise_sigma
+        x = noise * (getattr(self.scheduler, "init_noise_sigma", 1.0) if start is None else start)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            x = self.scheduler.step(self._guided(x, t, labels, guidance_scale), t, x).prev_sample
+        return x
+
+    def _one_step(self, noise: torch.Tensor, labels: torch.Tensor | None, steps: int, guidance_scale: float) -> torch.Tensor:
+        if steps != 1 or guidance_scale != 1:
+            raise ValueError(f"this network draws in 1 step without guidance, got {steps} steps and guidance_scale {guidance_scale}")
+        numbers = self.config.one_step
+        x = numbers["start"] * noise
+        t = torch.tensor(numbers["timestep"], device=x.device)
+        output = self._guided(numbers["input_scale"] * x, t, labels, 1.0)
+        return numbers["x_weight"] * x + numbers["output_weight"] * output
 
     def _set_timesteps(self, steps: int) -> None:
         if steps < 1:

@@ -25,6 +25,7 @@ from gentrain.samplers.ddim import DDIM
 from gentrain.samplers.dpm_solver import DPMSolver
 from gentrain.samplers.euler import Euler
 from gentrain.samplers.heun import Heun
+from gentrain.samplers.one_step import OneStep
 
 CLASSES = ("cat", "dog", "owl")
 ROWS = 6
@@ -43,6 +44,10 @@ CASES = {
     "DPM-Solver++": (UNET, (1, 8, 8), 3, VariancePreserving(), "x0", DPMSolver(steps=5, guidance=2.0)),
     "EDM": (UNET, (1, 8, 8), 3, VarianceExploding(), "edm", Euler(steps=6, guidance=2.0)),
     "EDM, DPM-Solver++": (DEEP, (1, 8, 8), 3, VarianceExploding(), "edm", DPMSolver(steps=6, guidance=1.0)),
+    "one step, rectified flow": (DEEP, (1, 8, 8), 3, RectifiedFlow(), "velocity", OneStep()),
+    "one step, variance preserving": (UNET, (1, 8, 8), 3, VariancePreserving("cosine"), "eps", OneStep(sigma=1.7)),
+    "one step, trigflow, transformer": (TRANSFORMER, (3, 6, 6), 0, TrigFlow(), "v", OneStep()),
+    "one step, EDM": (UNET, (1, 8, 8), 3, VarianceExploding(), "edm", OneStep()),
 }
 
 # draws with every exported directory; importing gentrain would fail
@@ -176,6 +181,20 @@ def test_what_diffusers_cannot_draw_is_refused(tmp_path, model, shape, path, pre
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "out", denoiser_of(model, shape, 3, path, prediction), sampler)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_one_step_directory_has_no_scheduler_and_refuses_more_steps(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    model, shape, num_classes, path, prediction, sampler = CASES["one step, rectified flow"]
+    out = write(tmp_path / "owls", denoiser_of(model, shape, num_classes, path, prediction), sampler)
+    assert not (out / "scheduler").exists()
+    pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline(["owl", 1]).images) == 2
+    for arguments in ({"num_inference_steps": 2}, {"guidance_scale": 2.0}):
+        with pytest.raises(ValueError, match="1 step without guidance"):
+            pipeline("owl", **arguments)
 
 
 def test_never_writes_over_what_is_there_and_leaves_nothing_half_written(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,27 @@ class Generator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.denoiser, self.run = load_network(directory)
         self.denoiser.network.to(self.device)
+        self.codec = self.run.codec().to(self.device)
         # By its settings, not as an object: its class may be of a plugin, which only opening the run has imported here.
         self.sampler, self.seed = build(Sampler, Document(sampler, "sampler")), seed
 
-    def draw(self, first: int, labels: Tensor) -> Tensor:
+    def draw(self, first: int, labels: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
         """Samples number first, first + 1, ... with `labels` [B] (-1 = the null class): [B, ...] float32 on the host."""
         rows = torch.arange(first, first + len(labels))
         noise = Noise(derive(self.seed, "generate"), rows, self.device)
-        condition = {"label": labels.to(self.device)} if self.run.data.class_names else None
         with torch.no_grad():
-            samples: Tensor = self.sampler.sample(self.denoiser, (len(labels), *self.run.data.shape), noise, condition)
+            condition = self.codec.condition(labels.to(self.device), prompts)
+            samples = self.codec.decode(self.sampler.sample(self.denoiser, (len(labels), *self.codec.shape), noise, condition))
         return samples.cpu()
 
 
-def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int = 0, actors: int = 0) -> Tensor:
+def generate(
+    directory: str | Path, sampler: Sampler, labels: Tensor, seed: int = 0, actors: int = 0, prompts: Sequence[str] | None = None
+) -> Tensor:
     """Draws one sample per label from the newest checkpoint of a run. Sample i depends on (seed, i, its label), not on `actors`.
 
     Args:
-        labels: [N] int64 classes, -1 = the null class.
+        labels: [N] int64 classes, or places in `prompts` where these are given; -1 = the null class.
         actors: size of the Ray fleet, at most one per core of the cluster; 0 = in this process, without Ray.
 
     Returns:
@@ -58,10 +62,10 @@ def generate(directory: str | Path, sampler: Sampler, labels: Tensor, seed: int 
         raise ConfigError(f"{directory} holds a {run.method.registered_name}, which generates nothing")
     if run.storage.latest() is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
-    chunks = [(first, labels[first : first + CHUNK]) for first in range(0, len(labels), CHUNK)]
+    chunks = [(first, labels[first : first + CHUNK], prompts) for first in range(0, len(labels), CHUNK)]
     if actors == 0:
         generator = Generator(str(directory), to_dict(sampler), seed)
-        return torch.cat(list(shown((generator.draw(first, part) for first, part in chunks), len(chunks), "samples, in hundreds")))
+        return torch.cat(list(shown((generator.draw(*chunk) for chunk in chunks), len(chunks), "samples, in hundreds")))
     session.start()
     import ray
     from ray.util import ActorPool

@@ -54,6 +54,19 @@ class TensorItems:
         return {"x": self.x[indices], "label": self.label[indices]}
 
 
+@dataclass(frozen=True, eq=False)
+class CaptionedItems(TensorItems):
+    """Items that also have "caption" [N] int64: the place of each one's text in the data set's `captions`."""
+
+    caption: Tensor
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(index), "caption": self.caption[index]}
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        return {**super().batch(indices), "caption": self.caption[indices]}
+
+
 class Data(Component, kind="data"):
     """A data set as configured. Reading happens in `split`; the properties are known without reading the items.
 
@@ -70,6 +83,11 @@ class Data(Component, kind="data"):
     def class_names(self) -> Sequence[str]:
         """One name per class, empty for data without labels."""
         raise NotImplementedError
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The texts of all splits, each once; the items' "caption" says which is whose. Empty for data without texts."""
+        return ()
 
     @property
     def domain(self) -> Domain | None:

@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
-from gentrain.data.base import Data, TensorItems, check_split, import_for, packaged_file
+from gentrain.data.base import CaptionedItems, Data, check_split, import_for, packaged_file
 from gentrain.noise import Noise, derive
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _SKIN_TONES = range(0x1F3FB, 0x1F400)
 class Emoji(Data):
     """OpenMoji's drawings in colour on white, each with its English name, without skin tones: about 1,900 pairs.
 
-    No classes; `names` belong to the items in order. Whether one is held out depends on its name alone.
+    No classes; names are captions, and `names` belong to the items in order. Whether one is held out depends on its name alone.
     """
 
     size: PositiveInt = option(32, "height and width", unit="pixels")
@@ -52,9 +52,14 @@ class Emoji(Data):
         fraction = torch.stack([Noise(derive(0, "emoji", name), torch.zeros(1, dtype=torch.int64)).uniform((1,))[0] for name in names])
         return [name for name, held in zip(names, (fraction < self.held_out).tolist()) if held == (split == "held_out")]
 
-    def split(self, name: str) -> TensorItems:
-        x = torch.stack([self._drawings[name] for name in self.names(name)])
-        return TensorItems(x, torch.full((len(x),), -1))
+    @property
+    def captions(self) -> Sequence[str]:
+        return sorted(self._drawings)
+
+    def split(self, name: str) -> CaptionedItems:
+        names, places = self.names(name), {caption: place for place, caption in enumerate(self.captions)}
+        x = torch.stack([self._drawings[name] for name in names])
+        return CaptionedItems(x, torch.full((len(x),), -1), torch.tensor([places[name] for name in names]))
 
     @cached_property
     def _drawings(self) -> dict[str, Tensor]:

@@ -10,24 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
-from gentrain.data.base import CorruptItem, Data, check_split
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from gentrain.data.base import Data, check_split
+from gentrain.data.decode import SUFFIXES, ImageDecoder, corrupt
 
 log = logging.getLogger(__name__)
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # what is left out of Pillow runs other programs or is rarely tested
-_LONGEST = 20  # times the shorter side: beyond it a centre crop shows next to nothing of the image
-_OVERHEAD = 2**24  # bytes of a file beside its pixels: colour profile, metadata
 
 
 @register("image_folder")
@@ -91,7 +84,7 @@ class ImageFolder(Data):
 
     def split(self, name: str) -> ImageItems:
         check_split(name)
-        files = [file for file in self._files if (_fraction(file) < self.held_out) == (name == "held_out")]
+        files = [file for file in self._files if (fraction(file) < self.held_out) == (name == "held_out")]
         if not files:
             message = (
                 f"none of the {len(self._files)} images below {self.path} falls into the {name} split; change held_out ({self.held_out})"
@@ -99,16 +92,16 @@ class ImageFolder(Data):
             raise ValueError(message)
         number = {name: index for index, name in enumerate(self.class_names)}
         labels = torch.tensor([number[file.split("/")[0]] for file in files])
-        return ImageItems(Path(self.path).expanduser(), files, labels, self.size, self.colours, self.max_pixels)
+        return ImageItems(Path(self.path).expanduser(), files, labels, ImageDecoder(self.size, self.colours, self.max_pixels))
 
 
 def _refuse(error: OSError) -> None:
     raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
-def _fraction(file: str) -> float:
-    """The relative path's place in [0, 1), the same on every machine."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(file)).digest()[:8], "big") / 2**64
+def fraction(name: str) -> float:
+    """A name's place in [0, 1), the same on every machine: those below `held_out` are held out, whatever other names there are."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +111,7 @@ class ImageItems:
     root: Path
     files: Sequence[str]
     labels: Tensor
-    size: int
-    colours: Literal["rgb", "grey"]
-    max_pixels: int
+    decoder: ImageDecoder
 
     def __len__(self) -> int:
         return len(self.files)
@@ -128,44 +119,15 @@ class ImageItems:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         file = self.root / self.files[index]
         try:
-            x = self._decode(file)
-        except Exception as error:  # of hostile bytes, Pillow's decoders raise almost anything
-            message = f"{file}: {error or type(error).__name__}"
-            raise CorruptItem(message if message.isprintable() else ascii(message)) from error  # names may hold commands for terminals
-        return {"x": x, "label": self.labels[index]}
+            return {"x": self._read(file), "label": self.labels[index]}
+        except Exception as error:
+            raise corrupt(str(file), error) from error
 
-    def _decode(self, file: Path) -> Tensor:
-        """[C, size, size] float32 in [-1, 1]."""
-        import numpy as np
-        from PIL import Image, ImageOps
-
+    def _read(self, file: Path) -> Tensor:
         # what was a file when the folder was read may be a link or a pipe by now: neither is followed or waited for
         with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as opened:
-            info, most = os.fstat(opened.fileno()), 4 * self.max_pixels + _OVERHEAD
+            info = os.fstat(opened.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise ValueError("not a regular file")
-            if info.st_size > most:
-                raise ValueError(f"{info.st_size:,} bytes are more than {most:,}")
-            with Image.open(opened, formats=FORMATS) as image:
-                long, short = max(image.size), min(image.size)
-                if long * short > self.max_pixels:
-                    raise ValueError(f"{image.width} x {image.height} is more than {self.max_pixels} pixels")
-                if long > _LONGEST * short:
-                    raise ValueError(f"{image.width} x {image.height} is more than {_LONGEST} times as long as wide")
-                if image.mode[0] in "IF":
-                    raise ValueError(f"pixels of more than 8 bits (mode {image.mode}) are not supported; convert the image")
-                image.draft("RGB", (2 * self.size, 2 * self.size))  # lets the JPEG decoder skip detail that resizing would drop
-                upright = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.colours == "rgb" else "L")
-                # crops first, so that a long image is never enlarged as a whole
-                square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(square)).reshape(self.size, self.size, -1)
-        return pixels.permute(2, 0, 1).float().contiguous() / 127.5 - 1
-
-
-def _opaque(image: Image) -> Image:
-    from PIL import Image as images
-
-    if not image.has_transparency_data:
-        return image
-    image = image.convert("RGBA")
-    return images.alpha_composite(images.new("RGBA", image.size, "white"), image)
+            self.decoder.check_length(info.st_size)
+            return self.decoder.decode(opened)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from gentrain.config import Component
-from gentrain.models.base import Condition
+from gentrain.data.base import Data
+from gentrain.data.pool import Pool
+from gentrain.models.base import Condition, Model
+from gentrain.models.denoiser import Prediction
 from gentrain.noise import Noise
 from gentrain.paths.base import Path
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.euler import Euler
 
-Batch = dict[str, Tensor]  # {"x": [B, ...], "label": [B] int64 if the data have classes}
+Batch = dict[str, Tensor]  # {"x": [B, ...], "label": [B] int64 if the data have classes, "condition/...": [B, ...] what a codec adds}
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,17 @@ class Role:
         init: role whose initial weights it copies; None = its own (from the config's `roles.<role>.weights`, else random).
         denoiser: the method sees it as a Denoiser; False = the bare network (a classifier, a critic).
         classifier: its network reads x alone and gives logits, see models.base.
+        inputs: what its network reads of the condition beside the label, see models.inputs. Weights without them may be loaded.
+        model: its network where the config names none for the role; None = the run's.
+        given: the config must name its weights, or a pretrained network: random ones would teach nothing.
     """
 
     init: str | None = None
     denoiser: bool = True
     classifier: bool = False
+    inputs: tuple[str, ...] = ()
+    model: Model | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,16 @@ class Frozen(Role):
 
 
 class Group(Protocol):
-    """The ranks that train together; on one process each function is the identity (gather included)."""
+    """The ranks that train together; on one process each function is the identity (gather included).
+
+    `rank` and `size` are for functions that exchange in a pattern of their own, such as round a ring; a loss never branches on them.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def mean(self, value: Tensor) -> Tensor:
         """Elementwise mean over the ranks, without gradient."""
@@ -78,6 +98,13 @@ class Group(Protocol):
 
     def gather(self, value: Tensor) -> Tensor:
         """[B, ...] of every rank -> [B * ranks, ...] in rank order, without gradient."""
+        ...
+
+    def shift(self, value: Tensor, steps: int) -> Callable[[], Tensor]:
+        """Begins to send `value` to the rank `steps` further (round the end; negative: back), which must have a `value` of the same shape.
+
+        Returns what waits for the one that comes from as many ranks before. Without gradient; `value` must not change meanwhile.
+        """
         ...
 
 
@@ -105,6 +132,19 @@ class Update:
         self.role, self.losses = role, losses
 
 
+@dataclass(frozen=True)
+class Follow:
+    """An update without a loss: the weights of `role` become decay * weights + (1 - decay) * those of the role `of`.
+
+    Both have engines of one kind, so that no weights are gathered. The averaged role is Trained in the method's `roles`, with the other as
+    its `init`; it keeps no optimiser state that is used.
+    """
+
+    role: str
+    of: str
+    decay: float
+
+
 class Method(Component, kind="method"):
     """One algorithm. Subclasses are registered dataclasses whose fields are its configuration.
 
@@ -113,20 +153,59 @@ class Method(Component, kind="method"):
         generator: the role that `sample`, `evaluate` and `export` use; None for methods that make no generator.
         guarded: metrics, or groups of them, that jump upwards only when training goes wrong (training.spike_guard watches them). A method
             with a loss that may do so in sound training, as that of an adversary, names those that may not.
+        predictions: what networks may predict; None = anything.
+        dropout: whether units of the networks that learn are dropped while they do.
+        forward_mode: the roles whose networks are differentiated in forward mode (jvp).
     """
 
     roles: ClassVar[dict[str, Role]]
     generator: ClassVar[str | None] = None
     guarded: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
+    predictions: ClassVar[tuple[Prediction, ...] | None] = None
+    dropout: ClassVar[bool] = True
+
+    @property
+    def forward_mode(self) -> tuple[str, ...]:
+        return ()
 
     def check(self, path: Path) -> None:
         """Raises ValueError, naming what would do, when the method does not work on the path. Called as the configuration loads."""
 
-    def updates(self, clock: Clock) -> Iterator[Update]:
+    def check_data(self, data: Data) -> None:
+        """Takes from the data set what the method must know (the numbers of classes that it names). Called as the configuration loads.
+
+        Raises ValueError, or ConfigError about one of its keys, when the method does not work on the data.
+        """
+
+    def fit(self) -> None:
+        """Records in the configuration what it takes from outputs of earlier stages. Raises ConfigError. Called before training."""
+
+    def pools(self) -> dict[str, Pool]:
+        """Samples that each step reads beside the data, as many: name -> pool; the batch has them as "<name>/x" and "<name>/label"."""
+        return {}
+
+    def diverged(self, record: Mapping[str, float]) -> str | None:
+        """Why the run must end, if so, with the remedy: told each line of metrics, the same on every rank."""
+        return None
+
+    def own_sampler(self) -> Sampler:
+        """What draws from the generator where the configuration names no sampler."""
+        return Euler()
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        """Raises ValueError, naming what would do, when the sampler does not draw what the generator was trained to give."""
+
+    def updates(self, clock: Clock) -> Iterator[Update | Follow]:
         """The updates of one step, in order. Called once per step on every rank; a role may appear more than once."""
         raise NotImplementedError
 
 
 def condition_of(batch: Batch) -> Condition | None:
     """The batch's condition as denoisers take it."""
-    return {"label": batch["label"]} if "label" in batch else None
+    condition = {key.removeprefix("condition/"): value for key, value in batch.items() if key == "label" or key.startswith("condition/")}
+    return condition or None
+
+
+def part_of(batch: Batch, name: str) -> Batch:
+    """The rows of the pool `name`, as a batch."""
+    return {key.removeprefix(f"{name}/"): value for key, value in batch.items() if key.startswith(f"{name}/")}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gentrain.config import Fraction, option, register
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update
-from gentrain.methods.matching import loss_by_noise_level, noised
+from gentrain.methods.matching import Noised, loss_by_noise_level, noised
+from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw
 from gentrain.paths.times import Uniform
@@ -38,6 +39,24 @@ def denoising_loss(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return weight * (predicted - target).square().flatten(1).mean(1)
 
 
+Weighting = Literal["uniform", "edm", "min_snr"]
+
+
+def regressed(denoiser: Denoiser, sample: Noised, weighting: Weighting) -> Tensor:
+    """The prediction [B, ...] whose error the weighting weighs: the network's own output ("uniform") or x0."""
+    read = denoiser.raw if weighting == "uniform" else denoiser.x0
+    return read(sample.x_t, sample.t, sample.condition)
+
+
+def regression(denoiser: Denoiser, sample: Noised, weighting: Weighting, gamma: float) -> tuple[Tensor, Tensor]:
+    """What `regressed` should be [B, ...], and the weight [B] of its squared error."""
+    if weighting == "uniform":
+        return denoiser.target(sample.x0, sample.eps, sample.t), torch.ones_like(sample.t)
+    log_snr = denoiser.path.log_snr(sample.t)
+    weight = edm_weight(log_snr, denoiser.path.sigma_data) if weighting == "edm" else min_snr_weight(log_snr, gamma)
+    return sample.x0, weight
+
+
 @register("diffusion")
 @dataclass
 class Diffusion(Method):
@@ -51,7 +70,7 @@ class Diffusion(Method):
     generator: ClassVar[str | None] = "model"
 
     times: TimeLaw = option(Uniform, "law of the training times; log_normal for variance_exploding", source="arXiv:2006.11239")
-    weighting: Literal["uniform", "edm", "min_snr"] = option("uniform", "uniform (on the network's output), edm or min_snr (on x0)")
+    weighting: Weighting = option("uniform", "uniform (on the network's output), edm or min_snr (on x0)")
     gamma: PositiveFloat = option(5.0, "greatest weight of min_snr", source="arXiv:2303.09556")
     label_dropout: Fraction = option(0.1, "probability that a label becomes the null class", source="arXiv:2207.12598")
 
@@ -61,11 +80,6 @@ class Diffusion(Method):
     def loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         denoiser, path = nets.model, nets.model.path
         sample = noised(batch, noise, path, self.times, self.label_dropout)
-        log_snr = path.log_snr(sample.t)
-        if self.weighting == "uniform":
-            target = denoiser.target(sample.x0, sample.eps, sample.t)
-            loss = denoising_loss(denoiser.raw(sample.x_t, sample.t, sample.condition), target, torch.ones_like(sample.t))
-        else:
-            weight = edm_weight(log_snr, path.sigma_data) if self.weighting == "edm" else min_snr_weight(log_snr, self.gamma)
-            loss = denoising_loss(denoiser.x0(sample.x_t, sample.t, sample.condition), sample.x0, weight)
-        return Loss(loss.mean(), loss_by_noise_level(loss, log_snr))
+        target, weight = regression(denoiser, sample, self.weighting, self.gamma)
+        loss = denoising_loss(regressed(denoiser, sample, self.weighting), target, weight)
+        return Loss(loss.mean(), loss_by_noise_level(loss, path.log_snr(sample.t)))

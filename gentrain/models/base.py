@@ -2,13 +2,59 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gentrain.config import Component
+from gentrain.data.base import Data
+from gentrain.noise import Noise
+from gentrain.paths.base import Path
 
-Condition = dict  # {"label": [B] int64, -1 = the null class}; None = null for every row
+if TYPE_CHECKING:
+    from gentrain.models.denoiser import Prediction
+
+# {"label": [B] int64, -1 = the null class}, or the codec's entries, each [B, ...], with "null": [B] bool, the rows that count as without
+# condition. None = null for every row.
+Condition = dict
+
+
+class Codec:
+    """What stands between the data and the networks, and never learns: images become latents, prompts become conditions.
+
+    This one leaves data as they are; the condition is the class.
+
+    Attributes:
+        shape: of x as networks see it.
+        names: what the labels that `condition` takes stand for.
+    """
+
+    def __init__(self, data: Data):
+        self.data, self.shape = data, tuple(data.shape)
+        self.names: Sequence[str] = data.class_names
+
+    def to(self, device: torch.device) -> Codec:
+        """Moves what it holds to the device; returns itself."""
+        return self
+
+    def encode(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
+        """A batch of the data set as methods see it: x [B, *shape], and what `condition_of` reads."""
+        return batch
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x [B, *shape] -> data [B, ...], images in [-1, 1]."""
+        return x
+
+    def condition(self, labels: Tensor, prompts: Sequence[str] | None = None) -> Condition | None:
+        """The condition of rows with `labels` [B] int64: places in `names` (-1: none), or in `prompts` where these are given.
+
+        Raises ValueError when the networks take no prompts and some are given.
+        """
+        if prompts is not None:
+            raise ValueError("this run's network takes classes, not prompts; name labels instead")
+        return {"label": labels} if len(self.names) else None
 
 
 class Model(Component, kind="model"):
@@ -29,3 +75,11 @@ class Model(Component, kind="model"):
             ValueError: the configuration does not fit the shape (the message says what would).
         """
         raise NotImplementedError
+
+    def law(self) -> tuple[Path, Prediction] | None:
+        """The path and prediction that its weights were trained with; None for weights that are random."""
+        return None
+
+    def codec(self, data: Data) -> Codec:
+        """What stands between the data and the network. Raises ValueError when the data do not fit."""
+        return Codec(data)

@@ -108,5 +108,10 @@ class Denoiser:
 
 
 def drop_condition(condition: Condition, rows: Tensor) -> Condition:
-    """The condition with the null class in `rows` ([B] bool)."""
-    return {**condition, "label": condition["label"].masked_fill(rows, -1)}
+    """The condition with the null class, or the empty prompt, in `rows` ([B] bool)."""
+    dropped = dict(condition)
+    if "label" in condition:
+        dropped["label"] = condition["label"].masked_fill(rows, -1)
+    if "null" in condition:
+        dropped["null"] = condition["null"] | rows
+    return dropped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import PositiveInt
@@ -11,6 +12,7 @@ from torch.nn.functional import silu
 from gentrain.config import option, register
 from gentrain.models.base import Condition, Model
 from gentrain.models.conditional import class_index
+from gentrain.models.inputs import Inputs
 
 
 @register("mlp")
@@ -42,12 +44,19 @@ class MLPNetwork(nn.Module):
         self.input = nn.Linear(dim, width)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth))
         self.output = nn.Linear(width, dim)
+        self.inputs: Inputs | None = None
+
+    def add_inputs(self, names: Sequence[str]) -> None:
+        """Has the network read further entries of the condition, see `Inputs`; its output stays as it is until they learn."""
+        self.inputs = Inputs(names, self.input.out_features)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         dtype = self.input.weight.dtype
         embedding = self.time_embedding(self.time(t).to(dtype))
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(class_index(condition, x, self.num_classes))
+        if self.inputs is not None:
+            embedding = embedding + self.inputs(t, condition)
         hidden = self.input(x.to(dtype))
         for layer in self.layers:
             hidden = hidden + layer(silu(hidden + embedding))

@@ -110,6 +110,14 @@ def convert_time(t: Tensor, source: Path, target: Path) -> Tensor:
     return target.time_of_log_snr(source.log_snr(t))
 
 
+def same_law(a: Path, b: Path) -> bool:
+    """Whether x_t is distributed alike on both paths at each time, to what networks can tell."""
+    if type(a) is not type(b) or (a.t_min, a.t_max) != (b.t_min, b.t_max):
+        return False
+    t = torch.linspace(a.t_min, a.t_max, 65, dtype=torch.float64)
+    return torch.allclose(a.alpha(t), b.alpha(t), rtol=1e-6, atol=1e-9) and torch.allclose(a.sigma(t), b.sigma(t), rtol=1e-6, atol=1e-9)
+
+
 class TimeLaw(Component, kind="time law"):
     """How training draws t."""
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
-from gentrain.config import register
+from gentrain.config import option, register
 from gentrain.paths.base import Path
 
 
@@ -18,6 +19,10 @@ class RectifiedFlow(Path):
     """x_t = (1 - t) x_0 + t eps, t in [0, 1] (arXiv:2209.03003, arXiv:2210.02747; time as in Stable Diffusion 3)."""
 
     pure_noise: ClassVar[bool] = True
+
+    shift: PositiveFloat = option(
+        1.0, "s: samplers' equal steps move towards noise, t -> s t / (1 + (s - 1) t)", source="arXiv:2403.03206, eq. 23"
+    )
 
     @property
     def t_min(self) -> float:
@@ -41,6 +46,11 @@ class RectifiedFlow(Path):
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return (-log_snr / 2).sigmoid()
+
+    def sampling_times(self, steps: int) -> Tensor:
+        """As every path's, moved towards noise by `shift`, as diffusers' FlowMatchEulerDiscreteScheduler does."""
+        times = super().sampling_times(steps)
+        return self.shift * times / (1 + (self.shift - 1) * times)
 
     def network_time(self, t: Tensor) -> Tensor:
         """diffusers' timestep of flow matching."""

@@ -29,6 +29,7 @@ class VariancePreserving(Path):
     num_train_timesteps: PositiveInt = option(1000, "number of timesteps T", source="arXiv:2006.11239")
     beta_start: PositiveFloat = option(1e-4, "beta at timestep 0; the cosine schedule has none", source="arXiv:2006.11239")
     beta_end: PositiveFloat = option(0.02, "beta at timestep T - 1; the cosine schedule has none", source="arXiv:2006.11239")
+    zero_terminal_snr: bool = option(False, "alpha is shifted and scaled to end at 2^-12, next to nothing", source="arXiv:2305.08891")
 
     def __post_init__(self) -> None:
         if self.num_train_timesteps < 2:
@@ -36,6 +37,11 @@ class VariancePreserving(Path):
         if not self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must satisfy beta_start <= beta_end < 1")
         log_alpha_bar = torch.log1p(-self._betas()).cumsum(0)
+        if self.zero_terminal_snr:
+            alpha = (log_alpha_bar / 2).exp()
+            alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+            alpha[-1] = 2.0**-12  # as diffusers' EulerDiscreteScheduler: of pure noise there is no log-SNR
+            log_alpha_bar = 2 * alpha.log()
         # log(alpha_bar / (1 - alpha_bar)), without the cancellation of 1 - alpha_bar near the data
         self._table = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}

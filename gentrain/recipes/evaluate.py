@@ -51,8 +51,7 @@ class Evaluate(Stage):
 
     def execute(self, directory: Path) -> None:
         data = self.data or open_run(str(self.judge)).data
-        items = data.split("held_out")
-        held_out = next(iter(Loader(items, seed=0, batch_size=min(len(items), self.reference))))[0]
+        held_out = read_held_out(data, self.reference)
         metrics = self._with_judge(held_out) if self.judge is not None else self._without_judge(held_out)
         settings = {key: value for key, value in to_dict(self).items() if key in ("judge", "samples")}
         settings |= {"reference": f"{len(held_out['x'])} held-out items"}
@@ -69,22 +68,12 @@ class Evaluate(Stage):
         return metric
 
     def _with_judge(self, held_out: dict[str, Tensor]) -> list[Metric]:
-        judge, run = load_network(str(self.judge))
-        if not hasattr(judge, "features"):
-            raise ConfigError(f"{self.judge} is a run of {run.method.registered_name}; a judge is one of `classifier`", key="judge")
-        ours = (self.data or run.data).shape, list((self.data or run.data).class_names)
-        theirs = run.data.shape, list(run.data.class_names)
-        if ours != theirs:
-            raise ConfigError(
-                f"{self.judge} judges samples of shape {theirs[0]} and the classes {', '.join(theirs[1])}; these are of shape {ours[0]} "
-                f"and the classes {', '.join(ours[1]) or 'none'}; train a judge on their data",
-                key="judge",
-            )
+        judge, _ = load_judge(str(self.judge), self.data)
         metrics = []
-        real = _apply(judge.features, held_out["x"])
-        for name, samples in self._read(held_out):
-            metrics.append(class_accuracy(_apply(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
-            features = _apply(judge.features, samples["x"])
+        real = apply_network(judge.features, held_out["x"])
+        for name, samples in read_samples(self.samples, held_out["x"].shape[1:]):
+            metrics.append(class_accuracy(apply_network(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
+            features = apply_network(judge.features, samples["x"])
             if min(len(features), len(real)) <= real.shape[1]:
                 raise ConfigError(
                     f"{len(features)} samples and {len(real)} held-out items are too few for the Frechet distance of {real.shape[1]} "
@@ -96,36 +85,59 @@ class Evaluate(Stage):
                     f"Frechet distance, {name}", frechet_distance, features, real, f"of the judge's {real.shape[1]} penultimate features"
                 )
             )
-        read = _apply(judge, held_out["x"]).argmax(1)
+        read = apply_network(judge, held_out["x"]).argmax(1)
         return [*metrics, class_accuracy(read, held_out["label"], "accuracy of the judge on held-out data")]
 
     def _without_judge(self, held_out: dict[str, Tensor]) -> list[Metric]:
         real, metrics = held_out["x"].flatten(1), []
-        for name, samples in self._read(held_out):
+        for name, samples in read_samples(self.samples, held_out["x"].shape[1:]):
             x = samples["x"].flatten(1)
             metrics.append(distance_metric(f"sliced Wasserstein, {name}", sliced_wasserstein, x, real, "of the samples"))
             metrics.append(distance_metric(f"energy distance, {name}", energy_distance, x, real, "of the samples"))
         return metrics
 
-    def _read(self, held_out: dict[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
-        """Name and contents of each set of samples. Raises ConfigError for what are no samples like the held-out ones."""
-        found = []
-        for name, place in self.samples.items():
-            path, key = Path(place) / SAMPLES, f"samples.{name}"
-            if not path.is_file():
-                raise ConfigError(f"{path} does not exist; draw the samples first (gentrain sample RUN, or a stage `generate`)", key=key)
-            try:
-                samples = load_file(path)
-                x, label = samples["x"], samples["label"]
-            except (OSError, SafetensorError, KeyError) as error:
-                raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); generate it again", key=key) from error
-            fits = x.dtype == torch.float32 and x.shape[1:] == held_out["x"].shape[1:] and label.dtype == torch.int64
-            if not fits or label.shape != x.shape[:1] or not len(x) or not x.isfinite().all():
-                what = f"x {x.dtype} {list(x.shape)}, label {label.dtype} {list(label.shape)}"
-                expected = f"finite float32 samples of shape {list(held_out['x'].shape[1:])} with an int64 label each"
-                raise ConfigError(f"{path} holds {what}; expected {expected}; generate it again", key=key)
-            found.append((name, samples))
-        return found
+
+def load_judge(directory: str, data: Data | None) -> tuple[Any, Data]:
+    """A judge's network and `data`, or the data that it was trained on. Raises ConfigError when it cannot judge samples of `data`."""
+    judge, run = load_network(directory)
+    if not hasattr(judge, "features"):
+        raise ConfigError(f"{directory} is a run of {run.method.registered_name}; a judge is one of `classifier`", key="judge")
+    data = data or run.data
+    ours, theirs = ((each.shape, list(each.class_names)) for each in (data, run.data))
+    if ours != theirs:
+        raise ConfigError(
+            f"{directory} judges samples of shape {theirs[0]} and the classes {', '.join(theirs[1])}; these are of shape {ours[0]} "
+            f"and the classes {', '.join(ours[1]) or 'none'}; train a judge on their data",
+            key="judge",
+        )
+    return judge, data
+
+
+def read_samples(places: dict[str, str], shape: torch.Size, key: str = "samples.{}") -> list[tuple[str, dict[str, Tensor]]]:
+    """Name and contents of each set of samples. Raises ConfigError, about `key` of the name, for what are no samples of `shape`."""
+    found = []
+    for name, place in places.items():
+        path, where = Path(place) / SAMPLES, key.format(name)
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist; draw the samples first (gentrain sample RUN, or a stage `generate`)", key=where)
+        try:
+            samples = load_file(path)
+            x, label = samples["x"], samples["label"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ConfigError(f"{path} is damaged ({type(error).__name__}: {error}); generate it again", key=where) from error
+        fits = x.dtype == torch.float32 and x.shape[1:] == shape and label.dtype == torch.int64
+        if not fits or label.shape != x.shape[:1] or not len(x) or not x.isfinite().all():
+            what = f"x {x.dtype} {list(x.shape)}, label {label.dtype} {list(label.shape)}"
+            expected = f"finite float32 samples of shape {list(shape)} with an int64 label each"
+            raise ConfigError(f"{path} holds {what}; expected {expected}; generate it again", key=where)
+        found.append((name, samples))
+    return found
+
+
+def read_held_out(data: Data, count: int) -> dict[str, Tensor]:
+    """At most `count` held-out items, stacked."""
+    items = data.split("held_out")
+    return next(iter(Loader(items, seed=0, batch_size=min(len(items), count))))[0]
 
 
 def write_metrics(directory: Path, metrics: list[Metric], settings: dict[str, Any]) -> None:
@@ -143,6 +155,7 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
         raise ConfigError(f"no table of metrics ({str(error).splitlines()[0]}); evaluate again", source=str(path)) from error
 
 
-def _apply(network: nn.Module | Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def apply_network(network: nn.Module | Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The network's output for x [N, ...], in portions, without gradients."""
     with torch.no_grad():
         return torch.cat([network(part) for part in x.split(BATCH)])

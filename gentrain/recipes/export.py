@@ -5,13 +5,22 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.export import export
+from gentrain.export_pretrained import Form, export_pretrained, pretrained_network
+from gentrain.methods.forgetting import Forgetting
+from gentrain.models.adapters import Adapted
+from gentrain.models.denoiser import Denoiser
 from gentrain.recipes.base import Stage
 from gentrain.recipes.evaluate import read_metrics
+from gentrain.recipes.unlearning import read_release, statement, unmet
 from gentrain.samplers.base import Sampler
 from gentrain.training.roles import load_network
+from gentrain.training.run import RunConfig
+
+CARD = "README.md"
 
 
 @register("export")
@@ -21,7 +30,10 @@ class Export(Stage):
 
     run: str = option(help="the run to export")
     sampler: Sampler | None = option(None, "whose steps the pipeline takes; null = the run's")
+    form: Form = option("pipeline", "pipeline: complete, an adapter merged in; adapter: that alone, of a network that is pretrained")
     scores: str | None = option(None, "directory of an evaluate stage, for the card")
+    gate: str | None = option(None, "directory of a stage `unlearning` whose conditions must be met")
+    force: bool = option(False, "export what does not meet them; the card says so")
 
     def execute(self, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)  # of an interrupted attempt at this very stage
@@ -32,11 +44,30 @@ class Export(Stage):
         denoiser, run = load_network(self.run)
         if run.method.generator is None:
             raise ConfigError(f"{self.run} holds a {run.method.registered_name}, which generates nothing", key="run")
+        release = None if self.gate is None else read_release(self.gate, self.run)
+        if release is not None and unmet(release) and not self.force:
+            raise ConfigError(f"not released: {'; '.join(unmet(release))}; train on, or set force=true", key="gate")
+        self._write(out, denoiser, run)
+        if release is not None or isinstance(run.method, Forgetting):
+            forgotten = release["forget"] if release is not None else str(run.method.forget)  # type: ignore[attr-defined]
+            card = out / CARD
+            before, limits, after = card.read_text(encoding="utf-8").partition("\n## Limits")
+            card.write_text(f"{before}\n{statement(forgotten, release)}{limits.lstrip()}{after}", encoding="utf-8")
+        return out
+
+    def _write(self, out: Path, denoiser: Any, run: RunConfig) -> Path:
         metrics = read_metrics(self.scores) if self.scores else []
+        network = denoiser.network
+        if pretrained_network(network) is not None:
+            return export_pretrained(out, network, self.form, licence=run.data.licence, config=to_dict(run), metrics=metrics)
+        if self.form == "adapter":
+            raise ConfigError("the network came from no pipeline of diffusers; its adapter goes with it: form=pipeline", key="form")
+        if isinstance(network, Adapted):
+            denoiser = Denoiser(network.fold(), denoiser.path, denoiser.prediction)
         return export(
             out,
             denoiser,
-            self.sampler or run.sampler,
+            run.drawn_with(self.sampler),
             class_names=run.data.class_names,
             licence=run.data.licence,
             config=to_dict(run),

@@ -13,14 +13,16 @@ from safetensors.torch import save_file
 
 from gentrain.cluster.generation import generate
 from gentrain.config import ConfigError, option, register, to_dict
+from gentrain.data.pool import INFO as INFO
+from gentrain.data.pool import SAMPLES as SAMPLES
 from gentrain.images import save_grid
+from gentrain.models.adapters import digest_of
 from gentrain.recipes.base import Stage
 from gentrain.samplers.base import Sampler
+from gentrain.training.roles import load_weights
 from gentrain.training.run import open_run
 
-SAMPLES = "samples.safetensors"
 GRID = "grid.png"
-INFO = "info.json"
 
 
 @register("generate")
@@ -31,6 +33,7 @@ class Generate(Stage):
     run: str = option(help="the run to draw from")
     count: PositiveInt = option(1_000, "samples", unit="samples")
     labels: list[NonNegativeInt] | None = option(None, "classes to draw in turn; null = all of them")
+    prompts: list[str] | None = option(None, "what to draw in turn, for a network that takes prompts; null = the labels")
     sampler: Sampler | None = option(None, "null = the run's")
     seed: NonNegativeInt = option(0, "of the noise; sample i is the same whatever the count and the number of actors")
     actors: NonNegativeInt = option(0, "size of the Ray fleet; 0 = in this process, without Ray")
@@ -40,6 +43,10 @@ class Generate(Stage):
     def __post_init__(self) -> None:
         if self.labels == []:
             raise ConfigError("no class is named; null draws all of them", key="labels")
+        if self.prompts == []:
+            raise ConfigError("no prompt is given; null draws the labels", key="prompts")
+        if self.prompts is not None and self.labels is not None:
+            raise ConfigError("prompts stand in place of labels; give one of the two", key="prompts")
 
     def settings(self) -> dict[str, Any]:
         values = super().settings()
@@ -48,16 +55,17 @@ class Generate(Stage):
 
     def execute(self, directory: Path) -> None:
         run = open_run(self.run)
-        classes = len(run.data.class_names)
+        classes = len(self.prompts if self.prompts is not None else run.codec().names)
         asked = self.labels if self.labels is not None else list(range(classes)) or [-1]
         if classes and max(asked) >= classes:
             raise ConfigError(f"class {max(asked)} does not exist; those of {self.run} are 0 to {classes - 1}", key="labels")
         labels = torch.tensor(asked).repeat(-(-self.count // len(asked)))[: self.count]
-        sampler = self.sampler or run.sampler
-        x = generate(self.run, sampler, labels, self.seed, self.actors)
+        sampler = run.drawn_with(self.sampler)
+        x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts)
         directory.mkdir(parents=True, exist_ok=True)
         save_file({"x": x, "label": labels}, directory / SAMPLES)
         if x.ndim == 4 and x.shape[1] in (1, 3):
             save_grid(x[: self.grid], directory / GRID, self.columns)
         info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
+        info["weights"] = digest_of(load_weights(self.run))  # training refuses samples of other weights than its reference has
         (directory / INFO).write_text(json.dumps(info, indent=1))

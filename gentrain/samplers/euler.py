@@ -37,7 +37,7 @@ class Euler(GridSampler):
         from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
         if isinstance(path, RectifiedFlow) and prediction == "velocity":
-            return FlowMatchEulerDiscreteScheduler()
+            return FlowMatchEulerDiscreteScheduler(shift=path.shift)
         if (edm := edm_arguments(path, prediction)) is not None:
             return EDMEulerScheduler(**edm)
         ddpm = variance_preserving_arguments(path, prediction, karras=self.spacing == "karras" and self.steps > 1)

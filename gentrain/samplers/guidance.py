@@ -18,7 +18,7 @@ def guided_x0(denoiser: Denoiser, x_t: Tensor, t: float | Tensor, condition: Con
     times = torch.as_tensor(t, dtype=x_t.dtype, device=x_t.device).expand(len(x_t))
     if condition is None or weight == 1:
         return denoiser.x0(x_t, times, condition)
-    null_condition = drop_condition(condition, torch.ones_like(condition["label"], dtype=torch.bool))
+    null_condition = drop_condition(condition, torch.ones(len(x_t), dtype=torch.bool, device=x_t.device))
     both = {key: torch.cat([value, null_condition[key]]) for key, value in condition.items()}
     conditional, null = denoiser.x0(torch.cat([x_t, x_t]), torch.cat([times, times]), both).chunk(2)
     return null + weight * (conditional - null)

@@ -42,4 +42,6 @@ class Heun(GridSampler):
         from diffusers import HeunDiscreteScheduler
 
         ddpm = variance_preserving_arguments(path, prediction, karras=self.spacing == "karras" and self.steps > 1)
-        return None if ddpm is None or prediction == "x0" else HeunDiscreteScheduler(**ddpm)  # diffusers' Heun knows no x0 network
+        if ddpm is None or prediction == "x0" or "rescale_betas_zero_snr" in ddpm:  # diffusers' Heun knows neither
+            return None
+        return HeunDiscreteScheduler(**ddpm)

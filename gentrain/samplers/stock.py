@@ -23,6 +23,7 @@ def variance_preserving_arguments(path: Path, prediction: Prediction, karras: bo
         "beta_end": path.beta_end,
         "beta_schedule": _BETA_SCHEDULES[path.schedule],
         "prediction_type": _PREDICTION_TYPES[prediction],
+        **({"rescale_betas_zero_snr": True} if path.zero_terminal_snr else {}),
         # with Karras spacing, diffusers takes the ends of the noise levels from the timesteps: only this spacing has both ends
         **({"use_karras_sigmas": True, "timestep_spacing": "linspace"} if karras else {"timestep_spacing": "trailing"}),
     }

@@ -12,7 +12,6 @@ from torch import nn
 from gentrain.images import save_grid
 from gentrain.methods.base import Clock, Trained
 from gentrain.noise import Noise, derive
-from gentrain.training.roles import build_network
 from gentrain.training.run import METRICS, SAMPLES
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ class Previews(Callback):
         if role is None or len(run.data.shape) != 3 or not due(trainer.clock, run.training.preview_every):
             return
         if self._network is None:
-            self._network = build_network(run, role).to(trainer.world.device).eval().requires_grad_(False)
+            self._network = trainer.roles.spare(role)
         engine, trained = trainer.roles.engines[role], run.method.roles[role]
         averaged = isinstance(trained, Trained) and trained.ema
         self._network.load_state_dict(engine.ema_weights() if averaged else engine.weights())
@@ -102,11 +101,10 @@ class Previews(Callback):
         share = -(-run.training.preview_count // world.size)
         rows = torch.arange(world.rank * share, (world.rank + 1) * share)
         noise = Noise(derive(run.seed, "preview"), rows, world.device)
-        classes = len(run.data.class_names)
-        condition = {"label": (rows % classes).to(world.device)} if classes else None
+        codec, classes = trainer.roles.codec, len(trainer.roles.codec.names)
         with torch.no_grad():
-            shape = (share, *run.data.shape)
-            images = run.sampler.sample(trainer.roles.as_seen(role, self._network), shape, noise, condition)
+            condition = codec.condition((rows % classes).to(world.device)) if classes else None
+            images = codec.decode(run.sampler.sample(trainer.roles.as_seen(role, self._network), (share, *codec.shape), noise, condition))
         images = trainer.roles.group.gather(images)[: run.training.preview_count]
         if world.is_main:
-            save_grid(images.cpu(), run.directory / SAMPLES / f"{trainer.clock.samples:012d}.png", columns=classes or 8)
+            save_grid(images.cpu(), run.directory / SAMPLES / f"{trainer.clock.samples:012d}.png", columns=min(classes or 8, 16))

@@ -115,6 +115,13 @@ class RoleEngine:
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.partitions], 1 - decay)
 
+    def follow(self, other: RoleEngine, decay: float) -> None:
+        """Weights <- decay * weights + (1 - decay) * other's, on this rank's masters. Raises EngineMisuse for an engine of another kind."""
+        if self.fragments != other.fragments:
+            raise EngineMisuse(f"role {self.role!r} follows {other.role!r}, whose engine is another; give both roles the same `engine:`")
+        torch._foreach_lerp_([p.detach() for p in self.partitions], [p.detach() for p in other.partitions], 1 - decay)
+        self._refresh()
+
     def start_ema(self) -> None:
         """Starts from the master weights themselves (under bf16 they are not the weights the module was built with)."""
         self.ema = [p.detach().clone() for p in self.partitions]
@@ -257,6 +264,10 @@ class Engine(Component, kind="engine"):
     """An engine as configured."""
 
     precision: Precision
+
+    @property
+    def forward_mode(self) -> bool:
+        return True  # whether derivatives in forward mode (jvp) pass through it
 
     @property
     def shows(self) -> frozenset[Partition]:

@@ -18,25 +18,17 @@ from filelock import FileLock, Timeout
 
 from gentrain.config import ConfigError
 from gentrain.report import duration
+from gentrain.training.remedies import remedy
 
 log = logging.getLogger(__name__)
 
-_REMEDIES = {
-    errno.ENOSPC: "free some space there",
-    errno.EDQUOT: "free some of your quota",
-    errno.EROFS: "the file system is mounted read-only",
-    errno.EACCES: "ask its owner for permission to write",
-    errno.EPERM: "ask its owner for permission to write",
-    errno.EEXIST: "a file of that name is in the way",
-    errno.ENOTDIR: "a file is in the way",
-}
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def cannot_write(directory: Path, error: OSError) -> ConfigError:
     """What to tell about an OSError of the run's directory."""
-    remedy = _REMEDIES.get(error.errno or 0, "correct the path")
-    return ConfigError(f"{directory} cannot be written ({error.strerror or error}): {remedy}, or choose another directory", key="output")
+    what = remedy(error.errno) or "correct the path"
+    return ConfigError(f"{directory} cannot be written ({error.strerror or error}): {what}, or choose another directory", key="output")
 
 
 @contextmanager

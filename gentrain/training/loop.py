@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from enum import Enum
 from functools import cache
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gentrain.config import ConfigError
-from gentrain.data.loader import Loader
-from gentrain.methods.base import Batch, Clock, Update
+from gentrain.methods.base import Batch, Clock, Follow, Update
 from gentrain.noise import Noise, derive
+from gentrain.training.batches import batches, encoded
 from gentrain.training.callbacks import Callback, MetricsFile, Previews, TensorBoard, due
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError
 from gentrain.training.lock import hold
@@ -82,23 +82,20 @@ class Trainer:
     def fit(self, callbacks: list[Callback], should_stop: Callable[[], bool]) -> Outcome:
         """Trains until the samples are seen or any rank is asked to stop; either way a checkpoint is published."""
         run = self.run
-        loader = Loader(
-            run.data.split("train"), run.seed, run.training.batch_size, self.world.rank, self.world.size, run.training.micro_batches,
-            start=self.clock.samples, workers=run.training.data_workers, max_corrupt=run.training.max_corrupt,
-        )  # fmt: skip
         outcome, owed = Outcome.FINISHED, False
-        batches = iter(loader)
+        steps = batches(run, self.world, self.roles.digests, self.clock.samples)
         while self.clock.samples < self.clock.total:
             if self.roles.group.any(should_stop()):
                 outcome = Outcome.STOPPED
                 break
-            self._step([{key: value.to(self.world.device) for key, value in batch.items()} for batch in next(batches)])
+            self._step([encoded(batch, self.roles.codec, run.seed, self.world.device) for batch in next(steps)])
             self._watchdog.expect(SLOW)  # grids and checkpoints
             self._judge_step()
             if due(self.clock, run.training.log_every):
                 record = self._metrics = self._record()
                 for callback in callbacks:
                     callback.on_log(self, record)
+                self._refuse_diverged(record)
             for callback in callbacks:
                 callback.after_step(self)
             self.saver.poll()
@@ -117,11 +114,20 @@ class Trainer:
             callback.on_end(self)
         return outcome
 
+    def _refuse_diverged(self, record: Mapping[str, Any]) -> None:
+        why = self.run.method.diverged(record)
+        if why is not None:
+            self.saver.wait()
+            raise Diverged(f"at sample {self.clock.samples}: {why}. The newest checkpoint is {self.run.storage.latest() or 'none'}")
+
     def _step(self, micro_batches: list[Batch]) -> None:
         # Dropout inside networks draws from torch's own generator: a function of the position, so that resuming repeats it.
         torch.manual_seed(derive(self.run.seed, "torch", self.clock.samples, self.world.rank))
         for index, update in enumerate(self.run.method.updates(self.clock)):
-            self._update(index, update, micro_batches)
+            if isinstance(update, Follow):
+                self.roles.engines[update.role].follow(self.roles.engines[update.of], update.decay)
+            else:
+                self._update(index, update, micro_batches)
         self.clock = Clock(self.clock.samples + self.clock.batch_size, self.clock.batch_size, self.clock.total)
 
     def _update(self, index: int, update: Update, micro_batches: list[Batch]) -> None:
@@ -225,6 +231,8 @@ class Trainer:
             "samples": self.clock.samples, "seconds": self.seconds, "skipped": dict(self.skipped), "metrics": self._metrics,
             "method": self.run.method.registered_name, "roles": sorted(self.roles.engines), "world_size": self.world.size,
         }  # fmt: skip
+        if self.roles.bases:
+            state["bases"] = self.roles.bases
         if self._spikes is not None:
             state["spikes"] = self._spikes.state()
         shards = ((f"{name}.{kind}", shard) for name, engine in self.roles.engines.items() for kind, shard in engine.shards())

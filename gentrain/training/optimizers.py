@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
@@ -36,6 +36,18 @@ class Optimizer(Component, kind="optimizer"):
         raise NotImplementedError
 
 
+def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameters, those apart whose attribute `decays` a network has set to False: no weight decay pulls them towards zero.
+
+    Resolved before an engine flattens them: each group gets shards of its own.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for p in parameters:
+        groups[getattr(p, "decays", True)].append(p)
+    rules: dict[bool, dict[str, Any]] = {True: {}, False: {"weight_decay": 0.0}}
+    return [{"params": found, **rules[decays]} for decays, found in groups.items() if found]
+
+
 @register("adamw")
 @dataclass
 class AdamW(Optimizer):
@@ -50,7 +62,7 @@ class AdamW(Optimizer):
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
+            decay_groups(parameters), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
 
 
@@ -65,7 +77,7 @@ class SGD(Optimizer):
     weight_decay: NonNegativeFloat = option(0.0, "added to the gradient")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.SGD(decay_groups(parameters), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
 
 
 class Schedule(Component, kind="schedule"):

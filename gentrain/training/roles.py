@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gentrain.config import ConfigError
+from gentrain.config import ConfigError, to_dict
 from gentrain.methods.base import Nets, Trained
+from gentrain.models.adapters import Adapted, Base, digest_of
 from gentrain.models.base import Model
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import derive
-from gentrain.training.checkpoint import Checkpoint
+from gentrain.training.checkpoint import Checkpoint, CheckpointError
 from gentrain.training.engine import RoleEngine, State, frozen
 from gentrain.training.run import RunConfig, open_run
 from gentrain.training.saving import together
@@ -38,8 +39,16 @@ class _Nets:
 class Roles:
     """Every role's network: an engine for those that learn, a plain frozen module for the others.
 
+    A role with an adapter gives its engine the adapter alone. What lies below it is held once for all roles that begin with the same
+    weights; a frozen role among them is what it is with adapters off.
+
     Args:
         resume: a checkpoint to continue from, None for a fresh start.
+
+    Attributes:
+        codec: what stands between data and networks.
+        bases: role with an adapter -> digest of the weights below it.
+        digests: frozen role whose samples the method's pools hold -> digest of its weights.
     """
 
     def __init__(self, run: RunConfig, world: World, resume: Checkpoint | None = None):
@@ -47,17 +56,35 @@ class Roles:
         run.fit_space()
         self.engines: dict[str, RoleEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
+        self.codec = run.codec().to(world.device)
+        self._shared: dict[str, Base] = {}
+        adapted = {name for name in run.method.roles if run.adapter_of(name) is not None}
+        places = {self._place(name) for name in adapted}
+        drawing = {pool.role for pool in run.method.pools().values()}
+        self.digests: dict[str, str] = {}
         for name, role in run.method.roles.items():
-            module = build_network(run, name)
-            if resume is None or not isinstance(role, Trained):
-                _load_into(module, _first_weights(run, name, module), f"roles.{name}.weights")
-            module = module.to(run.engine_of(name).live_dtype)
+            if name in adapted:
+                module: nn.Module = self._adapted(name)
+            elif not isinstance(role, Trained) and self._place(name) in places:
+                self.frozen[name] = self._base(name).network
+                self.digests[name] = self._base(name).digest
+                continue
+            else:
+                module = build_network(run, name)
+                if resume is None or not isinstance(role, Trained):
+                    _load_into(module, _first_weights(run, name, module), f"roles.{name}.weights")
+                if name in drawing:
+                    self.digests[name] = digest_of(module.state_dict())  # before they are rounded
+                module = module.to(run.engine_of(name).live_dtype)
             if isinstance(role, Trained):
                 self.engines[name] = run.engine_of(name).build(name, module.to(world.device), run.optimizer_of(name), world)
                 if role.ema:
                     self.engines[name].start_ema()
             else:
                 self.frozen[name] = module.eval().requires_grad_(False)
+        self.bases = {name: self._base(name).digest for name in adapted}
+        if resume is not None:
+            _refuse_other_bases(resume, self.bases)
         calls = {name: self._frozen_call(name, module) for name, module in self.frozen.items()}
         self._views = {name: self._view(name, calls) for name in self.engines}
         if resume is not None:
@@ -74,6 +101,30 @@ class Roles:
         for engine in self.engines.values():
             engine.refresh()
 
+    def _place(self, name: str) -> str:
+        """Roles with one of these may share a frozen network."""
+        settings = self.run.role_settings(name)
+        return f"{_origin(self.run, name)} {self.run.engine_of(name).live_dtype} {settings.placement} {self.run.method.roles[name].inputs}"
+
+    def _base(self, name: str) -> Base:
+        """The frozen network that the role shares."""
+        place = self._place(name)
+        if place not in self._shared:
+            base = _first_base(self.run, name)
+            base.network = base.network.to(self.run.engine_of(name).live_dtype).to(self.world.device)
+            if self.run.role_settings(name).placement == "sharded":
+                base.network = shard_frozen(base.network)
+            self._shared[place] = base
+        return self._shared[place]
+
+    def _adapted(self, name: str) -> Adapted:
+        return adapted_network(self.run, name, self._base(name))
+
+    def spare(self, name: str) -> nn.Module:
+        """A network like the role's, in evaluation mode, for weights of another time; below an adapter it is the role's own."""
+        module = self._adapted(name) if name in self.bases else build_network(self.run, name)
+        return module.to(self.world.device).eval().requires_grad_(False)
+
     def _view(self, stepped: str, frozen_calls: dict[str, Callable[..., Tensor]]) -> Nets:
         """What a loss of the role `stepped` sees."""
         learning = {name: engine if name == stepped else engine.through for name, engine in self.engines.items()}
@@ -83,11 +134,12 @@ class Roles:
         """The frozen network's forward, float32, through which gradients reach its inputs, with its weights where `placement` says."""
         dtype, device = self.run.engine_of(name).live_dtype, self.world.device
         placement = self.run.role_settings(name).placement
-        if placement == "sharded":
-            module = shard_frozen(module.to(device))
-        elif placement == "plain":
-            module = module.to(device)
-        self.frozen[name] = module
+        if not any(base.network is module for base in self._shared.values()):
+            if placement == "sharded":
+                module = shard_frozen(module.to(device))
+            elif placement == "plain":
+                module = module.to(device)
+            self.frozen[name] = module
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if placement == "offloaded":  # the graph holds the copies until its backward, nothing holds them longer
@@ -110,7 +162,7 @@ class Roles:
             for name, engine in self.engines.items():
                 if name != role:
                     stack.enter_context(frozen(engine.module))
-            self.engines[role].module.train()
+            self.engines[role].module.train(self.run.method.dropout)
             yield self._views[role]
 
 
@@ -120,7 +172,8 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
     model, classifies = run.model_of(role), run.method.roles[role].classifier
     try:
         with torch.device("cpu"):  # sets that are held in memory may be read here, and on "meta" tensors hold no numbers
-            shape, classes = run.data.shape, len(run.data.class_names)
+            classes = len(run.data.class_names)
+            shape = run.data.shape if model.classifies else run.codec().shape
     except ValueError as error:  # a folder of images that is not there
         raise ConfigError(str(error), source=run.output, key="data") from error
     try:
@@ -128,27 +181,85 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
             fit = ", ".join(name for name, other in Model.available().items() if other.classifies == classifies)
             what = "classifies" if classifies else "denoises"
             raise ValueError(f"a network that {what} is needed, and {model.registered_name} does not; there are: {fit}")
-        return model.build(shape, classes)
+        network, inputs = model.build(shape, classes), run.method.roles[role].inputs
+        if inputs:
+            add_inputs: Callable[[tuple[str, ...]], None] | None = getattr(network, "add_inputs", None)
+            if add_inputs is None:
+                raise ValueError(
+                    f"{run.method.registered_name} gives its network further inputs, which {model.registered_name} does not take"
+                )
+            add_inputs(inputs)
+        return network
     except ValueError as error:
         key = f"roles.{role}.model" if run.role_settings(role).model is not None else "model"
         raise ConfigError(str(error), source=run.output, key=key) from error
 
 
-def count_parameters(run: RunConfig, role: str) -> int:
-    """Of the role's network, without making its weights. Raises ConfigError when it does not fit the data."""
+def count_parameters(run: RunConfig, role: str) -> tuple[int, int]:
+    """Of the role's network, and those of them (or of its adapter) that learn, without making weights. Raises ConfigError as above."""
     with torch.device("meta"):
-        return sum(p.numel() for p in build_network(run, role).parameters())
+        network = build_network(run, role)
+        count = sum(p.numel() for p in network.parameters())
+        if not isinstance(run.method.roles[role], Trained):
+            return count, 0
+        if run.adapter_of(role) is None:
+            return count, count
+        return count, sum(p.numel() for p in adapted_network(run, role, Base(network)).parameters())
+
+
+def adapted_network(run: RunConfig, role: str, base: Base) -> Adapted:
+    """The role's adapter on `base`, with the random weights that (seed, role) give. Raises ConfigError when it does not fit."""
+    adapter = run.adapter_of(role)
+    assert adapter is not None
+    torch.manual_seed(derive(run.seed, "adapter", role))
+    try:
+        return Adapted(base, adapter)
+    except ValueError as error:
+        key = "adapter.targets" if run.role_settings(role).adapter is None else f"roles.{role}.adapter.targets"
+        raise ConfigError(str(error), source=run.output, key=key) from error
+
+
+def _first_base(run: RunConfig, role: str) -> Base:
+    """What lies below the role's adapter, on the host."""
+    network = build_network(run, role)
+    _load_into(network, _first_weights(run, role, network), f"roles.{role}.weights")
+    base = Base(network)
+    base.digest = digest_of(network.state_dict())
+    return base
+
+
+def _origin(run: RunConfig, role: str) -> str:
+    """Names the weights that the role starts from: roles with the same one start alike."""
+    settings, copied = run.role_settings(role), run.method.roles[role].init
+    if settings.weights is not None:
+        return f"weights of {settings.weights} {_source(open_run(settings.weights), role)} in {to_dict(run.model_of(role))}"
+    if copied is not None:
+        return _origin(run, copied)
+    return f"{'' if run.model_of(role).law() else role} {to_dict(run.model_of(role))}"
+
+
+def _refuse_other_bases(resume: Checkpoint, bases: dict[str, str]) -> None:
+    saved = resume.state.get("bases", {})
+    for role, digest in bases.items():
+        if saved.get(role) != digest:
+            raise CheckpointError(
+                f"the adapter of role {role!r} in {resume.where} was trained on other weights than those below it now; "
+                "restore the pipeline or the run that they came from"
+            )
 
 
 def _first_weights(run: RunConfig, role: str, module: nn.Module) -> State:
     """What the role's freshly built network starts from; of a role that has gone on since, too, when a frozen one copies it."""
     settings, copied = run.role_settings(role), run.method.roles[role].init
     if settings.weights is not None:
-        return load_weights(settings.weights, f"roles.{role}.weights")
+        return load_weights(settings.weights, f"roles.{role}.weights", role)
     return _first_weights(run, copied, build_network(run, copied)) if copied is not None else module.state_dict()
 
 
 def _load_into(module: nn.Module, weights: State, key: str) -> None:
+    # inputs that the weights' network did not have add nothing at first: see models.inputs
+    gained = {name: value for name, value in module.state_dict().items() if name.startswith("inputs.") and name not in weights}
+    weights = weights | gained
     mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (module.state_dict(), weights))
     if mine != theirs:
         name = min(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
@@ -161,18 +272,44 @@ def _load_into(module: nn.Module, weights: State, key: str) -> None:
     module.load_state_dict(weights)
 
 
-def load_weights(directory: str, key: str = "") -> State:
-    """The generator's weights (or the only role's) of a run's newest checkpoint: the average where it keeps one. Raises ConfigError."""
+def _source(run: RunConfig, role: str) -> str:
+    """Which of a run's roles gives its weights to `role` of another run: the one of that name if it learns, else the generator."""
+    names = [name for name, each in run.method.roles.items() if isinstance(each, Trained)]
+    return role if role in names else run.method.generator or names[0]
+
+
+def load_weights(directory: str, key: str = "", role: str = "") -> State:
+    """Weights of a run's newest checkpoint: the average where it keeps one. Raises ConfigError.
+
+    Of the run's role of the name `role` if one that learns is called so, else of its generator (or its only role).
+    """
     run = open_run(directory, key)
-    names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
-    role = run.method.generator or names[0]
+    role = _source(run, role)
     storage = run.storage
     newest = storage.latest()
     if newest is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first", key=key)
-    trained = run.method.roles[role]
+    if run.adapter_of(role) is not None:
+        return _load_adapted(run, role).merged()
     with storage.open(newest) as checkpoint:
-        return checkpoint.shards(f"{role}.ema" if isinstance(trained, Trained) and trained.ema else f"{role}.weights").whole()
+        return _saved(checkpoint, run, role)
+
+
+def _saved(checkpoint: Checkpoint, run: RunConfig, role: str) -> State:
+    trained = run.method.roles[role]
+    return checkpoint.shards(f"{role}.ema" if isinstance(trained, Trained) and trained.ema else f"{role}.weights").whole()
+
+
+def _load_adapted(run: RunConfig, role: str) -> Adapted:
+    """The role's adapter in the newest checkpoint on its base, on the host."""
+    base = _first_base(run, role)
+    module = adapted_network(run, role, base)
+    newest = run.storage.latest()
+    assert newest is not None
+    with run.storage.open(newest) as checkpoint:
+        _refuse_other_bases(checkpoint, {role: base.digest})
+        _load_into(module, _saved(checkpoint, run, role), f"roles.{role}.adapter")
+    return module
 
 
 def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
@@ -183,8 +320,12 @@ def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
     run = open_run(directory)
     names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
     role = run.method.generator or names[0]
-    module = build_network(run, role)
-    _load_into(module, load_weights(str(directory)), "model")
+    weights = load_weights(str(directory)) if run.adapter_of(role) is None or run.storage.latest() is None else None
+    if weights is None:
+        module: nn.Module = _load_adapted(run, role)
+    else:
+        module = build_network(run, role)
+        _load_into(module, weights, "model")
     module.eval().requires_grad_(False)
     run.fit_space()
     return Denoiser(module, run.path, run.prediction) if run.method.roles[role].denoiser else module, run

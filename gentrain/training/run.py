@@ -15,9 +15,10 @@ from gentrain.config import ConfigError, Document, build, load, load_plugins, op
 from gentrain.data.base import Data
 from gentrain.doctor import environment
 from gentrain.methods.base import Method, Trained
-from gentrain.models.base import Model
+from gentrain.models.adapters import Adapter
+from gentrain.models.base import Codec, Model
 from gentrain.models.denoiser import Prediction
-from gentrain.paths.base import Path
+from gentrain.paths.base import Path, same_law
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.euler import Euler
@@ -32,6 +33,8 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+
+_UNNAMED = Euler()  # stands for the sampler of a configuration that names none
 
 
 @dataclass
@@ -105,13 +108,18 @@ class Cluster:
 class RoleSettings:
     """What one role does otherwise than the run as a whole; what is left out is the run's."""
 
-    weights: str | None = option(None, "run directory whose weights it starts from (the average where there is one)")
+    weights: str | None = option(
+        None, "run directory whose weights it starts from: those of its role of this name, else its generator's (averages where there are)"
+    )
     model: Model | None = option(None, "network")
+    adapter: Adapter | None = option(None, "what it learns in place of the whole network; rank 0 = the whole network")
     optimizer: Optimizer | None = option(None, "optimiser")
     schedule: Schedule | None = option(None, "learning-rate schedule")
     engine: Engine | None = option(None, "engine")
     placement: Literal["plain", "sharded", "offloaded"] = option(
-        "plain", "of a frozen role's weights: on every rank, shared out over the ranks (ZeRO-3), or on the host until they are used"
+        "plain",
+        "of weights that never change, a frozen role's or those below an adapter: on every rank, shared out over the ranks "
+        "(ZeRO-3), or on the host until they are used (not below an adapter)",
     )
 
 
@@ -123,9 +131,12 @@ class RunConfig:
     data: Data = option(help="the data set")
     model: Model = option(help="the network of every role that does not name its own")
     training: Training = option(help="length and portions")
-    path: Path = option(RectifiedFlow, "probability path")
-    prediction: Prediction = option("velocity", "what the network predicts")
-    sampler: Sampler = option(Euler, "for sample grids, and the default of `sample`, `evaluate` and `export`")
+    path: Path = option(None, "probability path; left out: that of a pretrained network, else rectified_flow")
+    prediction: Prediction = option(None, "what the network predicts; left out: what a pretrained network does, else velocity")
+    adapter: Adapter | None = option(None, "what every role that learns does so with in place of its whole network")
+    sampler: Sampler = option(
+        lambda: _UNNAMED, "for sample grids, and the default of `sample`, `evaluate` and `export`; left out: the method's own"
+    )
     optimizer: Optimizer = option(AdamW, "optimiser")
     schedule: Schedule = option(Constant, "learning-rate schedule")
     engine: Engine = option(DeepSpeedEngine, "what holds the networks that learn")
@@ -143,10 +154,15 @@ class RunConfig:
                 f"{self.method.registered_name} has no role {min(unknown)!r}; its roles: {known}", key=f"roles.{min(unknown)}"
             )
         for name, settings in self.roles.items():
-            if settings.placement != "plain" and isinstance(self.method.roles[name], Trained):
+            if settings.placement == "plain" or not isinstance(self.method.roles[name], Trained):
+                continue
+            if self.adapter_of(name) is None:
                 raise ConfigError(
                     f"role {name!r} learns, so its engine places it; set roles.{name}.engine.zero_stage", key=f"roles.{name}.placement"
                 )
+            if settings.placement == "offloaded":
+                raise ConfigError("what lies below an adapter is plain or sharded; choose one of them", key=f"roles.{name}.placement")
+        self._follow_pretrained()
         cluster, training = self.cluster, self.training
         if cluster.place == "inline" and cluster.most > 1:
             raise ConfigError("workers are Ray's: set cluster.place=ray, or start ranks with torchrun", key="cluster.workers")
@@ -167,10 +183,66 @@ class RunConfig:
                         "does not give; set engine.zero_stage to 0, engine to torch, or take an elementwise optimiser (adamw, sgd)",
                         key="optimizer",
                     )
+        for name, role in self.method.roles.items():
+            if role.given and self.role_settings(name).weights is None and self.model_of(name).law() is None:
+                raise ConfigError(
+                    f"{self.method.registered_name} needs the weights of its {name}; name a run's directory", key=f"roles.{name}.weights"
+                )
+        self._check_method()
+
+    def _follow_pretrained(self) -> None:
+        """Sets path and prediction where they were left out. Raises ConfigError where they are not those of a pretrained network."""
+        laws = {f"roles.{name}.model": settings.model.law() for name, settings in self.roles.items() if settings.model is not None}
+        law = self.model.law() or next((each for each in laws.values() if each is not None), None)
+        path, prediction = law or (RectifiedFlow(), "velocity")
+        given = self.path is not None or self.prediction is not None
+        self.path, self.prediction = self.path or path, self.prediction or prediction
+        for key, each in {"": self.model.law(), **laws}.items():
+            if each is None:
+                continue
+            if not same_law(self.path, each[0]):
+                remedy = "leave `path` out" if given else "name pipelines of one path"
+                raise ConfigError(f"the pretrained network was trained on another path, {_described(each[0])}; {remedy}", key=key or "path")
+            if self.prediction != each[1]:
+                raise ConfigError(
+                    f"the pretrained network predicts {each[1]}, not {self.prediction}; leave `prediction` out", key=key or "prediction"
+                )
+
+    def _check_method(self) -> None:
+        for name in self.method.forward_mode:
+            if not self.engine_of(name).forward_mode:
+                raise ConfigError(
+                    f"forward-mode derivatives of role {name!r} do not pass through ZeRO stage 3; set engine.zero_stage to 2 or less, or "
+                    "method.derivative to difference",
+                    key="engine.zero_stage",
+                )
+        allowed = self.method.predictions
+        if allowed is not None and self.prediction not in allowed:
+            raise ConfigError(
+                f"{self.method.registered_name} needs a network that predicts {' or '.join(allowed)}, not {self.prediction}",
+                key="prediction",
+            )
         try:
             self.method.check(self.path)
         except ValueError as error:
             raise ConfigError(str(error), key="path") from error
+        try:
+            self.method.check_data(self.data)
+        except ConfigError as error:
+            raise ConfigError(error.message, key=f"method.{error.key}") from error
+        except ValueError as error:
+            raise ConfigError(str(error), key="data") from error
+        if self.sampler is _UNNAMED:
+            self.sampler = self.method.own_sampler()
+        self.drawn_with(self.sampler)
+
+    def drawn_with(self, sampler: Sampler | None) -> Sampler:
+        """`sampler`, or the run's where it is None. Raises ConfigError when the generator is not for that sampler."""
+        try:
+            self.method.check_sampler(sampler or self.sampler)
+        except ValueError as error:
+            raise ConfigError(str(error), key="sampler") from error
+        return sampler or self.sampler
 
     def fit_space(self) -> None:
         """Completes the data set and the path's space with what they take from the items. Raises ConfigError."""
@@ -178,6 +250,10 @@ class RunConfig:
             self.data.fit()
         except ValueError as error:
             raise ConfigError(str(error), source=self.output, key="data") from error
+        try:
+            self.method.fit()
+        except ConfigError as error:
+            raise ConfigError(error.message, source=self.output, key=error.key) from error
         try:
             self.path.space.fit(self.data)
         except ValueError as error:
@@ -187,7 +263,21 @@ class RunConfig:
         return self.roles.get(role) or RoleSettings()
 
     def model_of(self, role: str) -> Model:
-        return self.role_settings(role).model or self.model
+        return self.role_settings(role).model or self.method.roles[role].model or self.model
+
+    def adapter_of(self, role: str) -> Adapter | None:
+        """Of a role that learns; None = it learns its whole network."""
+        if not isinstance(self.method.roles[role], Trained):
+            return None
+        adapter = self.role_settings(role).adapter or self.adapter
+        return adapter if adapter is not None and adapter.rank else None
+
+    def codec(self) -> Codec:
+        """What stands between the data and the networks. Raises ConfigError when they do not fit."""
+        try:
+            return self.model.codec(self.data)
+        except ValueError as error:
+            raise ConfigError(str(error), source=self.output, key="model") from error
 
     def optimizer_of(self, role: str) -> Optimizer:
         return self.role_settings(role).optimizer or self.optimizer
@@ -206,6 +296,11 @@ class RunConfig:
     def storage(self) -> Storage:
         """Of the run's checkpoints."""
         return open_storage(self.training.checkpoints or str(self.directory / CHECKPOINTS), self.directory)
+
+
+def _described(path: Path) -> str:
+    values = {key: value for key, value in to_dict(path).items() if key not in ("sigma_data", "space")}
+    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
 
 
 def parse_run(document: Document) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError, Shard, manifest, shard_file, write_shard
+from gentrain.training.remedies import remedy
 from gentrain.training.run import Training
 from gentrain.training.storage import Storage
 from gentrain.training.world import RankGroup, World
@@ -24,15 +24,6 @@ from gentrain.training.world import RankGroup, World
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the quota is used up: free some space",
-    errno.EFBIG: "files may not grow so large: raise the limit (ulimit -f)",
-    errno.EROFS: "the file system is read-only: make it writable or set training.checkpoints",
-    errno.EACCES: "this user may not write there: mend the permissions or set training.checkpoints",
-    errno.EPERM: "this user may not write there: mend the permissions or set training.checkpoints",
-}
 
 
 def together(world: World, act: Callable[[], T], failed: str) -> list[T]:
@@ -67,8 +58,8 @@ def _reason(error: Exception) -> str:
     code = getattr(error, "errno", None)
     if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
         code = int(number[1])
-    remedy = f"; {_REMEDIES[code]}, then run the same command again" if code in _REMEDIES else ""
-    return f"{type(error).__name__}: {error}{remedy}"
+    what = remedy(code)
+    return f"{type(error).__name__}: {error}" + (f"; {what}, or set training.checkpoints; then run the same command again" if what else "")
 
 
 def kept(metric: Mapping[int, float], last: int, every: int, best_is: Literal["lowest", "highest"]) -> set[int]:

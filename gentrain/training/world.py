@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -46,29 +48,58 @@ def join(timeout_s: float = 1800.0) -> World:
 
 def leave() -> None:
     """Leaves the process group, if one was joined."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # it keeps groups of its own, which must not outlive this one
+    else:
         dist.destroy_process_group()
 
 
 class RankGroup:
-    """The `nets.group` of methods (see methods.base.Group); the identity on one process."""
+    """The `nets.group` of methods (see methods.base.Group); the identity on one process.
 
-    def __init__(self, size: int):
-        self.size = size
+    Args:
+        ranks: those that take part; None = all of the run.
+    """
+
+    def __init__(self, size: int, ranks: dist.ProcessGroup | None = None):
+        self.size, self._ranks = size, ranks
+        self.rank = dist.get_rank(ranks) if size > 1 else 0
 
     def mean(self, value: Tensor) -> Tensor:
         if self.size == 1:
             return value.detach()
         total = value.detach().clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self._ranks)
         return total / self.size
 
     def gather(self, value: Tensor) -> Tensor:
         if self.size == 1:
             return value.detach()
         parts = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(parts, value.detach().contiguous())
+        dist.all_gather(parts, value.detach().contiguous(), group=self._ranks)
         return torch.cat(parts)
+
+    def shift(self, value: Tensor, steps: int) -> Callable[[], Tensor]:
+        steps %= self.size
+        if steps == 0:
+            return value.detach
+        sent, received = value.detach().contiguous(), torch.empty_like(value, memory_format=torch.contiguous_format)
+        ahead, behind = (self.rank + steps) % self.size, (self.rank - steps) % self.size
+        exchange = [
+            dist.P2POp(dist.isend, sent, group=self._ranks, group_peer=ahead),
+            dist.P2POp(dist.irecv, received, group=self._ranks, group_peer=behind),
+        ]
+        works = dist.batch_isend_irecv(exchange)
+
+        def wait(sent: Tensor = sent) -> Tensor:  # holds what is sent until it has left
+            for work in works:
+                work.wait()
+            return received
+
+        return wait
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -79,5 +110,5 @@ class RankGroup:
         if self.size == 1:
             return value
         largest = torch.tensor([value])
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._ranks)
         return int(largest.item())

@@ -59,6 +59,10 @@ class DeepSpeedEngine(Engine):
                 raise ConfigError(f"this DeepSpeed key is set by the engine; set {instead} instead", key=f"settings.{key}")
 
     @property
+    def forward_mode(self) -> bool:
+        return self.zero_stage != 3  # the functions that gather its weights have no forward derivative
+
+    @property
     def shows(self) -> frozenset[Partition]:
         whole: frozenset[Partition] = frozenset({"elementwise", "global_scalar", "per_tensor", "matrix"})
         return whole if self.zero_stage == 0 else frozenset({"elementwise"})

@@ -91,6 +91,13 @@ def test_a_mistake_that_only_a_worker_can_see_is_reported_once_as_what_it_is(tmp
         launch(run)
 
 
+def test_one_process_can_train_with_deepspeed_more_than_once(tmp_path: Path) -> None:
+    """As the stages of a recipe do: groups that DeepSpeed keeps must not outlive the run that they belong to."""
+    runs = [_run(tmp_path / name, 0) for name in ("one", "two")]
+    assert [launch(run) for run in runs] == [Outcome.FINISHED] * 2
+    assert _losses(runs[0].directory) == _losses(runs[1].directory)
+
+
 def test_more_workers_than_there_are_cores_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="do not fit on this cluster"):
         launch(_run(tmp_path / "run", 1000, training={"samples": 1000, "batch_size": 1000}))

@@ -63,6 +63,18 @@ def test_an_unknown_split_is_refused():
 
 def test_all_data_sets_are_registered():
     constrained = {"budget_shares", "core_flux", "watermarked"}
-    expected = constrained | {"checkerboard", "digits", "emoji", "image_folder", "mixture", "mnist5k", "rings", "spiral"}
+    expected = constrained | {
+        "checkerboard",
+        "chosen",
+        "digits",
+        "emoji",
+        "image_folder",
+        "labels",
+        "mixture",
+        "mnist5k",
+        "rings",
+        "spiral",
+        "webdataset",
+    }
     assert set(Data.available()) >= expected  # other tests load plugins
     assert to_dict(Digits()) == {"name": "digits"}

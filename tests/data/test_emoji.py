@@ -19,6 +19,15 @@ def test_pictures_and_names(data):
     assert not any("skin tone" in name for name in data.names("train"))
 
 
+def test_captions_are_the_names_of_both_splits(data):
+    captions = data.captions
+    assert list(captions) == sorted({*data.names("train"), *data.names("held_out")})
+    for split in ("train", "held_out"):
+        items = data.split(split)
+        assert [captions[place] for place in items.caption.tolist()] == list(data.names(split))
+        assert torch.equal(items.batch(torch.tensor([3, 1]))["caption"], items.caption[[3, 1]]) and items[1]["caption"] == items.caption[1]
+
+
 def test_a_name_belongs_to_its_picture(data):
     pictures = {name: x for split in ("train", "held_out") for name, x in zip(data.names(split), data.split(split).x)}
     centre = {name: pictures[name][:, 14:18, 14:18].mean((1, 2)) for name in ("red heart", "blue heart", "green heart")}

@@ -23,40 +23,45 @@ from tests.reliability.cases import HALF, STEPS, three_roles, train_and_tell
 
 pytestmark = [pytest.mark.gate, pytest.mark.distributed, pytest.mark.timeout(3000)]
 
-SIZES, STAGES, SEEDS = (1, 2, 4), (0, 1, 2, 3), (5, 6, 7)
-TOLERANCE = 4e-6  # measured: at most 8.0e-7 over three seeds
+SIZES, SEEDS = (1, 2, 4), (5, 6, 7)
+STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
+TOLERANCE = {"fp32": 4e-6, "bf16": 4e-2}  # measured over three seeds: at most 8.0e-7 and 1.8e-2; see docs/reliability.md
 KILLS = 100
 
 
-def _engine(stage: int) -> dict[str, Any]:
-    return {"name": "deepspeed", "zero_stage": stage}
-
-
+@pytest.mark.parametrize("precision", STAGES)
 def test_every_size_and_stage_goes_on_on_every_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
-    """Twelve saved states, each resumed on 1, 2 and 4 ranks: on as many to the last bit, with the same samples and noise on all."""
+    """Twelve saved states (bf16: nine), each resumed on 1, 2 and 4 ranks: on as many to the last bit, on all with equal samples and noise.
+
+    In bf16 two uninterrupted runs of different sizes differ too; how much is recorded beside.
+    """
+
+    def run_of(name: str, stage: int, seed: int) -> dict[str, Any]:
+        return three_roles(tmp_path / name, {"name": "deepspeed", "zero_stage": stage, "precision": precision}, seed)
+
     monkeypatch.setattr(ranks, "TIMEOUT_S", 1200)
     reference: dict[int, dict[Any, Any]] = {}
     for size in SIZES:
         jobs = {}
         for seed in SEEDS:
-            for stage in STAGES:
+            for stage in STAGES[precision]:
                 state = f"{size}-{stage}-{seed}"
-                jobs[f"whole-{state}"] = Job(three_roles(tmp_path / f"whole-{state}", _engine(stage), seed))
-                jobs[state] = Job(three_roles(tmp_path / state, _engine(stage), seed), HALF, stop_rank=size - 1)
+                jobs[f"whole-{state}"] = Job(run_of(f"whole-{state}", stage, seed))
+                jobs[state] = Job(run_of(state, stage, seed), HALF, stop_rank=size - 1)
         told = ranks.run_ranks(size, train_and_tell, jobs)
         if size == 1:
-            reference = {seed: told[0][f"whole-1-0-{seed}"][1] for seed in SEEDS}
-    same, others = [], []
+            reference = {seed: told[0][f"whole-1-{STAGES[precision][0]}-{seed}"][1] for seed in SEEDS}
+    same, others, metrics, uninterrupted = [], [], [], []
     for size in SIZES:
         jobs = {}
         for saved in SIZES:
             for seed in SEEDS:
-                for stage in STAGES:
+                for stage in STAGES[precision]:
                     state = f"{saved}-{stage}-{seed}"
                     shutil.copytree(tmp_path / state, tmp_path / f"{state}-on-{size}")
-                    jobs[state] = Job(three_roles(tmp_path / f"{state}-on-{size}", _engine(stage), seed))
+                    jobs[state] = Job(run_of(f"{state}-on-{size}", stage, seed))
         told = ranks.run_ranks(size, train_and_tell, jobs)
         for state in jobs:
             saved, _, seed = (int(part) for part in state.split("-"))
@@ -71,11 +76,15 @@ def test_every_size_and_stage_goes_on_on_every_size(
                 assert records(whole) == records(run)
             else:
                 others.append(apart)
-                assert record_difference(records(whole), records(run)) <= TOLERANCE
+                metrics.append(record_difference(records(whole), records(run)))
+                uninterrupted.append(difference(state_of(whole), state_of(tmp_path / f"whole-{state.replace(str(saved), str(size), 1)}")))
     record_property("on as many ranks", max(same))
     record_property("on other numbers of ranks", max(others))
+    record_property("metrics on other numbers of ranks", max(metrics))
+    record_property("uninterrupted runs of different sizes", max(uninterrupted))
     assert max(same) == 0
-    assert max(others) <= TOLERANCE
+    assert max(others) <= TOLERANCE[precision]
+    assert max(metrics) <= TOLERANCE[precision]
 
 
 def test_a_hundred_kills_at_random_change_nothing(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:

@@ -6,7 +6,6 @@ One machine poses as a head without cores and nodes of one core each. Times of r
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import signal
@@ -27,13 +26,14 @@ from gentrain.training.run import METRICS
 from gentrain.training.watchdog import STACKS
 from tests.distributed.cases import difference, newest, state_of
 from tests.reliability.accounts import repeated, seen
+from tests.reliability.leftovers import await_none
 
-pytestmark = [pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 PLUGIN = Path(__file__).parents[1] / "reliability" / "plugin_faults.py"
 COMMAND = [sys.executable, "-c", "from gentrain.cli import main; main()", "train"]
 BATCH, INTERVAL = 16, 800  # samples per step, and between checkpoints
-WAIT_S = 400
+WAIT_S = 600
 TOKEN = secrets.token_hex(32)  # of all clusters here: Ray reads it once per process
 
 Record = Callable[[str, object], None]
@@ -118,20 +118,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         if command.process.poll() is None:
             command.process.kill()
             command.process.wait()
-    deadline = time.monotonic() + 30
-    while (left := [each for each in psutil.process_iter(["cmdline", "environ"]) if _ours(each, scratch)]) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    for each in left:
-        each.kill()
-    assert left == []
+    await_none(scratch, 30)
     kept = list(scratch.glob("gentrain-ray-*"))
     shutil.rmtree(scratch)
     assert len(kept) == sum(command.process.returncode == 1 for command in commands)  # logs of what failed
-
-
-def _ours(process: psutil.Process, scratch: Path) -> bool:
-    environment = process.info["environ"] or {}
-    return process.pid != os.getpid() and environment.get("TMPDIR") == str(scratch)
 
 
 class Nodes:

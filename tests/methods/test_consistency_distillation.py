@@ -1,13 +1,14 @@
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gentrain.config import ConfigError, Document
 from gentrain.domains.box import Box
 from gentrain.methods.base import Clock
-from gentrain.methods.consistency_distillation import ConsistencyDistillation, flow_step, row_huber
+from gentrain.methods.consistency import flow_step
+from gentrain.methods.consistency_distillation import ConsistencyDistillation
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.base import Path
@@ -17,15 +18,10 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.consistency import Consistency
+from gentrain.training.run import parse_run
 from tests.methods.toy import TinyNetwork, batch_of, noise_of
 
 MEAN, STD = 0.3, 0.5
-
-
-def test_huber_is_a_norm_of_the_row_that_is_smooth_at_zero() -> None:
-    values = row_huber(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2))
-    c = 0.00054 * 2**0.5
-    assert values.tolist() == pytest.approx([math.sqrt(25 + c**2) - c, 0.0])
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), TrigFlow(), VariancePreserving()])
@@ -140,9 +136,12 @@ def test_guidance_is_that_of_the_teacher() -> None:
 
 
 def test_predictions_without_the_boundary_condition_are_refused() -> None:
-    group = SimpleNamespace(student=Denoiser(TinyNetwork(), RectifiedFlow(), "x0"))
-    with pytest.raises(ValueError, match="set prediction to velocity, v or edm"):
-        ConsistencyDistillation().loss(group, batch_of(4), noise_of(4))
+    settings = {
+        "method": "consistency_distillation", "data": "rings", "model": "mlp", "prediction": "x0", "training": {"samples": 10},
+        "roles": {"teacher": {"weights": "runs/teacher"}},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"prediction: .* needs a network that predicts v or velocity or edm, not x0"):
+        parse_run(Document(settings, "x.yaml"))
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -88,9 +88,10 @@ FORBIDDEN_CALLS = {
     "os.system", "os.popen", "__import__",
 }  # fmt: skip
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-DYNAMIC_IMPORTS = {  # packages of components, and plugins; a package that is asked for by a constant
+DYNAMIC_IMPORTS = {  # packages of components, and plugins; a package that is asked for by a constant; diffusers or transformers
     "gentrain/config.py": {"importlib.import_module", "importlib.util.spec_from_file_location", "importlib.util.module_from_spec"},
     "gentrain/data/base.py": {"importlib.import_module"},
+    "gentrain/models/families/source.py": {"importlib.import_module"},
 }
 
 
@@ -111,6 +112,7 @@ def dangers(source: str, name: str) -> list[str]:
                 found += [full for alias in node.names if (full := f"{node.module}.{alias.name}") in FORBIDDEN_CALLS]
         elif isinstance(node, ast.Call):
             called = _dotted(node.func)
+            called = f"importlib.{called}" if called == "import_module" else called
             if called in FORBIDDEN_CALLS:
                 found.append(called)
             if called.startswith("importlib.") and called != "importlib.util.find_spec" and not called.startswith("importlib.metadata."):
@@ -129,7 +131,9 @@ def dangers(source: str, name: str) -> list[str]:
     [
         "import pickle", "from torch import load", "import torch\ntorch.load('x', weights_only=True)", "import numpy as np\nnp.load('x')",
         "yaml.load(text, Loader=yaml.Loader)", "eval('1')", "f(trust_remote_code=True)", "np.loadtxt(a, allow_pickle=True)",
-        "subprocess.run('ls', shell=True)", "import importlib\nimportlib.import_module(name)", "g(weights_only=False)",
+        "subprocess.run('ls', shell=True)", "import importlib\nimportlib.import_module(name)",
+        "from importlib import import_module\nimport_module(name)",
+        "g(weights_only=False)",
         "x.from_pretrained('a', trust_remote_code=trust)",
     ],
 )  # fmt: skip

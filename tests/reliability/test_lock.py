@@ -122,7 +122,7 @@ def test_missing_permission_is_said_as_such() -> None:
 
         def try_it() -> None:
             for directory in (theirs, theirs / "new"):
-                with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\): ask its owner"), hold(directory):
+                with pytest.raises(ConfigError, match=r"\(Permission denied\): this user may not write there"), hold(directory):
                     raise AssertionError("it may not be written")
 
         assert _as_nobody(try_it) == 0
@@ -134,7 +134,7 @@ def test_a_file_in_the_way_and_a_full_disk_are_said_as_such(tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=r"a file .*in the way"), hold(directory):
             raise AssertionError("it is a file")
     (tmp_path / ".run.owner").symlink_to("/dev/full")
-    with pytest.raises(ConfigError, match=r"No space left on device\): free some space there"), hold(tmp_path):
+    with pytest.raises(ConfigError, match=r"No space left on device\): the disk is full: free some space"), hold(tmp_path):
         raise AssertionError("nothing can be written")
     assert not (tmp_path / ".run.owner").is_symlink()
     with hold(tmp_path):  # the refused one let go

@@ -17,26 +17,15 @@ from gentrain.training.run import CHECKPOINTS, RunConfig, refuse_other_settings,
 from gentrain.training.storage import ObjectStorage
 from gentrain.training.world import World
 from tests.distributed.cases import Job, run_of, state_of, train_all, values
+from tests.reliability.buckets import served
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        environment.setenv("AWS_ACCESS_KEY_ID", "test")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.stop()
+    with served("bucket") as url:
+        yield url
 
 
 def _settings(output: Path, url: str | None, **training: Any) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from tests.samplers.toy import CONDITION, SHAPE, noise_for, toy_network
 def test_samples_belong_to_their_rows(name: str) -> None:
     """The same images whatever the batch they are drawn in: what lets a fleet of any size draw them."""
     box = Box(-1.0, 1.0)
-    fields = {"ddim": {"eta": 0.5}, "reflected_sde": {"corrector_steps": 1}, "confined": {"domain": box}}.get(name, {})
-    sampler, denoiser = Sampler.available()[name](steps=5, guidance=2.0, **fields), Denoiser(toy_network, VarianceExploding(), "edm")
+    one_step = {"steps": 1, "guidance": 1.0}
+    special = {"ddim": {"eta": 0.5}, "reflected_sde": {"corrector_steps": 1}, "confined": {"domain": box}, "one_step": one_step}
+    fields = {"steps": 5, "guidance": 2.0, **special.get(name, {})}
+    sampler, denoiser = Sampler.available()[name](**fields), Denoiser(toy_network, VarianceExploding(), "edm")
     if name.startswith("reflected"):
         denoiser = Denoiser(toy_network, ReflectedHeat(space=Inside(domain=box)), "eps")
     whole = sampler.sample(denoiser, SHAPE, noise_for(), CONDITION)

@@ -55,7 +55,7 @@ MISTAKES = [
     ("no such engine", RUN, "engine=deepsped", LINE, "engine.name", "did you mean 'deepspeed'?"),
     ("no such schedule", RUN, "schedule=cosin", LINE, "schedule.name", "did you mean 'cosine'?"),
     ("no such time law", RUN, "method.times=lognormal", LINE, "method.times.name", "did you mean 'log_normal'?"),
-    ("no name", RUN, "sampler.guidance=2", LINE, "sampler", "`name` is missing; available samplers: "),
+    ("no name", RUN, "roles.model.optimizer.lr=1", LINE, "roles.model.optimizer", "`name` is missing; available optimizers: "),
     # missing and null
     ("empty file", "", None, MAIN, "method", "a value is required: a method"),
     ("no training", RUN.partition("training")[0], None, MAIN, "training", "a value is required: a mapping"),
@@ -147,7 +147,7 @@ RECIPES = [
     ("empty stages", "stages: {}\n", "stages", "a recipe needs at least one stage"),
     ("stages as a list", "stages: [a]\n", "stages", "expected a mapping, got ['a']"),
     ("no such kind", START + "  b: {name: genrate, run: x}\n", "stages.b.name", "no stage is called 'genrate'; did you mean 'generate'?"),
-    ("no kind", START + "  b: {run: x}\n", "stages.b", "`name` is missing; available stages: evaluate, export, generate"),
+    ("no kind", START + "  b: {run: x}\n", "stages.b", "`name` is missing; available stages: "),
     ("a stage's key", START + "  b: {name: generate, rum: x}\n", "stages.b.rum", "did you mean 'run'?"),
     ("a run's key", START.replace("data", "dota"), "stages.a.run.dota", "did you mean 'data'?"),
     ("a run's number", START.replace("64", "1.5"), "stages.a.run.training.samples", "expected a whole number > 0, got 1.5"),

@@ -166,7 +166,10 @@ def test_a_failure_of_the_thread_is_told_and_the_former_checkpoint_stays(
 
     monkeypatch.setattr(saving, "write_shard", full)
     _save(saver, 20)
-    with pytest.raises(OSError, match=rf"no checkpoint could be written under {tmp_path}: .*the disk is full: free some space, then run"):
+    with pytest.raises(
+        OSError,
+        match=rf"no checkpoint could be written under {tmp_path}: .*the disk is full: .*set training.checkpoints; then run",
+    ):
         then(saver)
     assert _newest(tmp_path) == [1.0] * 4 and not list(tmp_path.glob(".*"))
     saver.close()
@@ -184,7 +187,10 @@ def test_a_checkpoint_given_up_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     "error, says",
     [
-        (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only: make it writable or set training.checkpoints, then"),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            "the file system is read-only: make it writable, or set training.checkpoints",
+        ),
         (PermissionError(errno.EACCES, "Permission denied"), "this user may not write there: mend the permissions"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the quota is used up: free some space"),
         (saving.SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full: free some space"),

@@ -1,0 +1,81 @@
+"""From the bytes of an image file, which anybody may have made, to a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+import torch
+from torch import Tensor
+
+from gentrain.data.base import CorruptItem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # what is left out of Pillow runs other programs or is rarely tested
+_LONGEST = 20  # times the shorter side: beyond it a centre crop shows next to nothing of the image
+_OVERHEAD = 2**24  # bytes of a file beside its pixels: colour profile, metadata
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Resizes the shorter side to `size` and crops the centre; transparent parts become white; the camera's orientation is applied.
+
+    Args:
+        size: height and width of what comes out, pixels.
+        max_pixels: larger images are refused: they could fill the memory.
+    """
+
+    size: int
+    colours: Literal["rgb", "grey"]
+    max_pixels: int
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError for a file of more bytes than an image of `max_pixels` could need. length: bytes."""
+        if length > (most := 4 * self.max_pixels + _OVERHEAD):
+            raise ValueError(f"{length:,} bytes are more than {most:,}")
+
+    def decode(self, file: BinaryIO) -> Tensor:
+        """[C, size, size] float32 in [-1, 1]. Raises ValueError and more: of hostile bytes, Pillow's decoders raise almost anything."""
+        import numpy as np
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        try:
+            opened = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"no image that can be read ({', '.join(FORMATS)})") from None  # whose message is about the Python object
+        with opened as image:
+            long, short = max(image.size), min(image.size)
+            if long * short > self.max_pixels:
+                raise ValueError(f"{image.width} x {image.height} is more than {self.max_pixels} pixels")
+            if long > _LONGEST * short:
+                raise ValueError(f"{image.width} x {image.height} is more than {_LONGEST} times as long as wide")
+            if image.mode[0] in "IF":
+                raise ValueError(f"pixels of more than 8 bits (mode {image.mode}) are not supported; convert the image")
+            image.draft("RGB", (2 * self.size, 2 * self.size))  # lets the JPEG decoder skip detail that resizing would drop
+            upright = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.colours == "rgb" else "L")
+            # crops first, so that a long image is never enlarged as a whole
+            square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(square)).reshape(self.size, self.size, -1)
+        return pixels.permute(2, 0, 1).float().contiguous() / 127.5 - 1
+
+
+def corrupt(name: str, error: Exception) -> CorruptItem:
+    """The item of that name, which could not be read."""
+    return CorruptItem(printable(f"{name}: {error or type(error).__name__}"))
+
+
+def printable(message: str) -> str:
+    """The message, escaped where it holds more than text: names may hold commands for terminals."""
+    return message if message.isprintable() else ascii(message)
+
+
+def _opaque(image: Image) -> Image:
+    from PIL import Image as images
+
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return images.alpha_composite(images.new("RGBA", image.size, "white"), image)

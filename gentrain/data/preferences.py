@@ -1,0 +1,76 @@
+"""Pairs of samples of which one was preferred."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import PositiveInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gentrain.config import option, register
+from gentrain.data.base import Data, check_split
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Rows of preferred samples, with the rejected ones beside them: all [N, ...] float32, label [N] int64."""
+
+    preferred: Tensor
+    rejected: Tensor
+    label: Tensor
+
+    def __len__(self) -> int:
+        return len(self.preferred)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.batch(torch.tensor([index])).items()}
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        label = self.label[indices]
+        return {"x": self.preferred[indices], "label": label, "rejected/x": self.rejected[indices], "rejected/label": label}
+
+
+@register("preferences")
+@dataclass
+class Preferences(Data):
+    """A safetensors file with `preferred` and `rejected` [N, ...] float32 and `label` [N] int64, row by row; the last rows are held out."""
+
+    file: str = option(help="path of the file")
+    classes: list[str] = option(list, "names of the classes; none = the pairs have no labels")
+    held_out: PositiveInt = option(100, "pairs of the held-out split", unit="pairs")
+    rights: str = option("not stated", "where the pairs come from and under which licence")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        try:
+            with safe_open(Path(self.file), "pt") as opened:
+                return tuple(opened.get_slice("preferred").get_shape()[1:])
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.file} holds no pairs ({error}); it needs preferred and rejected, [N, ...] float32") from error
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.classes
+
+    @property
+    def licence(self) -> str:
+        return self.rights
+
+    def split(self, name: str) -> Pairs:
+        check_split(name)
+        shape, found = self.shape, load_file(Path(self.file))
+        preferred, rejected = found["preferred"], found.get("rejected", torch.empty(0))
+        label = found.get("label", torch.full((len(preferred),), -1))
+        if preferred.dtype != torch.float32 or rejected.shape != preferred.shape or rejected.dtype != torch.float32:
+            raise ValueError(f"{self.file}: preferred and rejected must be float32 tensors of one shape, [N, *{list(shape)}]")
+        if label.shape != preferred.shape[:1] or label.dtype != torch.int64 or (len(label) and label.max() >= max(len(self.classes), 1)):
+            raise ValueError(f"{self.file}: label must be [N] int64 below {len(self.classes)}, the number of `classes`")
+        if self.held_out >= len(preferred):
+            raise ValueError(f"{self.file} has {len(preferred)} pairs, of which {self.held_out} cannot be held out; lower held_out")
+        part = slice(-self.held_out, None) if name == "held_out" else slice(0, -self.held_out)
+        return Pairs(preferred[part], rejected[part], label[part])

@@ -1,0 +1,179 @@
+"""Export of networks that came from a pipeline of diffusers: the complete pipeline again, or the adapter alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from torch import Tensor, nn
+
+from gentrain.export import METRICS, appearing, cell, refuse_present
+from gentrain.models.adapters import Adapted
+from gentrain.models.families.base import Family
+from gentrain.models.pretrained import PretrainedNetwork
+
+Form = Literal["pipeline", "adapter"]
+
+_BACKBONE = "backbone."  # begins the names of PretrainedNetwork's layers
+
+_PIPELINE_USE = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{name}")"""
+
+_LORA_USE = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{origin}")
+pipeline.load_lora_weights("{name}")  # needs peft"""
+
+_PEFT_USE = """from diffusers import DiffusionPipeline
+from peft import PeftModel
+
+pipeline = DiffusionPipeline.from_pretrained("{origin}")
+pipeline.{denoiser} = PeftModel.from_pretrained(pipeline.{denoiser}, "{name}")"""
+
+_CARD = (
+    """---
+{{ card_data }}
+---
+# {{ name }}
+
+{{ what }} of `{{ origin }}`, a {{ pipeline }}. Made with gentrain {{ gentrain }}.
+
+## Use
+Replace `{{ name }}` by the path of this directory. Needs diffusers (written by {{ diffusers }}), not gentrain.
+```python
+{{ use }}
+```
+
+## Data
+{{ licence }} What it began with has a licence of its own, which goes on to hold.
+
+## Method
+{{ method }}; path {{ path }}, prediction {{ prediction }}.
+
+## Metrics
+"""
+    + METRICS
+    + """
+## Configuration
+```yaml
+{{ config }}```
+"""
+)
+
+
+def pretrained_network(network: Any) -> PretrainedNetwork | None:
+    """The pipeline's network in one as `load_network` gives it; None when it came from no pipeline."""
+    inner = network.base.network if isinstance(network, Adapted) else network
+    return inner if isinstance(inner, PretrainedNetwork) else None
+
+
+def export_pretrained(
+    out: Path,
+    network: nn.Module,
+    form: Form,
+    *,
+    licence: str,
+    config: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Writes what was trained, for diffusers, and returns the directory's path.
+
+    Args:
+        out: must not exist, or be an empty directory; it appears whole or not at all.
+        network: a `PretrainedNetwork`, or an adapter on one.
+        form: "pipeline": all components, an adapter merged in. "adapter": the adapter alone, in diffusers' LoRA format where the
+            pipeline has `load_lora_weights`, else as a directory of peft.
+        licence, config, metrics: as for `export`.
+
+    Raises:
+        FileExistsError: `out` is there and not an empty directory. OSError: it cannot be written.
+        ValueError: there is no adapter to write, or it changes what the pipeline has not.
+    """
+    refuse_present(out)
+    inner = pretrained_network(network)
+    assert inner is not None
+    family = inner.family
+    if form == "adapter":
+        if not isinstance(network, Adapted):
+            raise ValueError("the run learnt its whole network, there is no adapter to export; export the pipeline")
+        with appearing(out) as partial:
+            use = _write_adapter(partial, network, family)
+            _write_card(partial, out.name, use, "An adapter", family, licence, config, metrics)
+        return out
+    if isinstance(network, Adapted):
+        network.fold()
+    pipeline = family.source.pipeline(**{family.denoiser: inner.backbone})
+    with appearing(out) as partial:
+        pipeline.save_pretrained(partial)
+        _write_card(partial, out.name, _PIPELINE_USE, "A further trained copy", family, licence, config, metrics)
+    return out
+
+
+def _write_adapter(directory: Path, network: Adapted, family: Family) -> str:
+    """Returns the code that uses it."""
+    foreign = [name for name in network.targets if not name.startswith(_BACKBONE)]
+    if foreign:
+        raise ValueError(f"the adapter changes {foreign[0]!r}, which the pipeline has not; export the pipeline")
+    state = {name.removeprefix(f"adapter.{_BACKBONE}"): value.contiguous().clone() for name, value in network.state_dict().items()}
+    layers, rank = [name.removeprefix(_BACKBONE) for name in network.targets], network.settings.rank
+    alpha = rank * network.settings.scale
+    import diffusers
+
+    cls = getattr(diffusers, family.source.index["_class_name"])
+    if hasattr(cls, "load_lora_weights"):
+        said = {"r": rank, "lora_alpha": alpha, "target_modules": layers}
+        weights = {f"{family.denoiser}_lora_layers": state, f"{family.denoiser}_lora_adapter_metadata": said}
+        cls.save_lora_weights(directory, safe_serialization=True, **weights)
+        return _LORA_USE
+    _write_peft(directory, state, {"r": rank, "lora_alpha": alpha, "target_modules": layers}, family)
+    return _PEFT_USE
+
+
+def _write_peft(directory: Path, state: dict[str, Tensor], settings: dict[str, Any], family: Family) -> None:
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True)
+    save_file({f"base_model.model.{name}": value for name, value in state.items()}, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": family.source.directory, "bias": "none", "inference_mode": True, **settings}
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_card(
+    directory: Path,
+    name: str,
+    use: str,
+    what: str,
+    family: Family,
+    licence: str,
+    config: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+) -> None:
+    import diffusers
+    from huggingface_hub import ModelCard, ModelCardData
+
+    origin = family.source.directory
+    task = "text-to-image" if family.takes_text else "unconditional-image-generation"
+    card = ModelCard.from_template(
+        ModelCardData(library_name="diffusers", pipeline_tag=task, tags=["gentrain"]),
+        template_str=_CARD,
+        cell=cell,
+        name=name,
+        what=what,
+        origin=cell(origin),
+        pipeline=family.source.index["_class_name"],
+        gentrain=version("gentrain"),
+        diffusers=diffusers.__version__,
+        use=use.format(name=name, origin=origin, denoiser=family.denoiser),
+        licence=licence,
+        method=config.get("method", {}).get("name", "not recorded"),
+        path=config.get("path", {}).get("name", "not recorded"),
+        prediction=config.get("prediction", "not recorded"),
+        metrics=metrics,
+        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True),
+    )
+    card.save(directory / "README.md")

@@ -1,0 +1,270 @@
+"""Distribution matching: a student that draws in one call, led by the difference of two scores, the teacher's and its samples' own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from gentrain.config import ConfigError, option, register
+from gentrain.methods.base import Batch, Clock, Frozen, Group, Loss, Method, Nets, Role, Trained, Update, condition_of
+from gentrain.methods.jdm import decoupled_guidance
+from gentrain.methods.sfd import score_identity_loss
+from gentrain.models.base import Condition
+from gentrain.noise import Noise
+from gentrain.paths.base import Path, TimeLaw, expand
+from gentrain.paths.times import LogNormal
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.guidance import guided_x0
+from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
+
+Divergence = Literal["rkl", "kl", "js", "sf", "neyman", "sh", "jf"]
+GeneratorLoss = Literal["vsd", "dmd", "sid", "rkl", "kl", "js", "sf", "neyman", "sh", "jf"]
+
+_LEAST_ERROR = 1e-6  # of the teacher, added to what gradients are divided by
+_LARGEST_LOGIT = 10.0
+_RATIOS = (0.1, 20.0)  # within which density ratios are kept
+_BINS = 10  # of times, equally likely, over each of which ratios have mean 1
+
+
+def pseudo_target_loss(x_g: Tensor, gradient: Tensor) -> Tensor:
+    """Half the mean of (x_g - target)^2, target = x_g - gradient held fixed: its gradient is gradient / numel. [B, ...] each -> scalar.
+
+    In float32 at least.
+    """
+    x_g = x_g.to(torch.promote_types(x_g.dtype, torch.float32))
+    return (x_g - (x_g - gradient).detach()).square().mean() / 2
+
+
+def per_error(x_g: Tensor, x0: Tensor) -> Tensor:
+    """1 / (mean over C, H, W of |x_g - x0| + 1e-6), what DMD weighs gradients with: [B, ...] each -> [B], without gradient."""
+    return 1 / ((x_g - x0).detach().abs().flatten(1).mean(1) + _LEAST_ERROR)
+
+
+def vsd_loss(x_g: Tensor, teacher_x0: Tensor, fake_x0: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Pseudo-target loss of weight (fake_x0 - teacher_x0) / (mean over C, H, W of |x_g - teacher_x0| + 1e-6): scalar.
+
+    DMD's gradient (arXiv:2311.18828, eqs. 7 and 8): descent moves x_g along the teacher's score minus the fake one. Nothing flows through
+    the predictions, which are both at the same noised x_g.
+
+    Args:
+        x_g, teacher_x0, fake_x0: [B, ...].
+        weight: [B], of each sample; None = 1.
+    """
+    work = torch.promote_types(x_g.dtype, torch.float32)
+    x_g, teacher_x0, fake_x0 = x_g.to(work), teacher_x0.detach().to(work), fake_x0.detach().to(work)
+    scale = per_error(x_g, teacher_x0) if weight is None else per_error(x_g, teacher_x0) * weight.detach()
+    return pseudo_target_loss(x_g, expand(scale, x_g) * (fake_x0 - teacher_x0))
+
+
+def f_weight(name: Divergence, ratio: Tensor) -> Tensor:
+    """h(r) = r^2 f''(r), r = teacher's density / student's, what f-divergence D_f weighs the gradient of the reverse KL with
+    (f-distill, arXiv:2502.15681, table 1). Any shape.
+
+    rkl 1, kl r, js r / (1 + r), sf (softened reverse KL) 1 / (1 + r), neyman 1 / r, sh (squared Hellinger) sqrt(r), jf (Jeffreys) 1 + r.
+    """
+    match name:
+        case "rkl":
+            return torch.ones_like(ratio)
+        case "kl":
+            return ratio
+        case "js":
+            return ratio / (1 + ratio)
+        case "sf":
+            return 1 / (1 + ratio)
+        case "neyman":
+            return 1 / ratio
+        case "sh":
+            return ratio.sqrt()
+        case "jf":
+            return 1 + ratio
+    raise ValueError(f"no divergence {name!r}; there are: {', '.join(get_args(Divergence))}")
+
+
+def divergence_weight(name: Divergence, logits: Tensor, bins: Tensor, group: Group) -> Tensor:
+    """The weight [B] of each sample: h of the density ratio exp(logit), with mean 1 over all ranks.
+
+    A critic's logits drift apart over the times, so ratios are first divided by their mean over the samples of the same bin, on all ranks.
+
+    Args:
+        logits: [B] of the critic at the noised samples, log(teacher's density / student's) once it is optimal.
+        bins: [B] int64 in [0, 10), of the times.
+    """
+    ratio = logits.detach().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).exp()
+    everywhere, places = group.gather(ratio), group.gather(bins)
+    count = torch.bincount(places, minlength=_BINS)
+    mean = torch.zeros(_BINS, dtype=ratio.dtype, device=ratio.device).index_add(0, places, everywhere) / count.clamp(min=1)
+    weight = f_weight(name, (ratio / mean[bins]).clamp(*_RATIOS))
+    return weight / group.mean(weight.mean())
+
+
+def gan_generator_loss(fake_logits: Tensor) -> Tensor:
+    """Mean of softplus(-logit): [B] -> scalar (arXiv:1406.2661, non-saturating)."""
+    return softplus(-fake_logits).mean()
+
+
+def gan_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Mean of softplus(-real) plus mean of softplus(fake): [B] each -> scalar. At its least, logits are log(real / fake density)."""
+    return softplus(-real_logits).mean() + softplus(fake_logits).mean()
+
+
+def logits_of(output: Tensor) -> Tensor:
+    """[B, ...] -> [B]: every element of the critic's output is a logit, as in a U-Net discriminator (arXiv:2002.12655); their mean."""
+    return output.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class _Noised:
+    """Times t [B] and which of the equally likely bins they fall in, the noise eps and the noised samples x_t [B, ...]."""
+
+    t: Tensor
+    bins: Tensor
+    eps: Tensor
+    x_t: Tensor
+
+
+@register("distribution_matching")
+@dataclass
+class DistributionMatching(Method):
+    """A one-step student of a many-step teacher: VSD / Diff-Instruct, DMD, DMD2, f-distill and SiD, by choice of the generator's loss.
+
+    A fake score learns to denoise what the student draws. Where it differs from the teacher, the student's samples are too frequent or too
+    rare: the student follows the difference. Batches give labels; their data are seen by the critic only. All networks start as the
+    teacher does. roles.teacher.weights names the teacher's run.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {
+        "teacher": Frozen(given=True),
+        "fake_score": Trained(init="teacher"),
+        "student": Trained(init="teacher", ema=True),
+    }
+    generator: ClassVar[str | None] = "student"
+    guarded: ClassVar[tuple[str, ...]] = ("loss/fake_score", "grad_norm/fake_score")
+
+    generator_loss: GeneratorLoss = option(
+        "dmd",
+        "vsd (alpha(t) times the difference), dmd (difference over the teacher's error), sid, or dmd weighted for a divergence: "
+        "rkl, kl, js, sf, neyman, sh, jf",
+        source="arXiv:2305.18455, 2311.18828, 2404.04057, 2502.15681",
+    )
+    alpha: float = option(1.2, "of sid: weight of the score identity's correction", source="arXiv:2404.04057, section 4")
+    critic_weight: NonNegativeFloat = option(
+        0.0, "of the adversarial term, for which a role critic learns to tell noised data from samples; 0 = none", source="arXiv:2405.14867"
+    )
+    student_every: PositiveInt = option(1, "the student learns in each such step, the others in all", source="arXiv:2405.14867: 5")
+    guidance: NonNegativeFloat = option(
+        1.0, "of the teacher, learnt by the student: null + w (conditional - null)", source="arXiv:2207.12598"
+    )
+    guidance_times: TimeLaw | None = option(
+        None, "law of the times of the guidance, drawn apart from those of the scores; null = at the same times (not for sid: null)"
+    )
+    sigma: PositiveFloat = option(SIGMA, "noise-to-signal ratio at which the student is given pure noise", source="arXiv:2404.04057")
+    times: TimeLaw = option(lambda: LogNormal(mean=0.0, std=1.0), "law of the times at which scores are compared")
+
+    def __post_init__(self) -> None:
+        if self.guidance_times is not None and self.generator_loss == "sid":
+            raise ConfigError("the loss sid has its guidance in its teacher; leave guidance_times out", key="guidance_times")
+        if self._has_critic:
+            vars(self)["roles"] = {**type(self).roles, "critic": Trained(init="teacher")}
+
+    @property
+    def _divergence(self) -> Divergence | None:
+        """That asks for ratios."""
+        return self.generator_loss if self.generator_loss not in ("vsd", "dmd", "sid", "rkl") else None  # type: ignore[return-value]
+
+    @property
+    def _has_critic(self) -> bool:
+        return self.critic_weight > 0 or self._divergence is not None
+
+    def check(self, path: Path) -> None:
+        time_at(path, self.sigma)
+        if path.space.bounds is not None:
+            raise ValueError("distribution_matching needs samples that may move freely, not a space with walls; take free or dual")
+
+    def own_sampler(self) -> Sampler:
+        return OneStep(sigma=self.sigma)
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        require_one_step(sampler, self.sigma)
+
+    def updates(self, clock: Clock) -> Iterator[Update]:
+        yield Update("fake_score", self.fake_score_loss)
+        if self._has_critic:
+            yield Update("critic", self.critic_loss)
+        if (clock.step + 1) % self.student_every == 0:  # after the others, which lead from the first step on
+            yield Update("student", self.student_loss)
+
+    def fake_score_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        """Denoising of the student's samples, in what the network predicts."""
+        with torch.no_grad():
+            x_g = self._draw(nets, batch, noise)
+        at = self._noised(nets.student.path, x_g, noise, self.times)
+        fake = nets.fake_score
+        error = fake.raw(at.x_t, at.t, condition_of(batch)) - fake.target(x_g, at.eps, at.t)
+        return Loss(error.square().mean())
+
+    def critic_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        """Data and samples of the same labels and times, each with noise of its own."""
+        path, condition = nets.student.path, condition_of(batch)
+        with torch.no_grad():
+            x_g = self._draw(nets, batch, noise)
+        at = self._noised(path, x_g, noise, self.times)
+        real = path.perturb(path.space.encode(batch["x"]), path.draw_eps(noise, tuple(x_g.shape)), at.t)
+        both = None if condition is None else {key: torch.cat([value, value]) for key, value in condition.items()}
+        output = nets.critic.raw(torch.cat([real, at.x_t]), torch.cat([at.t, at.t]), both)
+        real_logits, fake_logits = logits_of(output).chunk(2)
+        right = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
+        return Loss(gan_critic_loss(real_logits, fake_logits), {"critic_right": right})
+
+    def student_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        condition = condition_of(batch)
+        x_g = self._draw(nets, batch, noise)
+        at = self._noised(nets.student.path, x_g, noise, self.times)
+        through = self.generator_loss == "sid"  # whose gradient flows through both predictions
+        with torch.set_grad_enabled(through):
+            fake_x0 = nets.fake_score.x0(at.x_t, at.t, condition)
+            teacher_x0 = guided_x0(nets.teacher, at.x_t, at.t, condition, self.guidance if self.guidance_times is None else 1.0)
+        with torch.set_grad_enabled(self.critic_weight > 0):
+            logits = logits_of(nets.critic.raw(at.x_t, at.t, condition)) if self._has_critic else None
+        if through:
+            value = score_identity_loss(x_g, teacher_x0, fake_x0, self.alpha).mean() / x_g[0].numel()
+        else:
+            weight = self._weight(nets, x_g, teacher_x0, at.t)
+            if self._divergence is not None and logits is not None:
+                weight = weight * divergence_weight(self._divergence, logits, at.bins, nets.group)
+            value = pseudo_target_loss(x_g, self._gradient(nets, x_g, fake_x0, teacher_x0, weight, condition, noise))
+        # the losses are no distances: this tells how far the student's law is from the teacher's
+        logs = {"score_gap": (fake_x0 - teacher_x0).detach().abs().mean()}
+        if logits is not None and self.critic_weight > 0:
+            adversarial = gan_generator_loss(logits)
+            value, logs["adversarial"] = value + self.critic_weight * adversarial, adversarial.detach()
+        return Loss(value, logs)
+
+    def _weight(self, nets: Nets, x_g: Tensor, teacher_x0: Tensor, t: Tensor) -> Tensor:
+        return nets.student.path.alpha(t) if self.generator_loss == "vsd" else per_error(x_g, teacher_x0)
+
+    @torch.no_grad()
+    def _gradient(
+        self, nets: Nets, x_g: Tensor, fake_x0: Tensor, teacher_x0: Tensor, weight: Tensor, condition: Condition | None, noise: Noise
+    ) -> Tensor:
+        """What the student's samples are moved against."""
+        if self.guidance_times is None:
+            return expand(weight, x_g) * (fake_x0 - teacher_x0)
+        at = self._noised(nets.student.path, x_g, noise, self.guidance_times)
+        conditional, null = nets.teacher.x0(at.x_t, at.t, condition), nets.teacher.x0(at.x_t, at.t, None)
+        there = self._weight(nets, x_g, conditional, at.t)
+        return decoupled_guidance(fake_x0, teacher_x0, conditional, null, self.guidance - 1, weight, there)
+
+    def _draw(self, nets: Nets, batch: Batch, noise: Noise) -> Tensor:
+        """The student's samples for the batch's labels."""
+        return generate(nets.student, nets.student.path.draw_eps(noise, tuple(batch["x"].shape)), self.sigma, condition_of(batch))
+
+    def _noised(self, path: Path, x_g: Tensor, noise: Noise, times: TimeLaw) -> _Noised:
+        uniform = noise.uniform((len(x_g),))
+        t, eps = times.sample(uniform, path), path.draw_eps(noise, tuple(x_g.shape))
+        return _Noised(t, (uniform * _BINS).long(), eps, path.perturb(x_g, eps, t))

@@ -1,0 +1,70 @@
+"""What the methods that make a model forget a class share: which class, and which labels the others are drawn by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gentrain.config import ConfigError, option
+from gentrain.data.base import Data
+from gentrain.methods.base import Method
+from gentrain.noise import Noise
+
+
+def class_number(given: int | str, names: Sequence[str]) -> int:
+    """The number of a class given by number or by name. Raises ValueError that tells the classes."""
+    known = f"the classes are {', '.join(names)} (0 to {len(names) - 1})" if len(names) else "these data have no classes"
+    if isinstance(given, str):
+        if given in names:
+            return list(names).index(given)
+        raise ValueError(f"no class is called {given!r}; {known}")
+    if not 0 <= given < len(names):
+        raise ValueError(f"there is no class {given}; {known}")
+    return given
+
+
+def draw_classes(noise: Noise, count: int, weights: Tensor) -> Tensor:
+    """[count] int64 classes, each with the probability weights[k] / sum(weights); weights [K] >= 0, on any device, not all 0.
+
+    One uniform number per row through the inverse of the distribution function, so that a class of weight 0 is never drawn.
+    """
+    cumulative = weights.double().cumsum(0)
+    return torch.searchsorted((cumulative / cumulative[-1]).to(noise.rows.device), noise.uniform((count,)).double(), right=True)
+
+
+@dataclass
+class Forgetting(Method):
+    """Base of the methods that forget one class.
+
+    Attributes:
+        forgotten: its number. remaining: [K] weights of the labels that are drawn for the other classes, 0 for the forgotten one.
+            Both are known once `check_data` has been called.
+    """
+
+    forget: int | str = option(help="the class to forget, by number or name")
+    prior: list[float] | None = option(None, "weight of each class among the labels drawn for the others; null = all the same")
+
+    def check_data(self, data: Data) -> None:
+        names = list(data.class_names)
+        try:
+            self.forgotten = class_number(self.forget, names)
+        except ValueError as error:
+            raise ConfigError(str(error), key="forget") from error
+        prior = self.prior if self.prior is not None else [1.0] * len(names)
+        if len(prior) != len(names) or min(prior) < 0:
+            raise ConfigError(f"expected {len(names)} weights, none of them negative: one per class, got {self.prior}", key="prior")
+        self.remaining = torch.tensor(prior, dtype=torch.float64)
+        self.remaining[self.forgotten] = 0
+        if not self.remaining.any():
+            raise ConfigError("no class but the forgotten one has a weight; name at least one that remains", key="prior")
+
+    def draw_remaining(self, noise: Noise, count: int) -> Tensor:
+        """[count] labels of classes that remain, by the prior."""
+        return draw_classes(noise, count, self.remaining)
+
+    def forget_labels(self, noise: Noise) -> Tensor:
+        """The forgotten class, one per row of the noise."""
+        return torch.full((len(noise),), self.forgotten, device=noise.rows.device)

@@ -1,0 +1,160 @@
+"""Score Forgetting Distillation: a one-step generator that has forgotten a class, made without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from gentrain.config import ConfigError, option, register
+from gentrain.data.base import Data
+from gentrain.methods.base import Batch, Clock, Frozen, Loss, Nets, Role, Trained, Update
+from gentrain.methods.forgetting import Forgetting, class_number, draw_classes
+from gentrain.noise import Noise
+from gentrain.paths.base import Path
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.guidance import guided_x0
+from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
+
+_LEAST_OMEGA = 1e-5
+UNIFORM, CLASSIFIER = "uniform", "classifier"
+
+
+def score_identity_loss(x_g: Tensor, teacher_x0: Tensor, fake_x0: Tensor, alpha: float) -> Tensor:
+    """<d, (y - x_g) - alpha d> / omega of each row, d = y - y_fake (arXiv:2404.04057, eq. 23): [B, ...] each -> [B].
+
+    y and y_fake are the teacher's and the fake score's x0 predictions at the same noised x_g. The product is a sum over C, H, W;
+    omega = max(mean over C, H, W of |y - x_g|, 1e-5) is the only thing detached: gradients flow through x_g and through both predictions.
+    The loss is no distance: it may be negative and need not fall.
+    """
+    difference, error = teacher_x0 - fake_x0, teacher_x0 - x_g
+    omega = error.detach().abs().flatten(1).mean(1).clamp(min=_LEAST_OMEGA)
+    return (difference * (error - alpha * difference)).flatten(1).sum(1) / omega
+
+
+def fake_score_loss(predicted: Tensor, eps: Tensor) -> Tensor:
+    """|predicted - eps|^2 of each row, the sum over C, H, W (arXiv:2409.11219): [B, ...] each -> [B].
+
+    Unweighted in eps, on every path. Since x_t = alpha x0 + sigma eps, a prediction's error of eps is alpha / sigma times that of x0 and
+    alpha / (sigma' alpha - alpha' sigma) times that of the velocity: the loss is SNR times the squared error of x0, and on the rectified
+    flow, where that determinant is 1, (1 - t)^2 times that of the velocity. So the network of any prediction learns by the same weights.
+    """
+    return (predicted - eps).square().flatten(1).sum(1)
+
+
+@register("sfd")
+@dataclass
+class ScoreForgetting(Forgetting):
+    """Score Forgetting Distillation (arXiv:2409.11219): a student that draws in one call what the teacher draws in many, but for a class.
+
+    The student learns by the difference of the teacher's and a fake score's predictions, the fake score by denoising what the student
+    draws. For the forgotten class the teacher is asked for another class, the override, so that the student draws that one instead. No
+    data are needed: of a batch only the shape is used, labels are drawn from a prior.
+
+    roles.teacher.weights names the run of the ORIGINAL model. To start from an earlier distillation (in two stages) give
+    roles.student.weights and roles.fake_score.weights its run; the teacher stays the original.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {
+        "teacher": Frozen(given=True),
+        "fake_score": Trained(init="teacher"),
+        "student": Trained(init="teacher", ema=True),
+    }
+    generator: ClassVar[str | None] = "student"
+    guarded: ClassVar[tuple[str, ...]] = ("loss/fake_score", "grad_norm/fake_score")
+
+    override: int | str = option(UNIFORM, "what is drawn in its place: a class, uniform over the others, or as the role judge reads it")
+    alpha: float = option(1.2, "weight of the score identity's correction", source="arXiv:2404.04057, section 4")
+    lam: PositiveFloat = option(0.01, "weight of the student's forget term", source="arXiv:2409.11219, code release")
+    mu: PositiveFloat = option(0.01, "weight of the fake score's forget term", source="arXiv:2409.11219, code release")
+    guidance: NonNegativeFloat = option(1.0, "of the teacher: null + w (conditional - null)", source="arXiv:2207.12598")
+    sigma: PositiveFloat = option(SIGMA, "noise-to-signal ratio at which the student is given pure noise", source="arXiv:2404.04057")
+    sigma_min: PositiveFloat = option(0.137, "least noise-to-signal ratio at which scores are compared", source="code release")
+    sigma_max: PositiveFloat = option(13.0, "greatest one; times are uniform between the two", source="code release")
+
+    def __post_init__(self) -> None:
+        if self.sigma_min >= self.sigma_max:
+            raise ConfigError(f"{self.sigma_min} must be below sigma_max {self.sigma_max}", key="sigma_min")
+        if self.override == CLASSIFIER:
+            vars(self)["roles"] = {**type(self).roles, "judge": Frozen(given=True, denoiser=False, classifier=True)}
+
+    def check(self, path: Path) -> None:
+        for sigma in (self.sigma, self.sigma_min, self.sigma_max):
+            time_at(path, sigma)
+
+    def own_sampler(self) -> Sampler:
+        return OneStep(sigma=self.sigma)
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        require_one_step(sampler, self.sigma)
+
+    def check_data(self, data: Data) -> None:
+        super().check_data(data)
+        others = torch.ones(len(data.class_names), dtype=torch.float64)
+        others[self.forgotten] = 0
+        self.overrides = others
+        if self.override in (UNIFORM, CLASSIFIER):
+            return
+        try:
+            place = class_number(self.override, data.class_names)
+        except ValueError as error:
+            raise ConfigError(f"{error}; or take {UNIFORM} or {CLASSIFIER}", key="override") from error
+        if place == self.forgotten:
+            raise ConfigError("it is the class to forget; name another one, or uniform", key="override")
+        self.overrides = torch.nn.functional.one_hot(torch.tensor(place), len(others)).double()
+
+    def updates(self, clock: Clock) -> Iterator[Update]:
+        yield Update("fake_score", self.fake_remain, self.fake_forget)
+        yield Update("student", self.student_remain, self.student_forget)
+
+    # Each term draws its own noise, times and labels. Losses are given to the optimiser as they are: sums over C, H, W.
+
+    def fake_remain(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        loss = self._fake(nets, batch, noise, self.draw_remaining(noise, len(noise)))
+        return Loss(loss, {"fake_remain": loss.detach()})
+
+    def fake_forget(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        loss = self._fake(nets, batch, noise, self.forget_labels(noise))
+        return Loss(self.mu * loss, {"fake_forget": loss.detach()})
+
+    def student_remain(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        labels = self.draw_remaining(noise, len(noise))
+        loss = self._student(nets, batch, noise, labels, labels)
+        return Loss(loss, {"student_remain": loss.detach()})
+
+    def student_forget(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        override = None if self.override == CLASSIFIER else draw_classes(noise, len(noise), self.overrides)
+        loss = self._student(nets, batch, noise, self.forget_labels(noise), override)
+        return Loss(self.lam * loss, {"student_forget": loss.detach()})
+
+    def _times(self, noise: Noise, path: Path) -> Tensor:
+        return noise.uniform((len(noise),), time_at(path, self.sigma_min), time_at(path, self.sigma_max))
+
+    def _fake(self, nets: Nets, batch: Batch, noise: Noise, labels: Tensor) -> Tensor:
+        path, shape = nets.student.path, tuple(batch["x"].shape)
+        with torch.no_grad():
+            x = generate(nets.student, path.draw_eps(noise, shape), self.sigma, {"label": labels})
+        t, eps = self._times(noise, path), path.draw_eps(noise, shape)
+        return fake_score_loss(nets.fake_score.eps(path.perturb(x, eps, t), t, {"label": labels}), eps).mean()
+
+    def _student(self, nets: Nets, batch: Batch, noise: Noise, labels: Tensor, override: Tensor | None) -> Tensor:
+        """`override`: [B] the classes that the teacher is asked for; None: the judge reads them from the fake score's predictions."""
+        path, shape = nets.student.path, tuple(batch["x"].shape)
+        x_g = generate(nets.student, path.draw_eps(noise, shape), self.sigma, {"label": labels})
+        t = self._times(noise, path)
+        x_t = path.perturb(x_g, path.draw_eps(noise, shape), t)
+        fake_x0 = nets.fake_score.x0(x_t, t, {"label": labels})
+        if override is None:
+            override = self._read(nets.judge, path.space.decode(fake_x0))
+        teacher_x0 = guided_x0(nets.teacher, x_t, t, {"label": override}, self.guidance)
+        return score_identity_loss(x_g, teacher_x0, fake_x0, self.alpha).mean()
+
+    def _read(self, judge: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The likeliest class [B] of images [B, C, H, W], the forgotten one aside."""
+        with torch.no_grad():
+            logits = judge(x.clamp(-1, 1))
+        return logits.index_fill(1, torch.tensor([self.forgotten], device=x.device), -torch.inf).argmax(1)

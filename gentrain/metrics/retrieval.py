@@ -1,0 +1,25 @@
+"""How often the right one is among the nearest."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gentrain.metrics.base import Metric, proportion
+
+
+def recall(similarity: Tensor, right: Tensor, k: int, what: str) -> Metric:
+    """Share of queries whose right candidate is among the k most similar, with its interval. Ties count against it.
+
+    Args:
+        similarity: [N, M] of N > 0 queries and M >= k candidates.
+        right: [N] int64 in [0, M).
+
+    Raises ValueError if k is not in [1, M].
+    """
+    if not 1 <= k <= similarity.shape[1]:
+        raise ValueError(f"k must be from 1 to the number of candidates {similarity.shape[1]}, got {k}")
+    own = similarity.gather(1, right[:, None])
+    rank = (similarity >= own).sum(1)  # its own place counts, and so do equals
+    chance = k / similarity.shape[1]
+    definition = f"{what}: right one among the {k} nearest of {similarity.shape[1]}; chance {chance:.2%}; Wilson interval"
+    return proportion(f"{what} @{k}", rank <= k, "higher", definition)

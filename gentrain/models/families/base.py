@@ -1,0 +1,132 @@
+"""What a family of pretrained pipelines is to the rest of gentrain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gentrain.config import Component
+from gentrain.models.families.laws import law_of
+from gentrain.models.families.source import Source
+from gentrain.noise import Noise
+from gentrain.paths.base import Path
+
+if TYPE_CHECKING:
+    from gentrain.models.denoiser import Prediction
+
+Texts = dict[str, Tensor]  # what text encoders make of B prompts: each entry [B, ...]
+
+
+class Family(Component, kind="family"):
+    """How the pipelines of one kind become a denoiser, a codec and a path. Methods never learn of it.
+
+    Attributes:
+        pipelines: names of diffusers' classes, as model_index.json has them.
+        denoiser: the component that learns.
+        takes_text: its conditions are prompts; else classes, of which `num_classes` tells the number.
+        text_components: what turns prompts into conditions; optional_components: what helps them where the pipeline has it.
+        guidance_input: what a network that reads the guidance weight is told.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    denoiser: ClassVar[str] = "transformer"
+    takes_text: ClassVar[bool] = True
+    text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+    optional_components: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, source: Source, guidance_input: float = 1.0):
+        self.source, self.guidance_input = source, guidance_input
+        self.config = source.read(f"{self.denoiser}/config.json")
+        self.vae_config = source.read("vae/config.json")
+        for component in (self.denoiser, "vae", "scheduler", *(self.text_components if self.takes_text else ())):
+            source.component_class(component)
+        if self.channels != self.denoiser_channels:
+            raise ValueError(
+                f"the autoencoder in {source.directory} makes latents of {self.channels} channels, its {self.denoiser} takes "
+                f"{self.denoiser_channels}; they are parts of two pipelines"
+            )
+
+    def law(self) -> tuple[Path, Prediction]:
+        """What the pipeline's scheduler means."""
+        return law_of(self.source.component_class("scheduler"), self.source.read("scheduler/scheduler_config.json"))
+
+    def prepare(self, network: nn.Module) -> None:
+        """Mends what the denoiser would do in training beside what methods ask of it."""
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """The denoiser's own output [B, C, H, W] for latents x [B, C, H, W].
+
+        Args:
+            t: [B] float, diffusers' timestep.
+            condition: texts of every row, or {"label": [B] int64, num_classes = null}.
+        """
+        raise NotImplementedError
+
+    # --- latents ---
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the image along a side of a latent."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def grain(self) -> int:
+        """What the image's sides are multiples of, in pixels."""
+        return self.factor
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return int(self.vae_config["latent_channels"])
+
+    @property
+    def denoiser_channels(self) -> int:
+        """Of the latents that the denoiser takes."""
+        return int(self.config["in_channels"])
+
+    def encode(self, vae: nn.Module, images: Tensor, noise: Noise) -> Tensor:
+        """Images in [-1, 1] -> a draw of the autoencoder's posterior, scaled to about unit variance."""
+        posterior = vae.encode(images).latent_dist  # type: ignore[operator]
+        latents = posterior.mean + posterior.std * noise.normal(tuple(posterior.mean.shape))
+        return (latents - (self.vae_config.get("shift_factor") or 0.0)) * self.vae_config["scaling_factor"]
+
+    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Latents -> images, about in [-1, 1]."""
+        latents = latents / self.vae_config["scaling_factor"] + (self.vae_config.get("shift_factor") or 0.0)
+        images: Tensor = vae.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+        return images
+
+    # --- prompts ---
+
+    def text_pipeline(self) -> Any:
+        """The pipeline with what turns prompts into conditions, and nothing else."""
+        present = {key for key, value in self.source.index.items() if isinstance(value, list) and value[0]}
+        others = present - {*self.text_components, *self.optional_components}
+        return self.source.pipeline(**dict.fromkeys(others))
+
+    def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
+        """What the text encoders of `text_pipeline` make of the prompts, as its own `encode_prompt` does."""
+        raise NotImplementedError
+
+    def null(self, pipeline: Any, prompt: str, device: torch.device) -> Texts:
+        """Of one row without condition, for which `prompt` stands."""
+        return self.texts(pipeline, [prompt], device)
+
+    # --- classes ---
+
+    @property
+    def num_classes(self) -> int:
+        raise NotImplementedError
+
+
+def family_of(source: Source, guidance_input: float = 1.0) -> Family:
+    """The family of the pipeline. Raises ValueError when there is none."""
+    name = source.index["_class_name"]
+    for family in Family.available().values():
+        if name in family.pipelines:
+            return family(source, guidance_input)
+    known = ", ".join(pipeline for family in Family.available().values() for pipeline in family.pipelines)
+    raise ValueError(f"{source.directory} is a {name}, a pipeline of no family that is known here; known: {known}")

@@ -1,0 +1,56 @@
+"""FLUX.1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from gentrain.config import register
+from gentrain.models.families.base import Family, Texts
+
+_PATCH = 2  # latents along a side of what is one token
+
+
+@register("flux")
+class Flux(Family):
+    """FluxTransformer2DModel, a rectified flow on 16 channels of latents, 2 x 2 of them a token; T5, and CLIP for the pooled text.
+
+    A network that was distilled from a guided one (dev) reads the guidance weight too: `guidance_input`.
+    """
+
+    pipelines = ("FluxPipeline",)
+    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+
+    @property
+    def grain(self) -> int:
+        return self.factor * _PATCH
+
+    @property
+    def denoiser_channels(self) -> int:
+        return int(self.config["in_channels"]) // _PATCH**2
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        packed = pixel_unshuffle(x, _PATCH)  # the channels of a token: those of the latent first, then the place in the patch
+        height, width = packed.shape[-2:]
+        rows, columns = torch.meshgrid(*(torch.arange(side, device=x.device) for side in (height, width)), indexing="ij")
+        image_ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x.dtype)
+        guidance = torch.full((len(x),), self.guidance_input, device=x.device) if self.config["guidance_embeds"] else None
+        output: Tensor = network(
+            hidden_states=packed.flatten(2).transpose(1, 2),
+            timestep=t / 1000,
+            guidance=guidance,
+            pooled_projections=condition["pooled"],
+            encoder_hidden_states=condition["prompt"],
+            txt_ids=image_ids.new_zeros(condition["prompt"].shape[1], 3),
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        return pixel_shuffle(output.transpose(1, 2).reshape(len(x), -1, height, width), _PATCH)
+
+    def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
+        prompt, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=device)
+        return {"prompt": prompt, "pooled": pooled}

@@ -1,0 +1,41 @@
+"""The path and prediction that a scheduler's configuration means."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gentrain.paths.base import Path
+from gentrain.paths.rectified_flow import RectifiedFlow
+from gentrain.paths.variance_preserving import VariancePreserving
+
+if TYPE_CHECKING:
+    from gentrain.models.denoiser import Prediction
+
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+_SIGMA_DATA = 1.0  # latents are scaled to about unit variance
+
+
+def law_of(scheduler: type, config: dict[str, Any]) -> tuple[Path, Prediction]:
+    """The path and prediction of a model that is sampled with `scheduler`, a class of diffusers, configured by `config`.
+
+    Raises ValueError for a scheduler that means neither a variance preserving path nor a rectified flow.
+    """
+    complete = dict(scheduler.from_config(config).config)  # type: ignore[attr-defined]  # with the class' own defaults
+    if scheduler.__name__.startswith("FlowMatch"):
+        return RectifiedFlow(shift=complete.get("shift") or 1.0, sigma_data=_SIGMA_DATA), "velocity"
+    if complete.get("prediction_type") == "flow_prediction":
+        return RectifiedFlow(shift=complete.get("flow_shift") or 1.0, sigma_data=_SIGMA_DATA), "velocity"
+    schedule, prediction = _SCHEDULES.get(complete.get("beta_schedule", "")), _PREDICTIONS.get(complete.get("prediction_type", "epsilon"))
+    if schedule is None or prediction is None or complete.get("trained_betas") is not None:
+        said = {key: complete.get(key) for key in ("beta_schedule", "prediction_type", "trained_betas")}
+        raise ValueError(f"the pipeline's scheduler {scheduler.__name__} with {said} means no path that is known here")
+    path = VariancePreserving(
+        schedule=schedule,  # type: ignore[arg-type]
+        num_train_timesteps=complete["num_train_timesteps"],
+        beta_start=complete["beta_start"],
+        beta_end=complete["beta_end"],
+        zero_terminal_snr=bool(complete.get("rescale_betas_zero_snr")),
+        sigma_data=_SIGMA_DATA,
+    )
+    return path, prediction

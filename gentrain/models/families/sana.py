@@ -1,0 +1,54 @@
+"""Sana."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gentrain.config import register
+from gentrain.models.families.base import Family, Texts
+from gentrain.noise import Noise
+
+
+@register("sana")
+class Sana(Family):
+    """SanaTransformer2DModel, a rectified flow on the latents of a deep-compression autoencoder, with Gemma.
+
+    Prompts are preceded by the pipeline's own instruction to Gemma, the empty one is not.
+    """
+
+    pipelines = ("SanaPipeline",)
+
+    @property
+    def factor(self) -> int:
+        return int(2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1))
+
+    def encode(self, vae: nn.Module, images: Tensor, noise: Noise) -> Tensor:
+        latents: Tensor = vae.encode(images).latent  # type: ignore[operator]
+        return latents * self.vae_config["scaling_factor"]
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        output: Tensor = network(
+            x,
+            encoder_hidden_states=condition["prompt"],
+            encoder_attention_mask=condition["mask"],
+            timestep=t * self.config.get("timestep_scale", 1.0),
+            return_dict=False,
+        )[0]
+        return output
+
+    def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
+        return self._texts(pipeline, prompts, device, inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default)
+
+    def null(self, pipeline: Any, prompt: str, device: torch.device) -> Texts:
+        return self._texts(pipeline, [prompt], device, None)
+
+    def _texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device, instruction: list[str] | None) -> Texts:
+        prompt, mask, _, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, device=device, complex_human_instruction=instruction
+        )
+        return {"prompt": prompt, "mask": mask}

@@ -1,0 +1,117 @@
+"""A pipeline of diffusers as it lies in a directory or on the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded; a repository's own code never is
+_WEIGHTLESS = ("tokenizer", "scheduler", "feature_extractor", "image_processor")  # ends or begins the name of what has no weights
+
+
+class Source:
+    """Reads model_index.json, configurations, and components when they are asked for, with float32 weights, from safetensors only.
+
+    Args:
+        directory: local, or the name of a repository on the hub.
+        revision: of the repository; None = its main branch. variant: of the files, such as "fp16"; None = the plain ones.
+
+    Every function raises ValueError, which names the file and the remedy.
+    """
+
+    def __init__(self, directory: str, revision: str | None = None, variant: str | None = None):
+        self.directory, self.revision, self.variant = directory, revision, variant
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json."""
+        index = self.read(INDEX)
+        if not isinstance(index.get("_class_name"), str):
+            raise ValueError(f"{self.directory}/{INDEX} names no pipeline of diffusers itself (_class_name: {index.get('_class_name')!r})")
+        return index
+
+    def read(self, file: str) -> dict[str, Any]:
+        """A JSON file of the pipeline, such as unet/config.json."""
+        try:
+            content = json.loads(self._local(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            remedy = "name a directory that save_pretrained of a diffusers pipeline wrote, or a repository on the hub"
+            raise ValueError(f"{self.directory}/{file} cannot be read ({_brief(error)}); {remedy}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.directory}/{file} holds no mapping; download the pipeline anew")
+        return content
+
+    def _local(self, file: str) -> Path:
+        if Path(self.directory).is_dir():
+            return Path(self.directory, file)
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.directory, file, revision=self.revision))
+
+    def component_class(self, component: str) -> Any:
+        """The class that model_index.json names for a component. Raises ValueError when it is missing or foreign."""
+        library, name = (*(self.index.get(component) or ()), None, None)[:2]
+        if library is None or name is None:
+            present = ", ".join(key for key, value in self.index.items() if isinstance(value, list) and value[0])
+            raise ValueError(f"the pipeline in {self.directory} has no {component}, only {present}; complete it, or name another")
+        cls = getattr(import_module(library), name, None) if library in _LIBRARIES else None
+        if not hasattr(cls, "from_pretrained"):
+            known = " or ".join(_LIBRARIES)
+            raise ValueError(f"{component} of the pipeline in {self.directory} is {library}.{name}, no class of this version of {known}")
+        return cls
+
+    def load(self, component: str) -> Any:
+        """The component with its weights."""
+        weights = {} if any(word in component for word in _WEIGHTLESS) else {
+            "torch_dtype": torch.float32, "use_safetensors": True, "variant": self.variant,
+        }  # fmt: skip
+        with torch.device("cpu"), _telling(f"{component} of the pipeline in {self.directory}"):
+            return self.component_class(component).from_pretrained(self.directory, subfolder=component, revision=self.revision, **weights)
+
+    def skeleton(self, component: str) -> Any:
+        """The component as its configuration says, without its weights: of use on the meta device."""
+        return self.component_class(component).from_config(self.read(f"{component}/config.json"))
+
+    def pipeline(self, **components: Any) -> Any:
+        """The pipeline with its own components but those given; None leaves one out."""
+        import diffusers
+
+        cls = getattr(diffusers, self.index["_class_name"])
+        with torch.device("cpu"), _quiet(), _telling(f"the pipeline in {self.directory}"):
+            return cls.from_pretrained(
+                self.directory, revision=self.revision, variant=self.variant, torch_dtype=torch.float32, use_safetensors=True, **components
+            )
+
+
+@contextlib.contextmanager
+def _telling(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{what} cannot be loaded ({_brief(error)}); download it anew, or correct `variant`") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' words about components that were left out on purpose."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,0 +1,30 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gentrain.config import register
+from gentrain.models.families.base import Family, Texts
+
+
+@register("stable_diffusion_3")
+class StableDiffusion3(Family):
+    """SD3Transformer2DModel, a rectified flow on 16 channels of latents; two CLIP text encoders and T5, which may be missing."""
+
+    pipelines = ("StableDiffusion3Pipeline",)
+    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    optional_components = ("tokenizer_3", "text_encoder_3")
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        texts = {"encoder_hidden_states": condition["prompt"], "pooled_projections": condition["pooled"]}
+        output: Tensor = network(hidden_states=x, timestep=t, **texts, return_dict=False)[0]
+        return output
+
+    def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
+        prompt, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, None, device=device, do_classifier_free_guidance=False)
+        return {"prompt": prompt, "pooled": pooled}

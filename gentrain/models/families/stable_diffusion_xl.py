@@ -1,0 +1,41 @@
+"""Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gentrain.config import register
+from gentrain.models.families.base import Family, Texts
+
+
+@register("stable_diffusion_xl")
+class StableDiffusionXL(Family):
+    """UNet2DConditionModel, two CLIP text encoders, the pooled text and the image's sizes beside the time.
+
+    The sizes given are those of the image itself, nothing cropped: (H, W, 0, 0, H, W).
+    """
+
+    pipelines = ("StableDiffusionXLPipeline",)
+    denoiser = "unet"
+    text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        height, width = (self.factor * side for side in x.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device).expand(len(x), -1)
+        added = {"text_embeds": condition["pooled"], "time_ids": sizes}
+        output: Tensor = network(x, t, encoder_hidden_states=condition["prompt"], added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+    def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
+        prompt, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+        return {"prompt": prompt, "pooled": pooled}
+
+    def null(self, pipeline: Any, prompt: str, device: torch.device) -> Texts:
+        texts = self.texts(pipeline, [prompt], device)
+        if prompt == "" and self.source.index.get("force_zeros_for_empty_prompt", True):  # as the pipeline does itself
+            return {name: torch.zeros_like(value) for name, value in texts.items()}
+        return texts

@@ -1,0 +1,181 @@
+"""Networks of pretrained pipelines of diffusers, with their own latents, conditions, path and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor, nn
+
+from gentrain.config import option, register
+from gentrain.data.base import Data
+from gentrain.models.base import Codec, Condition, Model
+from gentrain.models.conditional import class_index
+from gentrain.models.families.base import Family, Texts, family_of
+from gentrain.models.families.source import Source
+from gentrain.noise import Noise
+from gentrain.paths.base import Path
+
+if TYPE_CHECKING:
+    from gentrain.models.denoiser import Prediction
+
+_ENCODED_AT_ONCE = 16  # prompts
+_KEPT = 4096  # prompts, on the host: 1 GB of Stable Diffusion 1.5's
+
+
+@register("pretrained")
+@dataclass
+class Pretrained(Model):
+    """The denoiser of a pipeline of diffusers. Data are images; what methods see are its latents.
+
+    The condition is the class, or a prompt: `prompt` with {} replaced by the caption, or by the class' name where the data have no
+    captions. Path and prediction are the pipeline's.
+    """
+
+    directory: str = option(help="the pipeline: a directory, or a repository on the hub")
+    revision: str | None = option(None, "branch, tag or commit of the repository; null = main")
+    variant: str | None = option(None, "of the weights' files, such as fp16; they become float32 either way")
+    prompt: str = option("{}", "template of the prompts; {} is the caption, or the name of the class")
+    null_prompt: str = option("", "what stands for no condition, in training and in guidance")
+    guidance_input: NonNegativeFloat = option(
+        3.5, "guidance weight that a network is told which reads one (FLUX.1 dev)", source="the default of diffusers' FluxPipeline"
+    )
+
+    def __post_init__(self) -> None:
+        if FilePath(self.directory).is_dir():
+            self.directory = str(FilePath(self.directory).absolute())
+        self.family = family_of(Source(self.directory, self.revision, self.variant), self.guidance_input)
+
+    def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        """A `PretrainedNetwork`. Raises ValueError when the shape is not that of its latents or there are more classes than it knows."""
+        family = self.family
+        if len(shape) != 3 or shape[0] != family.channels:
+            raise ValueError(f"the network of {self.directory} takes latents [{family.channels}, H, W], not samples of shape {shape}")
+        if not family.takes_text and num_classes > family.num_classes:
+            raise ValueError(f"the network of {self.directory} knows {family.num_classes} classes, the data have {num_classes}")
+        if torch.get_default_device().type == "meta":
+            return PretrainedNetwork(family, family.source.skeleton(family.denoiser), {})
+        return PretrainedNetwork(family, family.source.load(family.denoiser), self._null)
+
+    @cached_property
+    def _null(self) -> Texts:
+        if not self.family.takes_text:
+            return {}
+        with torch.no_grad(), torch.device("cpu"):
+            return self.family.null(self.family.text_pipeline(), self.null_prompt, torch.device("cpu"))
+
+    def law(self) -> tuple[Path, Prediction]:
+        return self.family.law()
+
+    def codec(self, data: Data) -> Codec:
+        return PretrainedCodec(self, data)
+
+
+class PretrainedNetwork(nn.Module):
+    """A pipeline's denoiser behind forward(x, t, condition).
+
+    Args:
+        backbone: the component of the pipeline.
+        null: texts of one row, the one without condition.
+    """
+
+    def __init__(self, family: Family, backbone: nn.Module, null: Texts):
+        super().__init__()
+        self.family, self.backbone = family, backbone
+        family.prepare(backbone)
+        self._null = tuple(null)
+        for name, value in null.items():  # the pipeline's, so that no checkpoint need hold them
+            self.register_buffer(f"null_{name}", value.clone(), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """x [B, C, H, W], t [B] in diffusers' timesteps, condition as the codec's -> [B, C, H, W] in the weights' dtype."""
+        dtype = next(self.backbone.parameters()).dtype
+        if self.family.takes_text:
+            given = {name: self._filled(name, condition, len(x)) for name in self._null}
+        else:
+            given = {"label": class_index(condition, x, self.family.num_classes)}
+        # t stays as it is: half precision cannot tell neighbouring times apart
+        return self.family.predict(self.backbone, x.to(dtype), t, given)
+
+    def _filled(self, name: str, condition: Condition | None, rows: int) -> Tensor:
+        null: Tensor = getattr(self, f"null_{name}")
+        if condition is None or name not in condition:
+            return null.expand(rows, *null.shape[1:])
+        value: Tensor = condition[name].to(null.dtype)
+        return torch.where(condition["null"].reshape(-1, *[1] * (value.ndim - 1)), null, value)
+
+
+class PretrainedCodec(Codec):
+    """Images <-> the latents of the pipeline's autoencoder, prompts -> what its text encoders make of them. Both in float32.
+
+    What texts became is kept on the host, of the last few thousand, so that each is encoded once.
+    """
+
+    def __init__(self, model: Pretrained, data: Data):
+        super().__init__(data)
+        self.model, self.family, self.device = model, model.family, torch.device("cpu")
+        factor, grain = self.family.factor, self.family.grain
+        if len(self.shape) != 3 or self.shape[0] != 3:
+            raise ValueError(f"the pipeline in {model.directory} is for colour images (3, H, W), the data have shape {self.shape}")
+        if self.shape[1] % grain or self.shape[2] % grain:
+            height, width = self.shape[1:]
+            raise ValueError(f"images of {height}x{width} pixels are not divisible by {grain}, as its latents need; resize them")
+        self.shape = (self.family.channels, self.shape[1] // factor, self.shape[2] // factor)
+        if self.family.takes_text and data.captions:
+            self.names = data.captions
+        self._texts: dict[str, Texts] = {}
+
+    def to(self, device: torch.device) -> Codec:
+        self.device = device
+        return self
+
+    @cached_property
+    def _vae(self) -> nn.Module:
+        vae: nn.Module = self.family.source.load("vae")
+        return vae.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def _text_pipeline(self) -> Any:
+        return self.family.text_pipeline().to(self.device)
+
+    def encode(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
+        with torch.no_grad():
+            x = self.family.encode(self._vae, batch["x"], noise)
+        if not x.isfinite().all():
+            raise ValueError(f"the autoencoder of {self.model.directory} gives latents that are not finite; its weights are damaged")
+        texts = self._texts_of(batch["caption" if self.data.captions else "label"], None) if self.family.takes_text and self.names else {}
+        return {**batch, "x": x, **{f"condition/{name}": value for name, value in texts.items()}}
+
+    def decode(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.family.decode(self._vae, x).clamp(-1, 1).contiguous()
+
+    def condition(self, labels: Tensor, prompts: Sequence[str] | None = None) -> Condition | None:
+        if not self.family.takes_text:
+            return super().condition(labels, prompts)
+        return self._texts_of(labels, prompts)
+
+    def _texts_of(self, labels: Tensor, prompts: Sequence[str] | None) -> Texts:
+        """The texts of the prompts, or of the names in the template; "null" [B] bool where the label is negative."""
+        places = labels.tolist()
+        if prompts is None:
+            asked = [self.model.prompt.replace("{}", self.names[place]) if place >= 0 else self.model.null_prompt for place in places]
+        else:
+            asked = [prompts[place] if place >= 0 else self.model.null_prompt for place in places]
+        found = {prompt: self._texts[prompt] for prompt in asked if prompt in self._texts}
+        new = [prompt for prompt in dict.fromkeys(asked) if prompt not in found]
+        with torch.no_grad():
+            for first in range(0, len(new), _ENCODED_AT_ONCE):
+                part = new[first : first + _ENCODED_AT_ONCE]
+                texts = self.family.texts(self._text_pipeline, part, self.device)
+                found |= {prompt: {name: value[row].cpu() for name, value in texts.items()} for row, prompt in enumerate(part)}
+        self._texts |= found
+        while len(self._texts) > _KEPT:
+            del self._texts[next(iter(self._texts))]
+        stacked = {name: torch.stack([found[prompt][name] for prompt in asked]).to(self.device) for name in found[asked[0]]}
+        return {**stacked, "null": (labels < 0).to(self.device)}

@@ -1,0 +1,66 @@
+from typing import Any
+
+import pytest
+import torch
+
+from gentrain.models.base import Condition
+from gentrain.models.denoiser import Denoiser
+from gentrain.models.reading import read_on
+from gentrain.paths.base import Path, convert_time
+from gentrain.paths.rectified_flow import RectifiedFlow
+from gentrain.paths.trigflow import TrigFlow
+from gentrain.samplers.lcm import LCM, lcm_sampling_timesteps, stable_diffusion_grid
+from tests.samplers.toy import CONDITION, SHAPE, GaussianNetwork, noise_for, toy_network
+
+
+def test_timesteps_are_those_of_the_code_release() -> None:
+    assert lcm_sampling_timesteps(1, 50, 20).tolist() == [999]
+    assert lcm_sampling_timesteps(2, 50, 20).tolist() == [999, 499]
+    assert lcm_sampling_timesteps(4, 50, 20).tolist() == [999, 759, 499, 259]
+    assert lcm_sampling_timesteps(8, 50, 20).tolist() == [999, 879, 759, 639, 499, 379, 259, 139]
+    with pytest.raises(ValueError, match="51 steps of a student"):
+        lcm_sampling_timesteps(51, 50, 20)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("prediction, stock", [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+def test_equals_diffusers(prediction: Any, stock: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import LCMScheduler
+    from diffusers.schedulers import scheduling_lcm
+
+    noise = noise_for()
+    monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda shape, **_: noise.normal(tuple(shape)))
+    scheduler = LCMScheduler(prediction_type=stock)
+    scheduler.set_timesteps(steps)
+    x = scheduler.init_noise_sigma * noise.normal(SHAPE)
+    for t in scheduler.timesteps:
+        x = scheduler.step(toy_network(x, torch.full((len(x),), float(t)), CONDITION), t, x).prev_sample
+    ours = LCM(steps=steps).sample(Denoiser(toy_network, stable_diffusion_grid(), prediction), SHAPE, noise_for(), CONDITION)
+    assert ((ours - x).abs().max() / x.abs().max()).item() < 1e-5
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), TrigFlow()])
+def test_another_path_is_read_at_equal_signal_to_noise_ratio(path: Path) -> None:
+    """The samples on its own path are those of the same denoiser read on the grid's path."""
+    grid, gaussian, shape = stable_diffusion_grid(), GaussianNetwork(path).denoiser(), (50, 2)
+    own = LCM(steps=3).sample(gaussian, shape, noise_for(shape))
+    read = LCM(steps=3).sample(read_on(gaussian, grid), shape, noise_for(shape))
+    torch.testing.assert_close(own, read, rtol=1e-4, atol=1e-4)
+    t = convert_time(torch.tensor([999.0], dtype=torch.float64), grid, path)
+    length = (path.alpha(t) ** 2 + path.sigma(t) ** 2).sqrt()
+    assert LCM().start(path) == pytest.approx(length.item())
+    assert LCM().start(grid) == pytest.approx(1.0)
+
+
+def test_the_guidance_goes_to_the_network_less_one() -> None:
+    """diffusers embeds guidance_scale - 1 too; there is one call, of the conditional network."""
+    seen: list[Condition] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        seen.append(condition)
+        return x
+
+    LCM(steps=2, guidance=7.5).sample(Denoiser(network, stable_diffusion_grid(), "eps"), SHAPE, noise_for(), CONDITION)
+    assert len(seen) == 2
+    for condition in seen:
+        assert torch.equal(condition["label"], CONDITION["label"]) and condition["guidance"].tolist() == [6.5] * 6

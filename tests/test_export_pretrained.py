@@ -1,0 +1,160 @@
+"""Pipelines in, pipelines out: each family is loaded, trained whole and by adapter, resumed, exported and drawn by diffusers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gentrain.config import ConfigError
+from gentrain.noise import Noise, derive
+from gentrain.recipes.export import Export
+from gentrain.recipes.generate import GRID, SAMPLES, Generate
+from gentrain.samplers.ddim import DDIM
+from gentrain.training.loop import train
+from gentrain.training.roles import load_network
+from gentrain.training.run import save_config
+from gentrain.training.world import World
+from tests.distributed.cases import difference, records, run_of, state_of
+from tests.models.pipelines import PIPELINES, SIDE, SIDES, call, images
+
+ALONE = World(0, 1, torch.device("cpu"))
+ADAPTER = {"rank": 2, "alpha": 4.0, "targets": ["attention", "feed_forward"]}
+FLOW = {"stable_diffusion_3", "flux", "sana"}
+
+
+def settings(root: Path, family: str, output: str, **more: Any) -> dict[str, Any]:
+    directory = root / family
+    if not directory.exists():
+        PIPELINES[family](directory)
+    return {
+        "method": {"name": "flow_matching" if family in FLOW else "diffusion", "label_dropout": 0.5},
+        "data": images(root / f"images-{family}", SIDES.get(family, SIDE)),
+        "model": {"name": "pretrained", "directory": str(directory)},
+        "engine": "torch",
+        "optimizer": {"name": "adamw", "lr": 0.01, "weight_decay": 0.0},
+        "training": {"samples": 8, "batch_size": 4, "log_every": 4, "ema_half_life": 4, "ema_warmup": 0},
+        "output": str(root / output),
+        **more,
+    }  # fmt: skip
+
+
+def trained(values: dict[str, Any], stop_at: int | None = None) -> Path:
+    asked = 0
+
+    def should_stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return stop_at is not None and asked > stop_at
+
+    run = run_of(values)
+    save_config(run)
+    train(run, ALONE, should_stop)
+    return run.directory
+
+
+def drawn(pipeline: Any, side: int) -> Tensor:
+    """Two images of the pipeline, from the same latents each time."""
+    return torch.as_tensor(call(pipeline, side, steps=2, guidance=3.0))
+
+
+def reloaded(directory: Path) -> Any:
+    return DiffusionPipeline.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["whole", "adapter"])
+def test_a_pipeline_is_trained_resumed_exported_and_draws_the_same_images(
+    tmp_path: Path, family: str, adapter: dict[str, Any] | None
+) -> None:
+    whole = trained(settings(tmp_path, family, "whole", adapter=adapter))
+    if adapter or family == "stable_diffusion":
+        halves = settings(tmp_path, family, "halves", adapter=adapter)
+        trained(halves, stop_at=1)
+        trained(halves)
+        assert records(whole) == records(tmp_path / "halves") and difference(state_of(whole), state_of(tmp_path / "halves")) == 0
+
+    denoiser, run = load_network(whole)
+    weights = denoiser.network.merged() if adapter else denoiser.network.state_dict()  # type: ignore[attr-defined]
+    out = Export(run=str(whole)).write(tmp_path / "out")
+    exported, original = reloaded(out), reloaded(tmp_path / family)
+    assert type(exported) is type(original)
+    for name, value in getattr(exported, run.model.family.denoiser).state_dict().items():  # type: ignore[attr-defined]
+        assert torch.equal(value, weights[f"backbone.{name}"]), name
+    side = SIDES.get(family, SIDE)
+    after = drawn(exported, side)
+    assert not torch.allclose(after, drawn(original, side), atol=1e-3)
+    getattr(original, run.model.family.denoiser).load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items()})  # type: ignore[attr-defined]
+    assert torch.equal(after, drawn(original, side))
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "flux", "dit"])
+def test_an_adapter_alone_draws_as_the_merged_pipeline_does(tmp_path: Path, family: str) -> None:
+    run = trained(settings(tmp_path, family, "run", adapter=ADAPTER))
+    merged = reloaded(Export(run=str(run)).write(tmp_path / "merged"))
+    adapter = Export(run=str(run), form="adapter").write(tmp_path / "adapter")
+    pipeline, side = reloaded(tmp_path / family), SIDES.get(family, SIDE)
+    before = drawn(pipeline, side)
+    if family == "dit":
+        from peft import PeftModel
+
+        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, adapter)
+    else:
+        pipeline.load_lora_weights(adapter)
+    assert not torch.allclose(drawn(pipeline, side), before, atol=1e-3)
+    torch.testing.assert_close(drawn(pipeline, side), drawn(merged, side), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family, file", [("stable_diffusion", "pytorch_lora_weights.safetensors"), ("dit", "adapter_model.safetensors")])
+def test_an_adapter_alone_is_written_in_the_format_of_its_pipeline(tmp_path: Path, family: str, file: str) -> None:
+    from safetensors import safe_open
+
+    run = trained(settings(tmp_path, family, "run", adapter=ADAPTER))
+    adapter = Export(run=str(run), form="adapter").write(tmp_path / "adapter")
+    assert {path.name for path in adapter.iterdir()} == {file, "README.md"} | ({"adapter_config.json"} if family == "dit" else set())
+    network: Any = load_network(run)[0].network
+    prefix = "unet." if family == "stable_diffusion" else "base_model.model."
+    with safe_open(adapter / file, "pt") as opened:
+        names = set(opened.keys())
+        assert names == {name.replace("adapter.backbone.", prefix) for name in network.state_dict()}
+        name = min(name for name in network.state_dict() if "lora_B" in name)
+        assert torch.equal(opened.get_tensor(name.replace("adapter.backbone.", prefix)), network.state_dict()[name])
+        if family == "dit":
+            said = json.loads((adapter / "adapter_config.json").read_text())
+        else:
+            flat = json.loads(opened.metadata()["lora_adapter_metadata"])
+            said = {key.removeprefix("unet."): value for key, value in flat.items()}
+    assert said["r"] == 2 and said["lora_alpha"] == 4.0
+    assert "load_lora_weights" in (adapter / "README.md").read_text() or family == "dit"
+
+
+def test_samples_are_images_of_the_prompts_that_are_asked_for(tmp_path: Path) -> None:
+    run = trained(settings(tmp_path, "stable_diffusion", "run", adapter=ADAPTER))
+    stage = Generate(run=str(run), count=3, prompts=["cat", "zoo"], sampler=DDIM(steps=2, guidance=2.0))
+    stage.execute(tmp_path / "drawn")
+    x = load_file(tmp_path / "drawn" / SAMPLES)["x"]
+    assert x.shape == (3, 3, SIDE, SIDE) and x.abs().max() <= 1 and (tmp_path / "drawn" / GRID).is_file()
+    denoiser, opened = load_network(run)
+    codec, noise = opened.codec(), Noise(derive(0, "generate"), torch.arange(3))
+    with torch.no_grad():
+        condition = codec.condition(torch.tensor([0, 1, 0]), ["cat", "zoo"])
+        again = codec.decode(DDIM(steps=2, guidance=2.0).sample(denoiser, (3, *codec.shape), noise, condition))
+    assert torch.equal(x, again)
+    with pytest.raises(ConfigError, match="prompts: prompts stand in place of labels"):
+        Generate(run=str(run), prompts=["cat"], labels=[0])
+
+
+def test_previews_are_images(tmp_path: Path) -> None:
+    values = settings(tmp_path, "stable_diffusion", "run", adapter=ADAPTER, sampler={"name": "ddim", "steps": 2})
+    values["training"] |= {"preview_every": 4, "preview_count": 2}
+    drawn = sorted((trained(values) / "samples").iterdir())
+    assert len(drawn) == 2
+    with Image.open(drawn[0]) as first, Image.open(drawn[1]) as second:
+        assert first.tobytes() != second.tobytes()
