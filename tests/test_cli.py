@@ -159,7 +159,7 @@ def test_plan_starts_nothing_and_writes_nothing(gentrain: Command, folder: Path)
     assert "generator: 2 workers under Ray Train, micro-batches of 8" in printed
     status, printed = gentrain("plan", "toy.yaml", "model.width=16")
     assert status == 0 and "toy: this process, micro-batches of 16" in printed
-    parameters = re.search(r"│ model │ mlp +│ ([\d,]+) +│ yes +│ yes", printed)
+    parameters = re.search(r"│ model │ mlp +│ ([\d,]+) +│ \1 +│ yes", printed)
     assert parameters is not None
     # time 2 (16 16 + 16), labels 4 16, input 2 16 + 16, layer 2 (16 16 + 16), output 16 2 + 2
     assert int(parameters[1].replace(",", "")) == 544 + 64 + 48 + 544 + 34
