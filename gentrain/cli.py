@@ -67,7 +67,10 @@ def main() -> None:
     """Entry point: turns expected errors into one clear message and an exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
     logging.getLogger("gentrain").setLevel(logging.INFO)
-    sys.exit(_guarded(app))
+    try:
+        sys.exit(_guarded(app))
+    except KeyboardInterrupt:  # while it is still being imported
+        sys.exit(130)
 
 
 def _guarded(command: Callable[..., Any], passed_on: tuple[type[Exception], ...] = ()) -> int:
@@ -214,13 +217,17 @@ def export(run: Path, out: Path, overrides: ExportOverrides = None) -> int:
 
     Example: gentrain export runs/quickstart/generator digits-pipeline sampler.guidance=3
     """
+    from gentrain.config import ConfigError
     from gentrain.recipes.export import Export
     from gentrain.training.run import open_run
 
     scores = run / EVALUATION
     values = {"run": str(run), "sampler": _plain(open_run(run).sampler), "scores": str(scores) if scores.is_dir() else None}
     stage = _stage(Export, values, overrides)
-    _say(f"exported: {stage.write(out)}")
+    try:
+        _say(f"exported: {stage.write(out)}")
+    except FileExistsError as error:
+        raise ConfigError(str(error)) from error
     return 0
 
 
@@ -230,8 +237,11 @@ def report(run: Path) -> int:
 
     Example: gentrain report runs/quickstart
     """
+    from gentrain.config import ConfigError
     from gentrain.report import write_report
 
+    if not run.is_dir():
+        raise ConfigError("no such run; name the directory of a run or a recipe", source=str(run))
     _say(str(write_report(run)))
     return 0
 

@@ -99,6 +99,9 @@ def load(path: str | Path | None, overrides: Iterable[str] = (), extra: Mapping[
         for part in reversed(key.split(".")):
             parsed = {part: parsed}
         _merge(together, parsed)
+        for name, whole in _keys(parsed):
+            if whole:
+                origins.pop(join(name, "name"), None)  # of the component that it names or replaces
         # A section that a file began stays that file's, where it lacks a key.
         origins.update({name: COMMAND_LINE for name, whole in _keys(parsed) if whole or name not in origins})
     _merge(values, together)

@@ -122,7 +122,7 @@ def export(
 def refuse_present(out: Path) -> None:
     """Raises FileExistsError unless `out` is not there, or an empty directory."""
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise FileExistsError(f"{out} exists and is not an empty directory; name another or remove it")
+        raise FileExistsError(f"{out} exists and is not an empty directory; name another")
 
 
 @contextmanager

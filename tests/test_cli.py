@@ -198,7 +198,7 @@ def test_export(gentrain: Command, folder: Path) -> None:
     assert (folder / "pipeline/model_index.json").is_file()
     assert "| sliced Wasserstein, generated |" in (folder / "pipeline/README.md").read_text()
     status, printed = gentrain("export", "runs/digits", "pipeline")
-    assert status == 1 and "pipeline" in printed and "error" in printed
+    assert status == 2 and "pipeline exists and is not an empty directory; name another" in printed
 
 
 def test_a_recipe_is_run_once(gentrain: Command, folder: Path) -> None:
@@ -287,7 +287,7 @@ MISTAKES = [
     (["sample", "nowhere"], 2, "nowhere is not a run's directory: it has no config.yaml"),
     (["evaluate", "nowhere"], 2, "nowhere is not a run's directory: it has no config.yaml"),
     (["export", "nowhere", "out"], 2, "nowhere is not a run's directory: it has no config.yaml"),
-    (["report", "nowhere"], 1, "no such run: nowhere"),
+    (["report", "nowhere"], 2, "nowhere: no such run; name the directory of a run or a recipe"),
     (["sample", "untrained"], 2, "untrained has no checkpoint yet; train it first"),
     (["sample", "untrained", "cuont=3"], 2, "command line: cuont: unknown key; did you mean 'count'?"),
     (["sample", "untrained", "labels=[-1]"], 2, "labels[0]: expected a list, each a whole number >= 0 or null, got -1"),

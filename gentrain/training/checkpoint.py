@@ -69,7 +69,7 @@ def refuse_foreign(path: Path) -> None:
     """Raises CheckpointError for what is no file or directory of its own, and for what another user could have written."""
     info = path.lstat()
     if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
-        raise CheckpointError(f"{path} is a link, or no file at all; put a file in its place, or resume from another checkpoint")
+        raise CheckpointError(f"{path} is a link, or no file at all; put a file in its place, or write another one's name into LATEST")
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise CheckpointError(f"{path} may be written by other users; if you trust what is there: chmod -R go-w {shlex.quote(str(path))}")
     if info.st_uid not in (os.getuid(), 0):
@@ -92,12 +92,12 @@ class Checkpoint:
         self._verified: dict[str, Path] = {}
         names = set(present)
         if MANIFEST not in names:
-            raise CheckpointError(f"{where} was never published: it has no {MANIFEST}; resume from another one")
+            raise CheckpointError(f"{where} was never published: it has no {MANIFEST}; write another one's name into LATEST")
         self.hashes = self._read_manifest()
         for name in sorted(names - set(self.hashes) - {MANIFEST}):
-            raise CheckpointError(f"{where}/{name} is not in the manifest; remove it or resume from another checkpoint")
+            raise CheckpointError(f"{where}/{name} is not in the manifest; remove it or write another one's name into LATEST")
         for name in sorted({*self.hashes, STATE} - names):  # which also refuses names that point out of the directory
-            raise CheckpointError(f"{where}/{name} is missing; resume from another checkpoint")
+            raise CheckpointError(f"{where}/{name} is missing; write another one's name into LATEST")
 
     def _read_manifest(self) -> dict[str, str]:
         try:
@@ -105,11 +105,13 @@ class Checkpoint:
             content = json.loads(text)
             hashes, version = dict(content["sha256"]), content["format"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{self.where}/{MANIFEST} is damaged ({error}); resume from another one") from error
+            raise CheckpointError(f"{self.where}/{MANIFEST} is damaged ({error}); write another one's name into LATEST") from error
         if version != FORMAT:
             raise CheckpointError(f"{self.where} has format {version}, this version reads {FORMAT}; use the version that wrote it")
         if text != manifest(hashes):
-            raise CheckpointError(f"{self.where}/{MANIFEST} is damaged (its form is not the one it is written in); resume from another one")
+            raise CheckpointError(
+                f"{self.where}/{MANIFEST} is damaged (its form is not the one it is written in); write another one's name into LATEST"
+            )
         return hashes
 
     def file(self, name: str) -> Path:
@@ -117,7 +119,7 @@ class Checkpoint:
         if name not in self._verified:
             path = self._fetch(name)
             if not path.is_file() or sha256(path) != self.hashes.get(name):
-                raise CheckpointError(f"{self.where}/{name} differs from its hash in the manifest; resume from another checkpoint")
+                raise CheckpointError(f"{self.where}/{name} differs from its hash in the manifest; write another one's name into LATEST")
             self._verified[name] = path
         return self._verified[name]
 
@@ -132,14 +134,14 @@ class Checkpoint:
         try:
             return dict(json.loads(self.file(STATE).read_text()))
         except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{self.where}/{STATE} is damaged ({error}); resume from another one") from error
+            raise CheckpointError(f"{self.where}/{STATE} is damaged ({error}); write another one's name into LATEST") from error
 
     def shards(self, stem: str, rank: int = 0) -> Shards:
         """The tensors of `<role>.<kind>`, looked for in the file of `rank` first."""
         pattern = re.compile(rf"{re.escape(stem)}\.\d{{5}}\.safetensors")
         files = sorted(filter(pattern.fullmatch, self.hashes), key=lambda name: (name != shard_file(stem, rank), name))
         if not files:
-            raise CheckpointError(f"{self.where} has no {shard_file(stem, 0)}; resume from another checkpoint")
+            raise CheckpointError(f"{self.where} has no {shard_file(stem, 0)}; write another one's name into LATEST")
         return Shards(self, files)
 
 
@@ -205,7 +207,7 @@ class _ShardFile:
             if layout:
                 raise ValueError(f"its header names {min(layout)!r}, which it does not hold")
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{where} is no file of a checkpoint ({error}); resume from another checkpoint") from error
+            raise CheckpointError(f"{where} is no file of a checkpoint ({error}); write another one's name into LATEST") from error
 
     def holds(self, name: str, position: int) -> bool:
         first, count, _ = self.pieces.get(name, (0, 0, ()))

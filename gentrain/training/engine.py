@@ -1,7 +1,7 @@
 """What holds a network that learns: forward, backward, step, averages, and its state by parameter name.
 
-`RoleEngine` is the contract and does everything but the parallelism; `TorchEngine` here is the reference implementation, DeepSpeed's is
-in `zero.py`. Both give the same loss curve in a test.
+`RoleEngine` is the contract and does everything but the parallelism; `torch_engine.py` has the reference implementation, `zero.py`
+DeepSpeed's. Both give the same loss curve in a test.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from gentrain.config import Component, option, register
+from gentrain.config import Component
 from gentrain.training.checkpoint import Piece, Shard, Shards
 from gentrain.training.optimizers import Optimizer, Partition
 from gentrain.training.world import World
 
 Precision = Literal["fp32", "bf16"]
 State = dict[str, Tensor]
-
-_BUCKET = 25 * 2**20  # bytes of gradients that are sent at once: large against the latency, small against the backward they hide behind
 
 
 class EngineMisuse(RuntimeError):
@@ -310,110 +307,3 @@ class ReplicatedEngine(RoleEngine):
         if finite and self.clipping is not None:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clipping, norm)
         return StepResult(value, finite)
-
-
-class _Average:
-    """Averages gradients over the ranks, bucket by bucket, while the backward that makes the last of them still runs.
-
-    Buckets leave in one order on every rank, whatever each rank's graph reaches; what it does not reach counts as zero.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], ranks: int):
-        self._ranks = ranks
-        self._buckets: list[list[nn.Parameter]] = []
-        room = 0
-        for p in reversed(parameters):  # about the order in which a backward reaches them
-            if p.nbytes > room:
-                self._buckets.append([])
-                room = _BUCKET
-            self._buckets[-1].append(p)
-            room -= p.nbytes
-            p.register_post_accumulate_grad_hook(self._arrived)
-        self._flat = [torch.cat([torch.zeros_like(p).flatten() for p in bucket]) for bucket in self._buckets]
-        self._awaited: list[set[nn.Parameter]] | None = None  # per bucket that has not left; None = gradients are still summed here
-        self._left: list[dist.Work] = []
-
-    def backward(self, loss: Tensor) -> None:
-        """loss.backward(), after which every gradient is the average; they lie in buffers that the next call overwrites."""
-        self._awaited, self._left = [set(bucket) for bucket in self._buckets], []
-        try:
-            loss.backward()
-            while self._awaited:
-                self._send()
-            for work in self._left:
-                work.wait()
-        finally:
-            self._awaited = None
-        for bucket, flat in zip(self._buckets, self._flat, strict=True):
-            flat /= self._ranks
-            for p, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad = gradient.view_as(p)
-
-    def _arrived(self, p: nn.Parameter) -> None:
-        if self._awaited is None:
-            return
-        if not any(p in bucket for bucket in self._awaited):
-            raise EngineMisuse("a gradient arrived twice in one backward (reentrant checkpointing does that): use_reentrant=False")
-        for bucket in self._awaited:
-            bucket.discard(p)
-        while self._awaited and not self._awaited[0]:
-            self._send()
-
-    def _send(self) -> None:
-        assert self._awaited is not None
-        self._awaited.pop(0)
-        bucket, flat = self._buckets[len(self._left)], self._flat[len(self._left)]
-        for p, place in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            place.zero_() if p.grad is None else place.copy_(p.grad.flatten())
-            p.grad = None
-        self._left.append(dist.all_reduce(flat, async_op=True))
-
-
-class _TorchRoleEngine(ReplicatedEngine):
-    def __init__(self, engine: TorchEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
-        super().__init__(role, module, optimizer.build(module.parameters()), world, engine.gradient_clipping)
-        self._autocast = engine.precision == "bf16"
-        self._average = _Average(list(module.parameters()), world.size) if world.size > 1 else None
-
-    def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._autocast):
-            output: Tensor = self.module(x, *args, **kwargs)
-        return output
-
-    _through = _forward
-
-    def _backward(self, loss: Tensor, last: bool) -> None:
-        if self._average is not None and last:
-            self._average.backward(loss)
-            return
-        loss.backward()
-        for p in self.module.parameters() if last else ():
-            if p.grad is None:  # not reached: ZeRO steps the whole partition
-                p.grad = torch.zeros_like(p)
-
-    def _step(self) -> StepResult:
-        result = self.clip()
-        if result.applied:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return result
-
-
-@register("torch")
-@dataclass
-class TorchEngine(Engine):
-    """The reference: a plain module and optimiser, gradients averaged over ranks. bf16 is autocast on float32 weights."""
-
-    precision: Precision = option("fp32", "arithmetic of forward and backward; weights stay float32")
-    gradient_clipping: PositiveFloat | None = option(1.0, "largest norm of the gradient over all parameters; null = no clipping")
-
-    @property
-    def shows(self) -> frozenset[Partition]:
-        return frozenset({"elementwise", "global_scalar", "per_tensor", "matrix"})
-
-    @property
-    def live_dtype(self) -> torch.dtype:
-        return torch.float32
-
-    def build(self, role: str, module: nn.Module, optimizer: Optimizer, world: World) -> RoleEngine:
-        return _TorchRoleEngine(self, role, module, optimizer, world)

@@ -262,7 +262,9 @@ def _refuse_foreign(state: dict[str, Any], run: RunConfig, resume: Checkpoint) -
     kinds = {"samples": int, "seconds": int | float, "skipped": dict, "metrics": dict, "method": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)] or ["samples"] * (state["samples"] < 0)
     if wrong:
-        raise CheckpointError(f"{resume.where}/{STATE} is damaged ({wrong[0]}: {state.get(wrong[0])!r:.100}); resume from another one")
+        raise CheckpointError(
+            f"{resume.where}/{STATE} is damaged ({wrong[0]}: {state.get(wrong[0])!r:.100}); write another one's name into LATEST"
+        )
     expected = run.method.registered_name
     if state["method"] != expected:
         raise CheckpointError(f"{resume.where} was written by method {state['method']!r}, this run is {expected!r}; choose another output")

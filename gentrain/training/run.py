@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
 from gentrain.training.spikes import SpikeGuard
 from gentrain.training.storage import Storage, check_storage, open_storage
 from gentrain.training.zero import DeepSpeedEngine
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -242,7 +245,13 @@ class RunConfig:
             self.method.check_sampler(sampler or self.sampler)
         except ValueError as error:
             raise ConfigError(str(error), key="sampler") from error
-        return sampler or self.sampler
+        sampler = sampler or self.sampler
+        if sampler.guidance != 1 and getattr(self.method, "label_dropout", None) == 0:
+            log.warning(
+                "guidance %g needs the null class, which method.label_dropout = 0 does not train: raise that, or set sampler.guidance to 1",
+                sampler.guidance,
+            )
+        return sampler
 
     def fit_space(self) -> None:
         """Completes the data set and the path's space with what they take from the items. Raises ConfigError."""

@@ -176,7 +176,7 @@ class ObjectStorage(Storage):
                 try:
                     self._fs.get_file(f"{self._root}/{name}/{file}", str(directory / file))
                 except FileNotFoundError:
-                    raise CheckpointError(f"{self.where}/{name}/{file} is missing; resume from another checkpoint") from None
+                    raise CheckpointError(f"{self.where}/{name}/{file} is missing; write another one's name into LATEST") from None
                 return directory / file
 
             yield Checkpoint(f"{self.where}/{name}", self._found().get(name, ()), fetch)

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gentrain.training import engine
-from gentrain.training.engine import EngineMisuse, TorchEngine
+from gentrain.training import torch_engine
+from gentrain.training.engine import EngineMisuse
 from gentrain.training.optimizers import SGD
+from gentrain.training.torch_engine import TorchEngine
 from gentrain.training.world import World
 from tests.ranks import run_ranks
 
@@ -34,7 +35,7 @@ class Branching(nn.Module):
 
 def _gradients(world: World, bucket: int) -> tuple[list[Tensor], list[Tensor], int, bool]:
     """(what the engine has after two losses, the mean of both ranks' own gradients, number of messages, whether reentrance was refused)."""
-    engine._BUCKET = bucket
+    torch_engine._BUCKET = bucket
     torch.manual_seed(0)
     network, own = Branching(), Branching()
     own.load_state_dict(network.state_dict())

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from gentrain.models.mlp import MLP
-from gentrain.training.engine import EngineMisuse, TorchEngine
+from gentrain.training.engine import EngineMisuse
 from gentrain.training.optimizers import AdamW
 from gentrain.training.roles import load_weights
 from gentrain.training.run import save_config
+from gentrain.training.torch_engine import TorchEngine
 from gentrain.training.world import World
 from tests.distributed.cases import Job, difference, record_difference, records, run_of, state_of, train_all, values
 from tests.ranks import run_ranks

@@ -151,10 +151,10 @@ def _dangling(folder: Path) -> Path:
 
 
 PLACES: list[tuple[str, Callable[[Path], Path], str]] = [
-    ("not empty", _not_empty, "exists and is not an empty directory; name another or remove it"),
-    ("a file", _is_file, "exists and is not an empty directory; name another or remove it"),
-    ("link to a full one", _link_to_full, "exists and is not an empty directory; name another or remove it"),
-    ("link to nothing", _dangling, "exists and is not an empty directory; name another or remove it"),
+    ("not empty", _not_empty, "exists and is not an empty directory; name another"),
+    ("a file", _is_file, "exists and is not an empty directory; name another"),
+    ("link to a full one", _link_to_full, "exists and is not an empty directory; name another"),
+    ("link to nothing", _dangling, "exists and is not an empty directory; name another"),
     ("below a file", _below_a_file, "cannot be written"),
     ("in /proc", lambda folder: Path("/proc/gentrain/out"), "cannot be written"),
 ]

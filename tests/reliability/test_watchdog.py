@@ -73,7 +73,7 @@ def test_a_hang_of_one_rank_ends_both_with_the_stacks_of_both(start: Start, tmp_
     assert all(str(attempt) in "".join(text.split()) for text in said), said  # a terminal may wrap the line
     stacks = [(attempt / f"rank-{rank}.txt").read_text() for rank in range(2)]
     hung = next(rank for rank in range(2) if "_hang_for_ever" in stacks[rank])
-    assert "all_reduce" in stacks[1 - hung]
+    assert "_wait_for_other_ranks" in stacks[1 - hung]
     assert all(stack.startswith(f"rank {rank} of 2, pid {ranks[rank].pid} on ") for rank, stack in enumerate(stacks))
     assert json.loads((tmp_path / "run" / METRICS).read_text().splitlines()[-1])["samples"] == 192
     again = start(*COMMAND, str(configuration))  # what was published is whole: one process goes on from it

@@ -162,7 +162,7 @@ def test_damage_is_refused_naming_the_file_and_the_remedy(path: Path, damage: Ca
     with pytest.raises(CheckpointError, match=says) as raised:
         _verify(path)
     assert str(path) in str(raised.value) and file in str(raised.value)
-    assert any(remedy in str(raised.value) for remedy in ("resume from another", "use the version that wrote it"))
+    assert any(remedy in str(raised.value) for remedy in ("write another one's name", "use the version that wrote it"))
 
 
 @settings(max_examples=150, deadline=None)
@@ -231,7 +231,7 @@ def _header(length: int, content: bytes) -> Callable[[Path], object]:
 )
 def test_a_forged_file_with_the_right_hash_is_refused_by_its_name(path: Path, write: Callable[[Path], object]) -> None:
     _replace(path, write)
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} is no file of a checkpoint .*resume from another"):
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} is no file of a checkpoint .*write another one's name"):
         _verify(path)
 
 

@@ -49,6 +49,7 @@ MISTAKES = [
     ("no such method", RUN, "method=flow_maching", LINE, "method.name", "'flow_maching'; did you mean 'flow_matching'?"),
     ("no such path", RUN, "path=rectifed_flow", LINE, "path.name", "did you mean 'rectified_flow'?"),
     ("no such sampler", RUN, "sampler=euller", LINE, "sampler.name", "did you mean 'euler'?"),
+    ("another sampler", RUN + "sampler: {name: heun}\n", "sampler=euller", LINE, "sampler.name", "did you mean 'euler'?"),
     ("no such model", RUN, "model=mpl", LINE, "model.name", "did you mean 'mlp'?"),
     ("no such data", RUN, "data=mnist", LINE, "data.name", "did you mean 'mnist5k'?"),
     ("no such optimizer", RUN, "optimizer=adam", LINE, "optimizer.name", "did you mean 'adamw'?"),

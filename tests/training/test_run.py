@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from gentrain.config import ConfigError, register
+from gentrain.config import ConfigError, Document, register
 from gentrain.training.optimizers import Optimizer
-from gentrain.training.run import open_run, save_config
+from gentrain.training.run import open_run, parse_run, save_config
 from tests.distributed.cases import run_of, values
 
 
@@ -72,3 +72,11 @@ def test_the_saved_configuration_alone_makes_the_same_run_wherever_it_is_moved(t
     assert open_run(tmp_path / "there").directory == tmp_path / "there"
     with pytest.raises(ConfigError, match="not a run's directory"):
         open_run(tmp_path)
+
+
+@pytest.mark.parametrize("dropout, guidance, warned", [(0.0, 3.0, True), (0.0, 1.0, False), (0.1, 3.0, False)])
+def test_guidance_without_a_null_class_is_told(caplog: pytest.LogCaptureFixture, dropout: float, guidance: float, warned: bool) -> None:
+    method = {"name": "flow_matching", "label_dropout": dropout}
+    settings = {"method": method, "data": "rings", "model": "mlp", "training": {"samples": 1}}
+    parse_run(Document({**settings, "sampler": {"name": "euler", "guidance": guidance}}, "test"))
+    assert any("the null class" in message for message in caplog.messages) == warned
