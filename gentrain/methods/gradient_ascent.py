@@ -12,7 +12,7 @@ from torch import Tensor
 from gentrain.config import option, register
 from gentrain.methods.base import Batch, Clock, Loss, Nets, Role, Trained, Update
 from gentrain.methods.forgetting import Forgetting
-from gentrain.methods.matching import noised
+from gentrain.methods.matching import noised, output_error
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw
 from gentrain.paths.times import Uniform
@@ -43,7 +43,6 @@ class GradientAscent(Forgetting):
 
     def loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         sample = noised(batch, noise, nets.model.path, self.times, 0.0)
-        target = nets.model.target(sample.x0, sample.eps, sample.t)
-        error = (nets.model.raw(sample.x_t, sample.t, sample.condition) - target).square().flatten(1).mean(1)
+        error = output_error(nets.model, sample)
         forgotten = batch["label"] == self.forgotten
         return Loss(ascent_loss(error, forgotten, self.weight).mean(), {"error_forgotten": (error.detach() * forgotten).mean()})

@@ -10,7 +10,7 @@ from torch import Tensor
 from gentrain.config import Fraction
 from gentrain.methods.base import Batch, condition_of
 from gentrain.models.base import Condition
-from gentrain.models.denoiser import drop_condition
+from gentrain.models.denoiser import Denoiser, drop_condition
 from gentrain.noise import Noise
 from gentrain.paths.base import Path, TimeLaw
 
@@ -35,6 +35,12 @@ def noised(batch: Batch, noise: Noise, path: Path, times: TimeLaw, label_dropout
     if condition is not None:
         condition = drop_condition(condition, noise.bernoulli(label_dropout, (len(x0),)))
     return Noised(x0, eps, t, path.perturb(x0, eps, t), condition)
+
+
+def output_error(denoiser: Denoiser, sample: Noised) -> Tensor:
+    """Squared error of the network's own output against its own target, the mean over C, H, W: [B]."""
+    target = denoiser.target(sample.x0, sample.eps, sample.t)
+    return (denoiser.raw(sample.x_t, sample.t, sample.condition) - target).square().flatten(1).mean(1)
 
 
 def loss_by_noise_level(loss: Tensor, log_snr: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from gentrain.config import option, register
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Nets, Role, Trained, Update
 from gentrain.methods.forgetting import Forgetting
-from gentrain.methods.matching import noised
+from gentrain.methods.matching import noised, output_error
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw
 from gentrain.paths.times import Uniform
@@ -51,10 +51,9 @@ class NegativePreference(Forgetting):
 
     def loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         sample = noised(batch, noise, nets.model.path, self.times, 0.0)
-        target = nets.model.target(sample.x0, sample.eps, sample.t)
-        error = (nets.model.raw(sample.x_t, sample.t, sample.condition) - target).square().flatten(1).mean(1)
+        error = output_error(nets.model, sample)
         with torch.no_grad():
-            before = (nets.original.raw(sample.x_t, sample.t, sample.condition) - target).square().flatten(1).mean(1)
+            before = output_error(nets.original, sample)
         forgotten = batch["label"] == self.forgotten
         loss = error.where(~forgotten, self.weight * npo_loss(error, before, self.beta))
         return Loss(loss.mean(), {"error_forgotten": ((error - before).detach() * forgotten).mean()})
