@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from gentrain.methods.matching import loss_by_noise_level, noised
+from gentrain.methods.matching import loss_by_noise_level, noised, output_error
+from gentrain.models.denoiser import Denoiser
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.times import Discrete, Uniform
 from tests.methods.toy import batch_of, noise_of
@@ -42,3 +43,15 @@ def test_shares_of_the_noise_levels_sum_to_the_loss() -> None:
         "loss_high_noise": 96,
     }
     assert not any(value.requires_grad for value in shares.values())
+
+
+def test_the_error_of_the_output_is_the_mean_square_given_the_label() -> None:
+    """On the rectified flow the output's target is eps - x0; this network answers the label, and -1 without one."""
+    sample = noised({**batch_of(6), "x": batch_of(6)["x"].double()}, noise_of(6), RectifiedFlow(), Uniform(), 0.0)
+
+    def answer(x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        label = torch.full((len(x),), -1) if condition is None else condition["label"]
+        return label[:, None].expand_as(x).double()
+
+    expected = [((row - eps + x0) ** 2).mean() for row, eps, x0 in zip(sample.condition["label"], sample.eps, sample.x0, strict=True)]
+    torch.testing.assert_close(output_error(Denoiser(answer, RectifiedFlow(), "velocity"), sample), torch.stack(expected).double())
