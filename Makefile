@@ -1,6 +1,7 @@
-# make demo            trains a digit generator, draws, judges and exports it, and writes a report (six minutes on two cores)
+# make demo            a digit generator, its one-step student, the student made to forget a digit: judged, exported, with a report
 # make test            the tests (about ten minutes on two cores)
-# make lint            ruff, mypy and the import contracts
+# make docs            the documentation as a site, in build/site
+# make lint            ruff, mypy, the import contracts and hadolint
 # make gates-TOPIC     a long proof: tests/gates/test_TOPIC.py; its result goes to docs/gates.json
 # make gates-status    which proofs are missing or older than the code they prove
 
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 # The demo and the tests must not depend on a network.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test lint format gates-status
+.PHONY: help venv demo test docs lint format gates-status
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -41,11 +42,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m "not gate and not gpu" $(ARGS)
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile.*
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

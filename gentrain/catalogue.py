@@ -22,6 +22,7 @@ from gentrain.recipes.base import Stage
 from gentrain.rewards.base import Reward
 from gentrain.samplers.base import Sampler
 from gentrain.training.engine import Engine
+from gentrain.training.memory import GIB, Memory, Part, Planner
 from gentrain.training.optimizers import Optimizer, Schedule
 from gentrain.training.roles import count_parameters
 from gentrain.training.run import RunConfig
@@ -77,7 +78,7 @@ def show(name: str, console: Console) -> None:
         hints = typing.get_type_hints(component, include_extras=True)
         for field in dataclasses.fields(typing.cast(typing.Any, component)):
             unit, help, source = (field.metadata.get(key, "") for key in ("unit", "help", "source"))
-            table.add_row(*map(escape, (field.name, describe(hints[field.name]), _default(field), unit, help, source)))
+            table.add_row(*map(escape, (field.name, describe(hints[field.name]), default_of(field), unit, help, source)))
         console.print(table if table.row_count else "It has no fields.")
 
 
@@ -87,7 +88,8 @@ def _paragraphs(text: str) -> str:
     return inspect.cleandoc(text)
 
 
-def _default(field: dataclasses.Field[typing.Any]) -> str:
+def default_of(field: dataclasses.Field[typing.Any]) -> str:
+    """A field's default as a reader of a configuration would write it."""
     if field.default is not dataclasses.MISSING:
         return "null" if field.default is None else str(field.default)
     if field.default_factory is not dataclasses.MISSING:
@@ -114,3 +116,77 @@ def roles_table(name: str, run: RunConfig) -> Table:
             numbers = (f"{count:,}", f"{learning:,}" if learns else "")
         table.add_row(role, run.model_of(role).registered_name, *numbers, average, engine)
     return table
+
+
+def plan_tables(runs: Mapping[str, RunConfig], limit: int | None) -> list[Table | str]:
+    """Roles, placement and memory of each run. Raises ConfigError when its networks do not fit its data.
+
+    Args:
+        limit: bytes that one process has; None: not known.
+    """
+    found: list[Table | str] = []
+    for name, run in runs.items():
+        found.append(roles_table(name, run))
+        if not any(run.model_of(role).to_come for role in run.method.roles):
+            found += memory_report(name, run, limit)
+    return found
+
+
+def memory_report(name: str, run: RunConfig, limit: int | None) -> list[Table | str]:
+    """What one process of the run needs, role by role, what it would need otherwise, and whether `limit` bytes are enough.
+
+    `roles_table` says whether its networks fit the data.
+    """
+    planner = Planner()
+    try:
+        memory = planner.memory(run)
+    except ConfigError as error:  # what an earlier stage has still to write
+        return [f"{name}: its memory is not known yet: {escape(str(error))}"]
+    found: list[Table | str] = [_memory_table(f"{name}: memory of one process, MiB", memory)]
+    found += [
+        f"The activations of {part.name} are {part.activations.assumed}."
+        for part in memory.parts
+        if part.activations is not None and part.activations.assumed
+    ]
+    others = Table("with", "all the time", "at most", title=f"{name}: memory otherwise, MiB", title_justify="left")
+    for told, each in planner.alternatives(run).items():
+        others.add_row(escape(told), _mib(each.resting), _mib(each.peak))
+    return [*found, others, *_verdict(name, planner, run, memory, limit)]
+
+
+def _memory_table(title: str, memory: Memory) -> Table:
+    names = ("", "weights", "optimizer", "average", "buffers", "gradients", "activations", "working", "all the time", "while it learns")
+    table = Table(*(Column(name, justify="right" if name else "left") for name in names), title=title, title_justify="left")
+    for part in memory.parts:
+        table.add_row(part.name, *map(_mib, _bytes_of(part)), _mib(part.resting), _mib(part.learning))
+    table.add_section()
+    table.add_row("at most", *[""] * 7, _mib(memory.resting), _mib(memory.peak))
+    return table
+
+
+def _bytes_of(part: Part) -> tuple[int, ...]:
+    held, activations = part.held, part.activations
+    if held is None or activations is None:
+        return (part.weights, 0, 0, 0, 0, 0, 0)
+    working = max(held.passing + activations.peak + part.gathered, held.stepping) - activations.saved
+    average = held.average if part.averaged else 0
+    return held.weights, held.optimizer, average, held.buffers, held.gradients, activations.saved, max(working, 0)
+
+
+def _verdict(name: str, planner: Planner, run: RunConfig, memory: Memory, limit: int | None) -> list[str]:
+    host = f", and {memory.host / GIB:.3g} GiB of weights on the host" if memory.host else ""
+    needs = f"{name} needs {memory.peak / GIB:.3g} GiB per process while {memory.dearest} learns{host}"
+    if limit is None:
+        return [f"{needs}."]
+    if memory.peak <= limit:
+        return [f"{needs}: it fits into {limit / GIB:.3g} GiB."]
+    told, least = planner.remedy(run, limit)
+    changes = escape(" ".join(told))
+    if least.peak <= limit:
+        return [f"{needs}: it does not fit into {limit / GIB:.3g} GiB. It needs {least.peak / GIB:.3g} GiB with: {changes}"]
+    tried = f"; with {changes} it still needs {least.peak / GIB:.3g} GiB" if told else ""
+    return [f"{needs}: it does not fit into {limit / GIB:.3g} GiB{tried}. Take more processes, a smaller network or a smaller batch"]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}" if size else ""

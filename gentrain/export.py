@@ -167,7 +167,7 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
         )
     if getattr(sampler, "eta", 0):
         raise ValueError("a sampler that draws fresh noise on the way cannot draw the same images elsewhere; export with eta: 0")
-    plain = network.num_classes is None and network.space_to_depth == 1 and isinstance(network.backbone, UNet2DModel)
+    plain = network.num_classes is None and network.space_to_depth == network.time_scale == 1 and isinstance(network.backbone, UNet2DModel)
     if plain and isinstance(scheduler, DDIMScheduler):
         return DDIMPipeline(network.backbone, scheduler)
     edm = type(scheduler).__name__.startswith("EDM")  # their timesteps are log(sigma) / 4
@@ -179,7 +179,7 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
         space_to_depth=network.space_to_depth,
         guidance_scale=sampler.guidance,
         num_inference_steps=sampler.steps,
-        timestep_scale=1000.0 if edm else 1.0,
+        timestep_scale=network.time_scale * (1000.0 if edm else 1.0),
         init_noise_sigma=sampler.start(path) if edm else None,
         one_step=one_step,
     )

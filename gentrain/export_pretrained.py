@@ -15,6 +15,10 @@ from gentrain.export import METRICS, appearing, cell, refuse_present
 from gentrain.models.adapters import Adapted
 from gentrain.models.families.base import Family
 from gentrain.models.pretrained import PretrainedNetwork
+from gentrain.paths.base import convert_time
+from gentrain.paths.variance_preserving import VariancePreserving
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.lcm import LCM, lcm_sampling_timesteps
 
 Form = Literal["pipeline", "adapter"]
 
@@ -28,6 +32,19 @@ _LORA_USE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{origin}")
 pipeline.load_lora_weights("{name}")  # needs peft"""
+
+_LCM_USE = """
+from diffusers import LCMScheduler
+
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps={count})
+images = pipeline(prompt, num_inference_steps={steps}, guidance_scale=1).images  # the guidance is built in"""
+
+_FLOW_LCM_USE = """
+from diffusers import FlowMatchLCMScheduler
+
+pipeline.scheduler = FlowMatchLCMScheduler()
+pipeline.scheduler.init_noise_sigma = 1.0  # which StableDiffusionPipeline asks for
+images = pipeline(prompt, sigmas={sigmas}, guidance_scale=1).images  # the guidance is built in"""
 
 _PEFT_USE = """from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -80,6 +97,7 @@ def export_pretrained(
     licence: str,
     config: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]] = (),
+    sampler: Sampler | None = None,
 ) -> Path:
     """Writes what was trained, for diffusers, and returns the directory's path.
 
@@ -89,6 +107,7 @@ def export_pretrained(
         form: "pipeline": all components, an adapter merged in. "adapter": the adapter alone, in diffusers' LoRA format where the
             pipeline has `load_lora_weights`, else as a directory of peft.
         licence, config, metrics: as for `export`.
+        sampler: the run's; the card says how to draw with one that the pipeline's own scheduler does not replace.
 
     Raises:
         FileExistsError: `out` is there and not an empty directory. OSError: it cannot be written.
@@ -102,7 +121,7 @@ def export_pretrained(
         if not isinstance(network, Adapted):
             raise ValueError("the run learnt its whole network, there is no adapter to export; export the pipeline")
         with appearing(out) as partial:
-            use = _write_adapter(partial, network, family)
+            use = _write_adapter(partial, network, family) + how_to_draw(sampler, family)
             _write_card(partial, out.name, use, "An adapter", family, licence, config, metrics)
         return out
     if isinstance(network, Adapted):
@@ -110,8 +129,21 @@ def export_pretrained(
     pipeline = family.source.pipeline(**{family.denoiser: inner.backbone})
     with appearing(out) as partial:
         pipeline.save_pretrained(partial)
-        _write_card(partial, out.name, _PIPELINE_USE, "A further trained copy", family, licence, config, metrics)
+        use = _PIPELINE_USE + how_to_draw(sampler, family)
+        _write_card(partial, out.name, use, "A further trained copy", family, licence, config, metrics)
     return out
+
+
+def how_to_draw(sampler: Sampler | None, family: Family) -> str:
+    """Code that draws with a student of `latent_consistency` as `sampler` does, to follow what loads it; empty for other samplers."""
+    if not isinstance(sampler, LCM):
+        return ""
+    path = family.law()[0]
+    if isinstance(path, VariancePreserving):
+        return _LCM_USE.format(count=sampler.count, steps=sampler.steps)
+    timesteps = lcm_sampling_timesteps(sampler.steps, sampler.count, sampler.stride).double()
+    times = convert_time(timesteps, sampler.grid, path)
+    return _FLOW_LCM_USE.format(sigmas=[round(time, 5) for time in times.tolist()])
 
 
 def _write_adapter(directory: Path, network: Adapted, family: Family) -> str:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a run or a recipe: results, samples, curves, time, configuration, environment.
+"""One self-contained HTML page for a run, a recipe or a sweep: results, samples, curves, time, configuration, environment.
 
 The page makes no request: images are data URIs, curves are inline SVG, and its content policy forbids the rest. A piece that is missing
 or cannot be read is left out, so a page can be written while a run is still going.
@@ -19,8 +19,10 @@ from typing import Any
 
 import yaml
 
+SWEEP = "sweep.json"  # the record of a sweep: see cluster.sweeps
 MAX_GRIDS = 24  # embedded per training stage; evenly picked, first and last included
 MAX_POINTS = 400  # per curve
+MAX_CURVES = 12  # of a sweep's trials, the best
 MAX_TEXT = 2**18  # characters shown of a configuration
 MAX_IMAGE = 2**24  # bytes: larger images are left out
 CHARTS = {  # prefix in metrics.jsonl -> (title, drawn on a logarithmic axis where its range asks for one)
@@ -54,7 +56,7 @@ class Chart:
 
 
 def write_report(directory: Path) -> Path:
-    """Writes `report.html` into a run's or a recipe's directory and returns its path.
+    """Writes `report.html` into a run's, a recipe's or a sweep's directory and returns its path.
 
     Raises:
         FileNotFoundError: there is no such directory, or it is of something else.
@@ -62,12 +64,14 @@ def write_report(directory: Path) -> Path:
     if not directory.is_dir():
         raise FileNotFoundError(f"no such run: {directory}")
     states = {name: state for name, state in (_json(directory / "stages.json") or {}).items() if _is_stage(name, state)}
-    stages = [_stage(name, directory / name, state) for name, state in states.items()] or _run(directory)
+    sweep = _sweep(directory)
+    stages = [_stage(name, directory / name, state) for name, state in states.items()] or ([] if sweep else _run(directory))
     seconds = sum(stage["seconds"] for stage in stages)
     recipe = _text(directory / "recipe.yaml")
     page = _template().render(
         title=directory.resolve().name,
         stages=stages,
+        sweep=sweep,
         seconds=seconds,
         hero=next((stage["grid"] or stage["grids"][-1] for stage in reversed(stages) if stage["grid"] or stage["grids"]), None),
         headline=next((stage["metrics"][:4] for stage in reversed(stages) if stage["metrics"]), []),
@@ -90,6 +94,32 @@ def _run(directory: Path) -> list[dict[str, Any]]:
     return [_stage(directory.resolve().name, directory, {}), *(_stage(name, directory / name, {"kind": kind}) for name, kind in parts)]
 
 
+def _sweep(directory: Path) -> dict[str, Any] | None:
+    """The trials of a sweep, the best first, and how their metric went; None for what is no sweep."""
+    record = _json(directory / SWEEP) or {}
+    settings, found = record.get("settings"), record.get("trials")
+    if not isinstance(settings, dict) or not isinstance(found, dict):
+        return None
+    metric, trials, at = str(settings.get("metric")), list[dict[str, Any]](), dict[float, dict[str, float]]()  # at: samples -> values
+    for name, trial in ((name, trial) for name, trial in found.items() if _is_stage(name, trial)):
+        rungs, parameters = trial.get("rungs"), trial.get("parameters")
+        last = rungs[-1] if isinstance(rungs, list) and rungs else None
+        samples, value = map(_number, last) if isinstance(last, list) and len(last) == 2 else (None, None)
+        parameters = {str(key): str(item) for key, item in parameters.items()} if isinstance(parameters, dict) else {}
+        texts = {"name": name, "status": str(trial.get("status", "")), "error": str(trial.get("error", ""))}
+        trials.append({**texts, "parameters": parameters, "samples": samples, "value": value})
+        for row in _rows(directory / "trials" / name / "metrics.jsonl")[0]:
+            at.setdefault(row["samples"], {})[name] = row.get(metric, math.nan)
+    sign = -1 if settings.get("best_is") == "highest" else 1
+    trials.sort(key=lambda trial: (-(trial["samples"] or 0), math.inf if trial["value"] is None else sign * trial["value"]))
+    group = {trial["name"]: [at[x].get(trial["name"], math.nan) for x in sorted(at)] for trial in trials[:MAX_CURVES]}
+    drawn = len(at) > 1 and any(math.isfinite(value) for values in group.values() for value in values)
+    charts = [_chart(metric, sorted(at), group, logarithmic=True)] if drawn else []
+    for curve in itertools.chain.from_iterable(chart.curves for chart in charts):
+        curve.values = ["" if value == "not finite" else value for value in curve.values]  # a trial that was over by then
+    return {"metric": metric, "best_is": str(settings.get("best_is")), "trials": trials, "charts": charts}
+
+
 def _template() -> Any:
     import jinja2
 
@@ -104,10 +134,11 @@ def _stage(name: str, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     config = _text(directory / "config.yaml")
     evaluation = _json(directory / "metrics.json") or {}
     grids = _pick(sorted(filter(_is_image, (directory / "samples").glob("*.png"))), MAX_GRIDS)
-    info = _json(directory / "info.json") or evaluation.get("settings")
+    settings = evaluation.get("settings")
+    info, told = _json(directory / "info.json") or settings, settings if isinstance(settings, dict) else {}
     charts = _charts(rows)
     spent = (_number(state.get("seconds")), rows[-1].get("seconds") if rows else None)
-    counts = {key: value for row in rows for key, value in row.items() if key.startswith("skipped/")}  # the last of each role
+    skipped = sum({key: value for row in rows for key, value in row.items() if key.startswith("skipped/")}.values())  # last of each role
     return {
         "name": name,
         "kind": state.get("kind", "train"),
@@ -122,15 +153,11 @@ def _stage(name: str, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         "samples": rows[-1]["samples"] if rows else None,
         "notes": [
             *(["Bold lines are smoothed."] if any(curve.raw for chart in charts for curve in chart.curves) else []),
-            *(
-                [f"Steps skipped because their loss or gradient was not finite: {sum(counts.values()):.0f}."]
-                if any(counts.values())
-                else []
-            ),
+            *([f"Steps skipped because their loss or gradient was not finite: {skipped:.0f}."] if skipped else []),
             *([f"Unreadable lines of metrics.jsonl left out: {unreadable}."] if unreadable else []),
         ],
         "grids": [_image(path, f"{int(path.stem):,} samples seen" if path.stem.isdecimal() else path.stem) for path in grids],
-        "grid": _image(directory / "grid.png", "") if _is_image(directory / "grid.png") else None,
+        "grid": _image(directory / "grid.png", str(told.get("grid", ""))) if _is_image(directory / "grid.png") else None,
         "info": _yaml(info) if info else "",
     }
 

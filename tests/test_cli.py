@@ -178,6 +178,10 @@ def test_plan_starts_nothing_and_writes_nothing(gentrain: Command, folder: Path)
     assert parameters is not None
     # time 2 (16 16 + 16), labels 4 16, input 2 16 + 16, layer 2 (16 16 + 16), output 16 2 + 2
     assert int(parameters[1].replace(",", "")) == 544 + 64 + 48 + 544 + 34
+    assert "toy needs" in printed and "GiB per process while model learns." in " ".join(printed.split())
+    for limit, verdict in (("1", ": it fits into 1 GiB."), ("0.00001", ": it does not fit into 1e-05 GiB")):
+        status, printed = gentrain("plan", "toy.yaml", "--memory", limit)
+        assert status == 0 and verdict in " ".join(printed.split())
     assert sorted(folder.rglob("*")) == before
     script = (  # in a process of its own: other tests have imported ray into this one
         "import sys\nfrom gentrain.cli import app\napp(['plan', 'recipe.yaml'], standalone_mode=False)\nassert 'ray' not in sys.modules"
@@ -326,7 +330,38 @@ def test_a_damaged_checkpoint_is_named(gentrain: Command, folder: Path) -> None:
     (newest(folder / "runs/toy") / "model.ema.00000.safetensors").write_bytes(b"x")
     for command in ("train toy.yaml", "sample runs/toy"):
         status, printed = gentrain(*command.split())
-        assert status == 1 and "model.ema.00000.safetensors differs from its hash in the manifest" in printed
+        assert status == 2 and "model.ema.00000.safetensors differs from its hash in the manifest" in printed
+
+
+def test_fewer_samples_than_a_run_has_seen_are_refused(gentrain: Command) -> None:
+    assert gentrain("train", "toy.yaml")[0] == 0
+    status, printed = gentrain("train", "toy.yaml", "training.samples=48")
+    assert status == 2 and "training.samples: runs/toy has seen 64 samples already, more than 48; raise it to go on, or name" in printed
+    assert gentrain("train", "toy.yaml", "training.samples=49") == (0, "trained: runs/toy\n")  # whole batches: the same 64
+
+
+# what a launcher sets, which of it is named, what is said of it
+MISPLACED = [
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE", "expected a whole number >= 1, got 'two'"),
+    ({"RANK": "", "WORLD_SIZE": "1"}, "RANK", "expected a whole number from 0 to 0, got ''"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK", "expected a whole number from 0 to 1, got '2'"),
+    ({"WORLD_SIZE": "2"}, "RANK", "not set, though WORLD_SIZE is 2"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK", "expected a whole number >= 0, got '-1'"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR", "not set, though WORLD_SIZE is 2"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "http"}, "MASTER_PORT", "from 1 to 65535, got 'http'"),
+]
+
+
+@pytest.mark.parametrize("variables, name, said", MISPLACED)
+def test_variables_that_no_launcher_sets_are_named(
+    gentrain: Command, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str, said: str
+) -> None:
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    status, printed = gentrain("train", "toy.yaml")
+    assert status == 2 and f"environment: {name}: " in printed and said in printed and "let torchrun set it, or unset RANK" in printed
 
 
 def test_what_cannot_be_exported_is_told(gentrain: Command) -> None:

@@ -32,12 +32,15 @@ ROWS = 6
 UNET = UNet(channels=(8, 16), norm_groups=4, attention_head_dim=8)
 DEEP = UNet(channels=(8, 16), norm_groups=4, attention_head_dim=8, space_to_depth=2)
 TRANSFORMER = DiT(layers=2, heads=2, head_dim=8)
+SLOW = UNet(channels=(8, 16), norm_groups=4, attention_head_dim=8, time_scale=0.01)
 
 CASES = {
     "rectified flow, labels, space to depth": (DEEP, (1, 8, 12), 3, RectifiedFlow(), "velocity", Euler(steps=5, guidance=2.0)),
     "transformer": (TRANSFORMER, (3, 6, 6), 3, RectifiedFlow(), "velocity", Euler(steps=5, guidance=2.0)),
     "transformer without classes": (TRANSFORMER, (3, 6, 6), 0, RectifiedFlow(), "velocity", Euler(steps=5)),
     "stock pipeline": (UNET, (3, 4, 8), 0, VariancePreserving(), "eps", DDIM(steps=10)),
+    "slow time": (SLOW, (3, 4, 8), 0, VariancePreserving(), "eps", DDIM(steps=10)),
+    "slow time, EDM": (SLOW, (1, 8, 8), 3, VarianceExploding(), "edm", OneStep()),
     "variance preserving, labels": (UNET, (1, 8, 8), 3, VariancePreserving("cosine"), "v", DDIM(steps=5, guidance=1.5)),
     "Euler in the variance-exploding frame": (UNET, (1, 8, 8), 3, VariancePreserving(), "eps", Euler(steps=5, guidance=2.0)),
     "Heun": (UNET, (1, 8, 8), 3, VariancePreserving(), "v", Heun(steps=4, guidance=2.0)),

@@ -17,6 +17,8 @@ from rich.logging import RichHandler
 from rich.table import Table
 from typer.core import TyperGroup
 
+from gentrain.cluster.stopping import StopRequested, receive, settle
+
 if TYPE_CHECKING:
     from gentrain.training.run import RunConfig
 
@@ -35,7 +37,16 @@ app: typer.Typer = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 done, 1 failed, 2 the command or a configuration must be mended, 75 stopped: run the same again to go on.",
 )  # fmt: skip
-console: Console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # of the ranks of torchrun, one speaks
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read it has gone (`| head`, a `tee` that the same Ctrl-C ended): the command goes on, silent, to its own status."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console: Console = _Console(quiet=os.environ.get("RANK", "0") != "0")  # of the ranks of torchrun, one speaks
 
 GENERATED, EVALUATION = "generated", "evaluation"  # of a run, as `sample` and `evaluate` leave them
 FAILED, MEND, RESUME = 1, 2, 75  # 75 = EX_TEMPFAIL, which schedulers can be told to requeue on
@@ -65,12 +76,16 @@ def _options(
 
 def main() -> None:
     """Entry point: turns expected errors into one clear message and an exit status."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
+    if sys.argv[1:2] in (["train"], ["run"], ["sweep"]):
+        receive()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_Console(stderr=True), show_path=False)])
     logging.getLogger("gentrain").setLevel(logging.INFO)
     try:
-        sys.exit(_guarded(app))
+        status = _guarded(app)
     except KeyboardInterrupt:  # while it is still being imported
-        sys.exit(130)
+        status = 130
+    settle(status)
+    sys.exit(status)
 
 
 def _guarded(command: Callable[..., Any], passed_on: tuple[type[Exception], ...] = ()) -> int:
@@ -83,6 +98,11 @@ def _guarded(command: Callable[..., Any], passed_on: tuple[type[Exception], ...]
         return status if isinstance(status, int) else 0
     except passed_on:
         raise
+    except StopRequested:
+        _say(f"stopped where nothing had to be published; what was before stays. Go on with: {shlex.join(['gentrain', *sys.argv[1:]])}")
+        return RESUME
+    except SystemExit as error:
+        return _complain(f"sys.exit({error.code!r}) was called on the way, by a plugin or a library: the command is not done", FAILED)
     except (KeyboardInterrupt, typer.Abort):
         return _complain(
             "interrupted; what was finished before is kept, a run goes on from its last checkpoint: run the same command again", 130
@@ -98,7 +118,7 @@ def _guarded(command: Callable[..., Any], passed_on: tuple[type[Exception], ...]
 
 
 def _complain(message: str, status: int) -> int:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escape(message)}", highlight=False)
+    _Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escape(message)}", highlight=False)
     return status
 
 
@@ -247,19 +267,30 @@ def report(run: Path) -> int:
 
 
 @app.command()
-def plan(config: Path, overrides: Overrides = None) -> int:
-    """Checks a run or a recipe without starting anything: resolved configuration, parameters per role, placement.
+def plan(
+    config: Path,
+    overrides: Overrides = None,
+    memory: Annotated[float | None, typer.Option(help="GiB that each process has; left out: those of the GPU here")] = None,
+) -> int:
+    """Checks a run or a recipe without starting anything: resolved configuration, parameters per role, placement, memory.
 
-    Example: gentrain plan configs/quickstart.yaml
+    Example: gentrain plan configs/quickstart.yaml --memory 24
     """
-    from gentrain.catalogue import roles_table
+    from gentrain.catalogue import plan_tables
     from gentrain.config import to_yaml
 
     loaded, runs = _loaded(config, overrides)
-    tables = [roles_table(name, each) for name, each in runs.items()]  # first: building the networks shows whether they fit the data
+    limit = _device_memory() if memory is None else int(memory * 2**30)
+    found = plan_tables(runs, limit)  # before anything is printed: building the networks shows whether they fit the data
     _say(to_yaml(loaded))
-    console.print(*tables, sep="\n")
+    console.print(*found, sep="\n", highlight=False)
     return 0
+
+
+def _device_memory() -> int | None:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 @app.command()
@@ -317,11 +348,15 @@ def _supervised(body: Callable[[], int], runs: list[RunConfig], directory: Path)
 
 
 def _loaded(config: Path, overrides: list[str] | None) -> tuple[Any, dict[str, RunConfig]]:
-    """A run or a recipe, and the runs in it by their names. Raises ConfigError."""
+    """A run, a recipe or (in plain values) a sweep, and the runs in it by their names: of a sweep, the first trial. Raises ConfigError."""
+    from gentrain.cluster.sweeps import is_sweep, load_sweep
     from gentrain.recipes.base import is_recipe, load_recipe
     from gentrain.recipes.train import Train
     from gentrain.training.run import load_run
 
+    if is_sweep(config, overrides or ()):
+        tried = load_sweep(config, overrides or ())
+        return tried.config, {f"{config.stem}, first of {len(tried.trials)} trials": tried.trials[0].run}
     if not is_recipe(config, overrides or ()):
         run = load_run(config, overrides or ())
         return run, {config.stem: run}
@@ -358,4 +393,4 @@ def _print_metrics(directory: Path) -> None:
     console.print(table)
 
 
-from gentrain.cli import jobs  # noqa: E402, F401  # adds its commands to the app
+from gentrain.cli import jobs, sweep  # noqa: E402, F401  # add their commands to the app

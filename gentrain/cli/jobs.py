@@ -18,12 +18,13 @@ Submitted = Annotated[str | None, typer.Argument(help="Name or directory of a su
 def submit(
     config: Path, overrides: cli.Overrides = None, dry_run: Annotated[bool, typer.Option(help="Print what would be sent.")] = False
 ) -> int:
-    """Sends a run or a recipe to the place that `cluster.submit` names, where it goes on without this terminal.
+    """Sends a run, a recipe or a sweep to the place that `cluster.submit` names, where it goes on without this terminal.
 
     Example: gentrain submit configs/quickstart.yaml cluster.submit=ray cluster.submit.address=http://127.0.0.1:8265
     """
-    from gentrain.catalogue import roles_table
+    from gentrain.catalogue import plan_tables
     from gentrain.cluster.submissions import output_at, place_of, send, submission_of
+    from gentrain.cluster.sweeps import load_sweep
     from gentrain.config import load
     from gentrain.document import reads_environment
 
@@ -32,8 +33,10 @@ def submit(
     if not isinstance(directory, str) or reads_environment(directory):
         raise document.error("output", "what is submitted is found again by its directory; write that out")
     loaded, runs = cli._loaded(config, [*(overrides or ()), f"output={json.dumps(output_at(place, directory))}"])
-    tables = [roles_table(name, each) for name, each in runs.items()]
-    command = "run" if "stages" in document.values else "train"
+    tables = plan_tables(runs, limit=None)
+    if "sweep" in document.values and (moved := load_sweep(config, overrides or ()).dependent):
+        raise document.error(moved[0], "an interpolation takes it from a key that varies, which cannot be sent; vary it by name, too")
+    command = next((command for key, command in (("sweep", "sweep"), ("stages", "run")) if key in document.values), "train")
     submission = submission_of(place, command, directory, cli._plain(loaded), [run.cluster for run in runs.values()])
     if dry_run:
         for name, text in place.render(submission).items():
@@ -44,7 +47,7 @@ def submit(
     cli._say(f"submitted: {submission.name} to {place.registered_name}; its directory there is {submission.output}")
     if submission.secrets:
         cli._say(f"the job reads these variables, which the place has to give: {', '.join(submission.secrets)}")
-    when = "at its end" if command == "run" else f"with: gentrain report {submission.directory}"
+    when = "at its end" if command != "train" else f"with: gentrain report {submission.directory}"
     cli._say(f"logs: gentrain logs {submission.name} -f\nreport: {submission.output}/report.html, {when}")
     return 0
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from gentrain.training.watchdog import STACKS
 
 ATTEMPTS = "attempts.jsonl"
 LONGEST_BACKOFF_S = 300.0
+_ENDS = ("finished", "stopped", "abandoned", "failed")
 
 
 def note(directory: Path, event: str, **details: Any) -> None:
@@ -28,16 +31,44 @@ class Started(Callback):
 
     def __init__(self, trainer: Trainer):
         if trainer.world.is_main:
-            note(trainer.run.directory, "started", ranks=trainer.world.size, samples=trainer.clock.samples)
+            about = {"attempt": trainer.attempt, "ranks": trainer.world.size, "samples": trainer.clock.samples}
+            note(trainer.run.directory, "started", **about)
+
+
+@contextmanager
+def noted(directory: Path, rank: int) -> Iterator[None]:
+    """Writes down why the body, an attempt on this rank, did not come to its end."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):  # a full disk, which is then the error
+            note(directory, "failed", reason=short(f"rank {rank}: {type(error).__name__}: {error}"))
+        raise
+
+
+def note_silence(directory: Path) -> None:
+    """Writes down that the newest attempt never came to its end, if so. For whoever holds the directory's lock."""
+    lines = _lines(directory)
+    if lines and lines[-1].get("event") not in _ENDS:
+        note(directory, "failed", reason="ended without a word: killed, or lost with its machine")
+
+
+def short(text: str) -> str:
+    """One line; of a long one its beginning, which says what failed, and its end, which says why."""
+    line = " ".join(text.split())
+    return line if len(line) <= 500 else f"{line[:150]} ... {line[-350:]}"
+
+
+def _lines(directory: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (directory / ATTEMPTS).read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
 
 
 def last_failure(directory: Path) -> str:
     """Why the newest attempt that failed did so, with where the stacks of its ranks are if it hung; empty if none has failed."""
-    try:
-        lines = [json.loads(line) for line in (directory / ATTEMPTS).read_text().splitlines()]
-    except (OSError, ValueError):
-        return ""
-    return next((line["reason"] for line in reversed(lines) if line["event"] == "failed"), "")
+    return next((line["reason"] for line in reversed(_lines(directory)) if line["event"] == "failed"), "")
 
 
 def stacks_of(directory: Path) -> set[str]:

@@ -36,16 +36,16 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Submission:
-    """One run or recipe on its way to a place."""
+    """One run, recipe or sweep on its way to a place."""
 
     name: str  # letters, digits, `.`, `_` and `-`, the first a letter or digit, at most 63: that of its directory
     config: str  # self-contained YAML, `output` the run's directory at the place; `${oc.env:NAME}` stands for secrets
-    command: tuple[str, ...]  # to run there, beside a file config.yaml that holds `config`: gentrain, train or run, config.yaml
+    command: tuple[str, ...]  # to run there, beside a file config.yaml that holds `config`: gentrain, train, run or sweep, config.yaml
     directory: Path  # of the run as this machine names it: where the handle and, at a place that shares it, results are
     output: str  # the same as the place names it, absolute
     environment: Mapping[str, str] = field(default_factory=dict)  # names and values, of the place's `environment`
     secrets: tuple[str, ...] = ()  # names of variables that the place has to give: of `${oc.env:NAME}`, and of the place's `secrets`
-    under_ray: bool = False  # whether any stage trains under Ray Train; else everything runs in the one process of `command`
+    under_ray: bool = False  # whether workers of Ray Train or trials of Ray Tune train; else all runs in the one process of `command`
     workers: tuple[int, int] = (1, 1)  # fewest and most that train together, over all stages
     cpus_per_worker: int = 1
     gpus_per_worker: float = 0.0

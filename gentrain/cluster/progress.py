@@ -41,7 +41,7 @@ def follow(run: RunConfig) -> Iterator[None]:
                 record = last_record(run.directory / METRICS)
                 if record:
                     losses = {key.removeprefix("loss/"): value for key, value in record.items() if key.startswith("loss/")}
-                    loss = ", ".join(f"{role} {value:.4g}" for role, value in losses.items())
+                    loss = ", ".join(f"{role} {'not finite' if value is None else f'{value:.4g}'}" for role, value in losses.items())
                     detail = f"{record['samples']:,} samples · {record.get('samples_per_second', 0):,.0f}/s · loss {loss}"
                     progress.update(task, completed=record["samples"], detail=detail)
 

@@ -10,15 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gentrain.cluster.attempts import Started, backoff, last_failure, note, stacks_of
+from gentrain.cluster.attempts import Started, backoff, last_failure, note, short, stacks_of
+from gentrain.cluster.exporter import Exporter, failures
+from gentrain.cluster.network import Network
 from gentrain.cluster.session import ClusterLost
-from gentrain.cluster.stopping import STOP_FILE, STOPPED, StopFile, StopFlag
+from gentrain.cluster.stopping import STOP_FILE, STOPPED, StopFile, StopFlag, interruptible
+from gentrain.cluster.workers import introductions
 from gentrain.config import ConfigError
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import CALLBACKS, Diverged, Outcome, train
 from gentrain.training.run import RunConfig, open_run
-from gentrain.training.watchdog import group_timeout_s
-from gentrain.training.world import join
+from gentrain.training.watchdog import group_timeout_s, hang
+from gentrain.training.world import join, leave
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,8 @@ def train_with_ray(run: RunConfig, stop: StopFlag) -> Outcome:
     Raises:
         ConfigError, CheckpointError, Diverged: what must be mended first. TrainingFailed: Ray Train gave up. ClusterLost: Ray is gone.
     """
-    _check_room(run)
+    with interruptible():
+        check_room(run)
     preemptions = 0
     while True:
         result = _attempt(run, stop)
@@ -77,7 +81,7 @@ def _attempt(run: RunConfig, stop: StopFlag) -> str | Exception:
     return result[0]
 
 
-def _check_room(run: RunConfig) -> None:
+def check_room(run: RunConfig) -> None:
     """Ray Train waits without end for cores and accelerators that the cluster does not have. Nodes of a head that came back may be late."""
     import ray
 
@@ -99,7 +103,7 @@ def _fit(run: RunConfig) -> str | Exception:
     from ray.exceptions import RayError
     from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     cluster = run.cluster
     directory = run.directory.resolve()
@@ -110,10 +114,7 @@ def _fit(run: RunConfig) -> str | Exception:
         threads["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to workers that asked for none
     trainer = TorchTrainer(
         _train_on_worker,
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if cluster.gpus_per_worker else "gloo",  # flags travel between hosts
-            timeout_s=int(group_timeout_s(run.training.hang_timeout_s)),
-        ),
+        torch_config=introductions(),
         train_loop_config={"directory": str(directory), "working_directory": os.getcwd()},
         scaling_config=ScalingConfig(
             num_workers=cluster.most if cluster.fewest == cluster.most else (cluster.fewest, cluster.most),
@@ -141,13 +142,10 @@ def _fit(run: RunConfig) -> str | Exception:
         return ClusterLost(f"Ray lost the controller of {run.output}: {error}")
     except Exception as error:  # a thread cannot raise into its parent
         return error
-    return result["outcome"] if "outcome" in result else _FINAL[result["error"]](result["message"])
-
-
-def _short(text: str) -> str:
-    """One line; of a long one its beginning, which says what failed, and its end, which says why."""
-    line = " ".join(text.split())
-    return line if len(line) <= 500 else f"{line[:150]} ... {line[-350:]}"
+    if "outcome" in result:
+        return result["outcome"]
+    note(directory, "failed", reason=short(f"{result['error']}: {result['message']}"))
+    return _FINAL[result["error"]](result["message"])
 
 
 def _restarts(directory: Path, max_failures: int, backoff_s: float) -> Any:
@@ -157,13 +155,16 @@ def _restarts(directory: Path, max_failures: int, backoff_s: float) -> Any:
     class Restarts(UserCallback):
         def __init__(self) -> None:
             self._failures, self._hung = 0, stacks_of(directory)
+            self._counter: Any = None  # of the controller's process, which is not this one
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             self._failures += 1
-            reasons = [f"rank {rank}: {_short(str(error))}" for rank, error in sorted(worker_exceptions.items())]
+            self._counter = self._counter or failures(directory)
+            self._counter.inc()
+            reasons = [f"rank {rank}: {short(str(error))}" for rank, error in sorted(worker_exceptions.items())]
             hung = stacks_of(directory) - self._hung
             self._hung |= hung
-            reasons = [f"hung (training.hang_timeout_s); stacks: {path}" for path in sorted(hung)] + reasons
+            reasons = [hang(Path(path)) for path in sorted(hung)] + reasons
             note(directory, "failed", reason="; ".join(reasons))
             if self._failures <= max_failures:
                 time.sleep(backoff(self._failures, backoff_s))
@@ -195,7 +196,10 @@ def _train_on_worker(config: dict[str, str]) -> dict[str, str]:
     directory = Path(config["directory"])
     asked, notice = StopFile(directory), _Notice()
     try:
-        outcome = train(open_run(directory), join(), lambda: asked() or notice.is_set, (*CALLBACKS, Started))
+        run = open_run(directory)
+        world = join(group_timeout_s(run.training.hang_timeout_s), run.cluster.network.start_limit_s)
+        outcome = train(run, world, lambda: asked() or notice.is_set, (*CALLBACKS, Started, Network, Exporter))
+        leave()
     except tuple(_FINAL.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
     if outcome is Outcome.STOPPED and not (directory / STOP_FILE).exists():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gentrain.cluster import session
+from gentrain.cluster.exporter import histogram
 from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.data.base import Data
 from gentrain.rewards.base import Reward
@@ -95,6 +96,8 @@ class RewardFleet:
         self._tickets: dict[int, _Waiting] = {}
         self._done: deque[tuple[int, Tensor]] = deque()
         self._next = 0
+        role = {"role": reward.registered_name}
+        self._latency = histogram("gentrain_reward_seconds", "from when an actor takes a batch to its scores", role)
         self._idle: list[Any] = []
         self._starting: dict[Any, tuple[Any, float]] = {}  # object -> actor, deadline
         size = min(actors, max(1, int(ray.cluster_resources().get("CPU", 1))))  # one that has no core would wait for ever
@@ -193,9 +196,10 @@ class RewardFleet:
         self._idle.append(actor)
 
     def _take(self, reference: Any) -> None:
-        actor, part, _ = self._running.pop(reference)
+        actor, part, until = self._running.pop(reference)
         try:
             self._accept(part, self._ray.get(reference))
+            self._latency.observe(time.monotonic() - (until - self._timeout_s))
             self._idle.append(actor)
         except self._ray.exceptions.RayTaskError as error:  # the reward itself raised: the actor lives
             self._idle.append(actor)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gentrain.cluster.stopping import StopRequested, kept
 from gentrain.config import ConfigError
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def start() -> None:
         return
     if os.environ.get("RAY_ADDRESS"):
         try:
-            ray.init(log_to_driver=False)
+            with kept():
+                ray.init(log_to_driver=False)
         except ConnectionError as error:
             raise ClusterLost(f"no Ray cluster answers at RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: {error}") from error
         head = ray.get_runtime_context().gcs_address
@@ -56,10 +58,11 @@ def start() -> None:
             log.warning("the Ray cluster at %s asks for no token: %s. Start it with RAY_AUTH_MODE=token", head, _RISK)
     else:
         prepare()
-        ray.init(
-            address="local", include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=_directory[0],
-            _system_config={"gcs_rpc_server_reconnect_timeout_s": 10},  # a head of our own does not come back: not a minute of waiting
-        )  # fmt: skip
+        with kept():
+            ray.init(
+                address="local", include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=_directory[0],
+                _system_config={"gcs_rpc_server_reconnect_timeout_s": 10},  # a head of our own does not come back: not a minute of waiting
+            )  # fmt: skip
         if os.environ["RAY_AUTH_MODE"].lower() != "token":
             log.warning("RAY_AUTH_MODE=%s: %s. Unset it", os.environ["RAY_AUTH_MODE"], _RISK)
         if ray.util.get_node_ip_address() != "127.0.0.1":
@@ -112,7 +115,7 @@ def session() -> Iterator[None]:
     try:
         yield
         failed = False
-    except (ConfigError, KeyboardInterrupt):
+    except (ConfigError, KeyboardInterrupt, StopRequested):
         failed = False
         raise
     finally:

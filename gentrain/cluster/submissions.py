@@ -76,7 +76,7 @@ def submission_of(place: Place, command: str, directory: str, config: Mapping[st
     """What is sent to the place.
 
     Args:
-        command: `train` or `run`.
+        command: `train`, `run` or `sweep`.
         directory: of the run as this machine names it.
         config: the resolved configuration, in plain values; its `output` is the directory as the place names it.
         clusters: of the runs that it trains.
@@ -100,7 +100,7 @@ def submission_of(place: Place, command: str, directory: str, config: Mapping[st
         output=config["output"],
         environment=place.environment,
         secrets=secrets,
-        under_ray=any(cluster.place == "ray" for cluster in clusters),
+        under_ray=command == "sweep" or any(cluster.place == "ray" for cluster in clusters),
         workers=(max(cluster.fewest for cluster in clusters), max(cluster.most for cluster in clusters)) if clusters else (1, 1),
         cpus_per_worker=max((cluster.cpus_per_worker for cluster in clusters), default=1),
         gpus_per_worker=max((cluster.gpus_per_worker for cluster in clusters), default=0.0),

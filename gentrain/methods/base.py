@@ -184,6 +184,13 @@ class Method(Component, kind="method"):
     def fit(self) -> None:
         """Records in the configuration what it takes from outputs of earlier stages. Raises ConfigError. Called before training."""
 
+    def learning(self, role: str) -> dict[str, Tensor] | None:
+        """Which weights of a role that learns do: parameter name -> bool of its shape; None = all. Raises ConfigError.
+
+        Asked before training. Needs an elementwise optimiser without weight decay, and ZeRO 2 at most.
+        """
+        return None
+
     def pools(self) -> dict[str, Pool]:
         """Samples that each step reads beside the data, as many: name -> pool; the batch has them as "<name>/x" and "<name>/label"."""
         return {}

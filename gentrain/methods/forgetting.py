@@ -13,6 +13,8 @@ from gentrain.data.base import Data
 from gentrain.methods.base import Method
 from gentrain.noise import Noise
 
+UNIFORM = "uniform"
+
 
 def class_number(given: int | str, names: Sequence[str]) -> int:
     """The number of a class given by number or by name. Raises ValueError that tells the classes."""
@@ -24,6 +26,24 @@ def class_number(given: int | str, names: Sequence[str]) -> int:
     if not 0 <= given < len(names):
         raise ValueError(f"there is no class {given}; {known}")
     return given
+
+
+def override_weights(override: int | str, names: Sequence[str], forgotten: int, words: str = UNIFORM) -> Tensor:
+    """[K] weights of the classes that stand in for the forgotten one: the one named, or all others alike for `uniform`.
+
+    words: what may stand in place of a class, for the error. Raises ConfigError.
+    """
+    if override == UNIFORM:
+        others = torch.ones(len(names), dtype=torch.float64)
+        others[forgotten] = 0
+        return others
+    try:
+        place = class_number(override, names)
+    except ValueError as error:
+        raise ConfigError(f"{error}; or take {words}", key="override") from error
+    if place == forgotten:
+        raise ConfigError("it is the class to forget; name another one, or uniform", key="override")
+    return torch.nn.functional.one_hot(torch.tensor(place), len(names)).double()
 
 
 def draw_classes(noise: Noise, count: int, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Nets, Role, Trained, Update
-from gentrain.methods.forgetting import Forgetting, class_number, draw_classes
+from gentrain.methods.forgetting import UNIFORM, Forgetting, draw_classes, override_weights
 from gentrain.noise import Noise
 from gentrain.paths.base import Path
 from gentrain.samplers.base import Sampler
@@ -21,7 +21,7 @@ from gentrain.samplers.guidance import guided_x0
 from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
 
 _LEAST_OMEGA = 1e-5
-UNIFORM, CLASSIFIER = "uniform", "classifier"
+CLASSIFIER = "classifier"
 
 
 def score_identity_loss(x_g: Tensor, teacher_x0: Tensor, fake_x0: Tensor, alpha: float) -> Tensor:
@@ -94,18 +94,8 @@ class ScoreForgetting(Forgetting):
 
     def check_data(self, data: Data) -> None:
         super().check_data(data)
-        others = torch.ones(len(data.class_names), dtype=torch.float64)
-        others[self.forgotten] = 0
-        self.overrides = others
-        if self.override in (UNIFORM, CLASSIFIER):
-            return
-        try:
-            place = class_number(self.override, data.class_names)
-        except ValueError as error:
-            raise ConfigError(f"{error}; or take {UNIFORM} or {CLASSIFIER}", key="override") from error
-        if place == self.forgotten:
-            raise ConfigError("it is the class to forget; name another one, or uniform", key="override")
-        self.overrides = torch.nn.functional.one_hot(torch.tensor(place), len(others)).double()
+        override = UNIFORM if self.override == CLASSIFIER else self.override
+        self.overrides = override_weights(override, data.class_names, self.forgotten, f"{UNIFORM} or {CLASSIFIER}")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("fake_score", self.fake_remain, self.fake_forget)

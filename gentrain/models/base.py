@@ -43,6 +43,14 @@ class Codec:
         """A batch of the data set as methods see it: x [B, *shape], and what `condition_of` reads."""
         return batch
 
+    def shaped(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `encode` gives for the batch, perhaps with other numbers, where it would take networks to know them."""
+        return self.encode(batch, Noise(0, batch["index"]))
+
+    def skeletons(self) -> dict[str, nn.Module]:
+        """The networks that it holds, by name, on the meta device."""
+        return {}
+
     def decode(self, x: Tensor) -> Tensor:
         """x [B, *shape] -> data [B, ...], images in [-1, 1]. Gradients flow through."""
         return x

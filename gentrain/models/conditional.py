@@ -44,11 +44,12 @@ class ConditionalNetwork(nn.Module):
         backbone: the diffusers model, for images [B, C s^2, H / s, W / s].
         num_classes: the backbone's label embedding has one more row, the null class; None = it has no label embedding.
         space_to_depth: s: the backbone sees each s x s block of pixels as channels.
+        time_scale: the backbone is given t times this.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int | None, space_to_depth: int = 1):
+    def __init__(self, backbone: nn.Module, num_classes: int | None, space_to_depth: int = 1, time_scale: float = 1.0):
         super().__init__()
-        self.backbone, self.num_classes, self.space_to_depth = backbone, num_classes, space_to_depth
+        self.backbone, self.num_classes, self.space_to_depth, self.time_scale = backbone, num_classes, space_to_depth, time_scale
         self.inputs: Inputs | None = None
 
     def add_inputs(self, names: Sequence[str]) -> None:
@@ -69,4 +70,4 @@ class ConditionalNetwork(nn.Module):
         given = labels if self.inputs is None else (labels, self.inputs(t, condition))
         # t stays as it is: half precision cannot tell neighbouring times apart
         hidden = pixel_unshuffle(x.to(next(self.backbone.parameters()).dtype), self.space_to_depth)
-        return pixel_shuffle(self.backbone(hidden, t, class_labels=given, return_dict=False)[0], self.space_to_depth)
+        return pixel_shuffle(self.backbone(hidden, t * self.time_scale, class_labels=given, return_dict=False)[0], self.space_to_depth)

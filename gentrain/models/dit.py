@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
 from gentrain.config import option, register
 from gentrain.models.base import Model
 from gentrain.models.conditional import ConditionalNetwork
+from gentrain.models.inputs import TIME_SCALE
 
 
 @register("dit")
@@ -21,6 +22,7 @@ class DiT(Model):
     heads: PositiveInt = option(4, "attention heads")
     head_dim: PositiveInt = option(32, "channels per head; the width is heads * head_dim")
     patch_size: PositiveInt = option(2, "side of a patch", unit="pixels")
+    time_scale: PositiveFloat = option(1.0, TIME_SCALE)
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A `ConditionalNetwork`.
@@ -51,4 +53,4 @@ class DiT(Model):
         for block in backbone.transformer_blocks:
             # methods drop labels, from the noise of each sample; the model's own dropping would draw from torch's generator
             block.norm1.emb.class_embedder.dropout_prob = 0.0
-        return ConditionalNetwork(backbone, num_classes)
+        return ConditionalNetwork(backbone, num_classes, time_scale=self.time_scale)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gentrain.models.base import Condition
 
 WIDTH = 256  # of the embeddings (arXiv:2310.04378, code release: time_cond_proj_dim)
+TIME_SCALE = "of the time that the embedding reads; .01 where a method takes derivatives by time (continuous_consistency, mean_flow)"
 _INTERVAL_FREQUENCIES = 32.0  # radians per whole path: a derivative with respect to time passes through these
 
 

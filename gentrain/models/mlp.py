@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from gentrain.config import option, register
 from gentrain.models.base import Condition, Model
 from gentrain.models.conditional import class_index
-from gentrain.models.inputs import Inputs
+from gentrain.models.inputs import TIME_SCALE, Inputs
 
 
 @register("mlp")
@@ -22,22 +22,23 @@ class MLP(Model):
 
     width: PositiveInt = option(128, "hidden units of a layer")
     depth: PositiveInt = option(3, "residual layers")
+    time_scale: PositiveFloat = option(1.0, TIME_SCALE)
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """Raises ValueError when the samples are not vectors (D,)."""
         if len(shape) != 1:
             raise ValueError(f"mlp is for vectors (D,), got samples of shape {shape}; use unet or dit for images")
-        return MLPNetwork(shape[0], num_classes, self.width, self.depth)
+        return MLPNetwork(shape[0], num_classes, self.width, self.depth, self.time_scale)
 
 
 class MLPNetwork(nn.Module):
     """forward: x [B, dim], t [B] in [0, 1000], condition {"label": [B] int64, -1 = null} -> [B, dim] in the weights' dtype."""
 
-    def __init__(self, dim: int, num_classes: int, width: int, depth: int):
+    def __init__(self, dim: int, num_classes: int, width: int, depth: int, time_scale: float = 1.0):
         from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.time_scale = num_classes, time_scale
         self.time = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(width, width)
         self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
@@ -52,7 +53,7 @@ class MLPNetwork(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         dtype = self.input.weight.dtype
-        embedding = self.time_embedding(self.time(t).to(dtype))
+        embedding = self.time_embedding(self.time(t * self.time_scale).to(dtype))
         if self.label_embedding is not None:
             embedding = embedding + self.label_embedding(class_index(condition, x, self.num_classes))
         if self.inputs is not None:

@@ -79,7 +79,8 @@ class Pretrained(Model):
         if not family.takes_text and num_classes > family.num_classes:
             raise ValueError(f"the network of {self.directory} knows {family.num_classes} classes, the data have {num_classes}")
         if torch.get_default_device().type == "meta":
-            return PretrainedNetwork(family, family.source.skeleton(family.denoiser), {})
+            texts = family.text_shapes() if family.takes_text else {}
+            return PretrainedNetwork(family, family.source.skeleton(family.denoiser), texts)
         return PretrainedNetwork(family, family.source.load(family.denoiser), self._null)
 
     @cached_property
@@ -111,6 +112,11 @@ class PretrainedNetwork(nn.Module):
         self._null = tuple(null)
         for name, value in null.items():  # the pipeline's, so that no checkpoint need hold them
             self.register_buffer(f"null_{name}", value.clone(), persistent=False)
+
+    def add_inputs(self, names: Sequence[str]) -> None:
+        """Raises ValueError: a pipeline would not give them to its network."""
+        remedy = "; two equal weights in method.guidance are built in and need none" if tuple(names) == ("guidance",) else ""
+        raise ValueError(f"the network of a pipeline takes no further input ({', '.join(names)}){remedy}")
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """x [B, C, H, W], t [B] in diffusers' timesteps, condition as the codec's -> [B, C, H, W] in the weights' dtype."""
@@ -157,6 +163,14 @@ class PretrainedCodec(Codec):
         self.device = device
         return self
 
+    def skeletons(self) -> dict[str, nn.Module]:
+        """What it makes latents and conditions with, on the meta device: "vae", and the text encoders where there are texts."""
+        family = self.family
+        texts = [*family.text_components, *family.optional_components] if family.takes_text and self.names else []
+        encoders = [name for name in texts if name.startswith("text_encoder") and (family.source.index.get(name) or [None])[0]]
+        with torch.device("meta"):
+            return {name: family.source.skeleton(name) for name in ("vae", *encoders)}
+
     @cached_property
     def _vae(self) -> nn.Module:
         vae: nn.Module = self.family.source.load("vae")
@@ -165,6 +179,15 @@ class PretrainedCodec(Codec):
     @cached_property
     def _text_pipeline(self) -> Any:
         return self.family.text_pipeline().to(self.device)
+
+    def shaped(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if DEVIATION in batch:
+            return super().shaped(batch)
+        rows = len(batch["x"])
+        texts = self.family.text_shapes() if self.family.takes_text and self.names else {}
+        given = {name: torch.zeros((rows, *value.shape[1:]), dtype=value.dtype) for name, value in texts.items()}
+        null = {"null": torch.zeros(rows, dtype=torch.bool)} if texts else {}
+        return {**batch, "x": torch.zeros(rows, *self.shape), **{f"condition/{name}": value for name, value in {**given, **null}.items()}}
 
     def encode(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         if DEVIATION in batch:  # of a cache, which has the texts as well

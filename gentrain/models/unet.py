@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from gentrain.config import option, register
 from gentrain.models.base import Model
 from gentrain.models.conditional import ConditionalNetwork
+from gentrain.models.inputs import TIME_SCALE
 
 
 @register("unet")
@@ -23,6 +24,7 @@ class UNet(Model):
     attention_head_dim: PositiveInt = option(32, "channels per attention head")
     norm_groups: PositiveInt = option(8, "groups of the group normalisation; divides every level's channels")
     space_to_depth: PositiveInt = option(1, "the network sees blocks of this many pixels squared as channels", unit="pixels")
+    time_scale: PositiveFloat = option(1.0, TIME_SCALE)
 
     def __post_init__(self) -> None:
         if not self.channels:
@@ -65,4 +67,4 @@ class UNet(Model):
             norm_num_groups=self.norm_groups,
             num_class_embeds=num_classes + 1 if num_classes else None,
         )
-        return ConditionalNetwork(backbone, num_classes or None, self.space_to_depth)
+        return ConditionalNetwork(backbone, num_classes or None, self.space_to_depth, self.time_scale)

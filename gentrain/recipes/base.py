@@ -18,9 +18,11 @@ from omegaconf.errors import InterpolationResolutionError
 from pydantic import NonNegativeFloat, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict
 
+from gentrain.cluster.stopping import StopRequested, interruptible
 from gentrain.config import Component, ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.models.families.source import outputs_to_come
 from gentrain.training.cluster import Submitting
+from gentrain.training.remedies import refuse_url
 from gentrain.training.run import changed_keys
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ConfigError("a recipe needs at least one stage", key="stages")
+        refuse_url(self.output, "output")
 
     @property
     def directory(self) -> Path:
@@ -199,10 +202,11 @@ def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:
         _write_states(directory, states)
         started = time.monotonic()
         try:
-            stage.execute(directory / name)
+            with interruptible():
+                stage.execute(directory / name)
             state["status"] = "finished"
         except BaseException as error:
-            state["status"] = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+            state["status"] = "stopped" if isinstance(error, Stopped | StopRequested | KeyboardInterrupt) else "failed"
             if state["status"] == "failed":
                 state["error"] = str(error) or type(error).__name__
             raise

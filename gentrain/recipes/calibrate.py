@@ -66,7 +66,8 @@ class Calibrate(Stage):
         if launch(probe) is Outcome.STOPPED:
             raise Stopped
         record = json.loads((probe.directory / METRICS).read_text().splitlines()[-1])
-        found = spread(record["log_ratio_square"], record["discriminator_accuracy"], self.product)
+        square, accuracy = (math.nan if record[key] is None else record[key] for key in ("log_ratio_square", "discriminator_accuracy"))
+        found = spread(square, accuracy, self.product)
         log.info("beta = %.3g: the log-ratio's root mean square is %.3g after %d steps", found.beta, found.log_ratio, self.steps)
         if not isinstance(method.beta, str):
             refuse_meaningless(method.beta, found)

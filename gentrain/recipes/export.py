@@ -59,7 +59,8 @@ class Export(Stage):
         metrics = read_metrics(self.scores) if self.scores else []
         network = denoiser.network
         if pretrained_network(network) is not None:
-            return export_pretrained(out, network, self.form, licence=run.data.licence, config=to_dict(run), metrics=metrics)
+            about: Any = {"licence": run.data.licence, "config": to_dict(run), "metrics": metrics}
+            return export_pretrained(out, network, self.form, sampler=run.drawn_with(self.sampler), **about)
         if self.form == "adapter":
             raise ConfigError("the network came from no pipeline of diffusers; its adapter goes with it: form=pipeline", key="form")
         if isinstance(network, Adapted):

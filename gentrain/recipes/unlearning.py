@@ -21,6 +21,7 @@ from gentrain.models.adapters import digest_of
 from gentrain.recipes.base import Stage
 from gentrain.recipes.evaluate import apply_network, load_judge, read_held_out, read_samples, write_metrics
 from gentrain.recipes.generate import GRID, INFO
+from gentrain.recipes.oracle import oracle_distances
 from gentrain.training.roles import load_weights
 
 RELEASE = "release.json"
@@ -78,6 +79,9 @@ class Unlearning(Stage):
     others: dict[str, str] = option(dict, "name -> directory of further generate stages, measured alike (the teacher, baselines)")
     override: int | str | None = option(None, "the class drawn in its place; null = none in particular")
     gate: Gate = option(Gate, "what a release needs; `export` refuses what does not meet it")
+    oracle: str | None = option(None, "run of a model that never knew the class, from which divergences are bounded; null = none")
+    oracle_count: PositiveInt = option(200, "samples of the oracle on which that is done", unit="samples")
+    oracle_draws: PositiveInt = option(8, "noise levels for each of them")
     reference: PositiveInt = option(10_000, "held-out items to compare with, at most", unit="samples")
 
     def execute(self, directory: Path) -> None:
@@ -106,7 +110,12 @@ class Unlearning(Stage):
             except ValueError as error:
                 raise ConfigError(str(error), key=f"others.{name}" if name in self.others else name) from error
         release = self._release(str(data.class_names[forgotten]), measured, override is not None)
+        if self.oracle is not None:
+            runs = {name: str(_info(place).get("run")) for name, place in places.items()}
+            for name, metric in oracle_distances(self.oracle, runs, forgotten, self.oracle_count, self.oracle_draws).items():
+                measured[name].append(metric)
         settings = to_dict(self) | {"release": "met" if not unmet(release) else f"not met: {'; '.join(unmet(release))}"}
+        settings["grid"] = f"A row for each class, {_SHOWN} samples of each model, from left to right: {', '.join(sets)}; the same noise."
         write_metrics(directory, [metric for metrics in measured.values() for metric in metrics], settings)
         (directory / RELEASE).write_text(json.dumps(release, indent=1))
         if held_out["x"].ndim == 4 and held_out["x"].shape[1] in (1, 3):

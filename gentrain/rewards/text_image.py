@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from gentrain.config import option, register
 from gentrain.data.base import Data
+from gentrain.models.hub import fetched, files_of
 from gentrain.rewards.base import Asked, Networks, Reward, Texts, check_images, pixels
 
 _TOWERS = ("clip", "siglip")  # model_type in config.json
@@ -28,11 +29,10 @@ def local_file(directory: str, revision: str | None, name: str) -> Path:
     if Path(directory).is_dir():
         path = Path(directory, name)
     else:
-        from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            path = Path(hf_hub_download(directory, name, revision=revision))
+            path = fetched(directory, revision, (name,)) / name
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             why = f"and {name} of that repository cannot be had ({type(error).__name__})"
             raise ValueError(f"{directory} is no directory, {why}; download it first") from error
@@ -70,11 +70,14 @@ class _Pretrained:
 
         self.side, self.mean, self.std = _preprocessing(directory, revision)
         try:
+            if not Path(directory).is_dir():
+                fetched(directory, revision, *files_of())
+            where: dict[str, Any] = {"revision": revision, "local_files_only": True}
             with torch.device("cpu"):
                 self.model: Any = getattr(transformers, model_class).from_pretrained(
-                    directory, revision=revision, dtype=torch.float32, use_safetensors=True
+                    directory, dtype=torch.float32, use_safetensors=True, **where
                 )
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory, revision=revision)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **where)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ValueError(f"the model in {directory} cannot be loaded ({str(error).splitlines()[0]}); download it anew") from error
         self.model.to(device).eval().requires_grad_(False)

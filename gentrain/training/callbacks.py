@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +14,24 @@ from torch import nn
 from gentrain.images import save_grid
 from gentrain.methods.base import Clock, Trained
 from gentrain.noise import Noise, derive
-from gentrain.training.run import METRICS, SAMPLES
+from gentrain.training.run import METRICS, SAMPLES, TENSORBOARD
+from gentrain.training.storage import replace_file
 
 if TYPE_CHECKING:
     from gentrain.training.loop import Trainer
 
 
+log = logging.getLogger(__name__)
+
+
 def due(clock: Clock, every: int) -> bool:
     """Whether the step that ended at `clock` passed a multiple of `every` samples."""
     return every > 0 and clock.samples // every > (clock.samples - clock.batch_size) // every
+
+
+def sayable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with None for the numbers that JSON has no word for: those that are not finite."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
 
 
 class Callback:
@@ -43,8 +54,18 @@ class MetricsFile(Callback):
         self._path = trainer.run.directory / METRICS
         self._last = (trainer.clock.samples, trainer.seconds)
         if trainer.world.is_main and self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if _samples_of(line) <= trainer.clock.samples]
-            self._path.write_text("".join(f"{line}\n" for line in lines))
+            self._drop_lines_beyond(trainer.clock.samples)
+
+    def _drop_lines_beyond(self, samples: int) -> None:
+        """Whenever this process dies, the lines up to that checkpoint are there."""
+        text = self._path.read_text(errors="replace")
+        reached = [(line, _samples_of(line)) for line in text.splitlines()]
+        damaged = sum(each is None for _, each in reached)
+        if damaged:
+            log.warning("%s: %d damaged lines dropped, as a kill or a full disk leaves one", self._path, damaged)
+        kept = "".join(f"{line}\n" for line, each in reached if each is not None and each <= samples)
+        if kept != text:
+            replace_file(self._path, kept)
 
     def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
         if trainer.world.is_main:
@@ -52,14 +73,15 @@ class MetricsFile(Callback):
             self._last = (record["samples"], record["seconds"])
             speed = (record["samples"] - samples) / max(record["seconds"] - seconds, 1e-9)
             with self._path.open("a") as file:
-                file.write(json.dumps({**record, "samples_per_second": round(speed, 1)}) + "\n")
+                file.write(json.dumps({**sayable(record), "samples_per_second": round(speed, 1)}) + "\n")
 
 
-def _samples_of(line: str) -> float:
+def _samples_of(line: str) -> float | None:
+    """None for a line that is damaged."""
     try:
         return float(json.loads(line)["samples"])
-    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
-        return float("inf")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 class TensorBoard(Callback):
@@ -69,7 +91,7 @@ class TensorBoard(Callback):
         if trainer.world.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(trainer.run.directory / "tensorboard"), purge_step=trainer.clock.samples + 1)
+            self._writer = SummaryWriter(str(trainer.run.directory / TENSORBOARD), purge_step=trainer.clock.samples + 1)
 
     def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
         if trainer.world.is_main:

@@ -25,14 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gentrain.document import ConfigError
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 2
 _LAYOUT = "layout"  # key in a file's header: name -> [start, *shape]
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that must not be read. The message names the file and the remedy."""
+class CheckpointError(ConfigError):
+    """A checkpoint that must not be read, or a place that must not be written. The message names it and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,26 @@ class Checkpoint:
         where: names it in messages.
         present: names of the files that are there.
         fetch: file name -> a local file with its contents.
+        others: the names of other whole checkpoints in the same place, the newest first; asked only when this one is refused.
     """
 
-    def __init__(self, where: str, present: Iterable[str], fetch: Callable[[str], Path]):
-        self.where, self._fetch = where, fetch
+    def __init__(self, where: str, present: Iterable[str], fetch: Callable[[str], Path], others: Callable[[], list[str]] = list):
+        self.where, self._fetch, self._others = where, fetch, others
         self._verified: dict[str, Path] = {}
         names = set(present)
         if MANIFEST not in names:
-            raise CheckpointError(f"{where} was never published: it has no {MANIFEST}; write another one's name into LATEST")
+            raise CheckpointError(f"{where} was never published: it has no {MANIFEST}; {self.instead}")
         self.hashes = self._read_manifest()
         for name in sorted(names - set(self.hashes) - {MANIFEST}):
-            raise CheckpointError(f"{where}/{name} is not in the manifest; remove it or write another one's name into LATEST")
+            raise CheckpointError(f"{where}/{name} is not in the manifest; remove it or {self.instead}")
         for name in sorted({*self.hashes, STATE} - names):  # which also refuses names that point out of the directory
-            raise CheckpointError(f"{where}/{name} is missing; write another one's name into LATEST")
+            raise CheckpointError(f"{where}/{name} is missing; {self.instead}")
+
+    @property
+    def instead(self) -> str:
+        """What to do about a checkpoint that is damaged."""
+        whole = ", ".join(self._others()[:5]) or "none"
+        return f"write another one's name into LATEST (whole beside it: {whole})"
 
     def _read_manifest(self) -> dict[str, str]:
         try:
@@ -105,13 +114,11 @@ class Checkpoint:
             content = json.loads(text)
             hashes, version = dict(content["sha256"]), content["format"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{self.where}/{MANIFEST} is damaged ({error}); write another one's name into LATEST") from error
+            raise CheckpointError(f"{self.where}/{MANIFEST} is damaged ({error}); {self.instead}") from error
         if version != FORMAT:
             raise CheckpointError(f"{self.where} has format {version}, this version reads {FORMAT}; use the version that wrote it")
         if text != manifest(hashes):
-            raise CheckpointError(
-                f"{self.where}/{MANIFEST} is damaged (its form is not the one it is written in); write another one's name into LATEST"
-            )
+            raise CheckpointError(f"{self.where}/{MANIFEST} is damaged (its form is not the one it is written in); {self.instead}")
         return hashes
 
     def file(self, name: str) -> Path:
@@ -119,7 +126,7 @@ class Checkpoint:
         if name not in self._verified:
             path = self._fetch(name)
             if not path.is_file() or sha256(path) != self.hashes.get(name):
-                raise CheckpointError(f"{self.where}/{name} differs from its hash in the manifest; write another one's name into LATEST")
+                raise CheckpointError(f"{self.where}/{name} differs from its hash in the manifest; {self.instead}")
             self._verified[name] = path
         return self._verified[name]
 
@@ -134,14 +141,14 @@ class Checkpoint:
         try:
             return dict(json.loads(self.file(STATE).read_text()))
         except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{self.where}/{STATE} is damaged ({error}); write another one's name into LATEST") from error
+            raise CheckpointError(f"{self.where}/{STATE} is damaged ({error}); {self.instead}") from error
 
     def shards(self, stem: str, rank: int = 0) -> Shards:
         """The tensors of `<role>.<kind>`, looked for in the file of `rank` first."""
         pattern = re.compile(rf"{re.escape(stem)}\.\d{{5}}\.safetensors")
         files = sorted(filter(pattern.fullmatch, self.hashes), key=lambda name: (name != shard_file(stem, rank), name))
         if not files:
-            raise CheckpointError(f"{self.where} has no {shard_file(stem, 0)}; write another one's name into LATEST")
+            raise CheckpointError(f"{self.where} has no {shard_file(stem, 0)}; {self.instead}")
         return Shards(self, files)
 
 
@@ -155,7 +162,7 @@ class Shards:
     def _files(self) -> Iterator[_ShardFile]:
         for index, name in enumerate(self._names):
             if index == len(self._opened):
-                self._opened.append(_ShardFile(self._checkpoint.file(name), f"{self._checkpoint.where}/{name}"))
+                self._opened.append(_ShardFile(self._checkpoint.file(name), self._checkpoint))
             yield self._opened[index]
 
     def keys(self) -> dict[str, bool]:
@@ -193,8 +200,8 @@ class Shards:
 class _ShardFile:
     """pieces: name -> (start, elements, shape of the whole)."""
 
-    def __init__(self, path: Path, where: str):
-        self.where = where
+    def __init__(self, path: Path, checkpoint: Checkpoint):
+        self.where = where = f"{checkpoint.where}/{path.name}"
         try:
             self._file = safe_open(path, "pt")  # which refuses headers that claim more than the file holds
             layout = json.loads((self._file.metadata() or {})[_LAYOUT])
@@ -207,7 +214,7 @@ class _ShardFile:
             if layout:
                 raise ValueError(f"its header names {min(layout)!r}, which it does not hold")
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{where} is no file of a checkpoint ({error}); write another one's name into LATEST") from error
+            raise CheckpointError(f"{where} is no file of a checkpoint ({error}); {checkpoint.instead}") from error
 
     def holds(self, name: str, position: int) -> bool:
         first, count, _ = self.pieces.get(name, (0, 0, ()))

@@ -25,6 +25,7 @@ class Network:
 
     interface: str | None = option(None, "network interface of their traffic, such as ib0; left out: what gloo and NCCL choose")
     variables: dict[str, str] = option(dict, "further variables of NCCL and gloo, such as {NCCL_IB_HCA: mlx5}")
+    start_limit_s: PositiveFloat = option(300.0, "for all ranks to have come; then those that are missing are named", unit="s")
 
     def __post_init__(self) -> None:
         for name in self.variables:

@@ -257,6 +257,33 @@ def frozen(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes that an engine holds on one rank for one role, the most on any rank.
+
+    weights: those that forward uses and the float32 masters, with padding. optimizer: its state once it has stepped. average: what
+    `start_ema` adds. buffers: of communication, there all the time. gradients: as a step begins. passing: more, while gradients are made.
+    stepping: more, while the step runs.
+    """
+
+    weights: int
+    optimizer: int
+    average: int
+    buffers: int
+    gradients: int
+    passing: int
+    stepping: int = 0
+
+
+def replicated(parameters: list[nn.Parameter], optimizer: Optimizer) -> tuple[int, int]:
+    """Bytes of the parameters in float32 and of the optimiser's state of them."""
+    weights = state = 0
+    for p in parameters:
+        each, once = optimizer.state_bytes(p.ndim)
+        weights, state = weights + 4 * p.numel(), state + round(each * p.numel()) + once
+    return weights, state
+
+
 class Engine(Component, kind="engine"):
     """An engine as configured."""
 
@@ -278,6 +305,14 @@ class Engine(Component, kind="engine"):
 
     def build(self, role: str, module: nn.Module, optimizer: Optimizer, world: World) -> RoleEngine:
         """An engine around a module that holds its initial weights, in `live_dtype`, on the world's device."""
+        raise NotImplementedError
+
+    def held(self, parameters: list[nn.Parameter], optimizer: Optimizer, ranks: int, passes: int) -> Held:
+        """What `build` makes one of `ranks` hold for a module with these parameters, which may be on the meta device.
+
+        Args:
+            passes: backwards before each step.
+        """
         raise NotImplementedError
 
 

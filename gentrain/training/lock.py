@@ -7,6 +7,7 @@ import getpass
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
@@ -69,7 +70,12 @@ def _myself() -> dict[str, str | int]:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
         user = str(os.getuid())
-    return {"host": socket.gethostname(), "pid": os.getpid(), "user": user, "command": shlex.join(sys.argv)[:200]}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "user": user, "command": _command()}
+
+
+def _command() -> str:
+    """The command line without values: the file outlives a process that is killed, and an override may hold what it should not."""
+    return shlex.join(re.sub("=.*", "=...", each, flags=re.DOTALL) for each in sys.argv)[:200]
 
 
 def _describe(lock: Path, owner: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -18,12 +19,14 @@ from gentrain.config import ConfigError
 from gentrain.methods.base import Batch, Clock, Follow, Update
 from gentrain.noise import Noise, derive
 from gentrain.training.batches import batches, encoded
-from gentrain.training.callbacks import Callback, MetricsFile, Previews, TensorBoard, due
+from gentrain.training.beginning import claim, note_published
+from gentrain.training.callbacks import Callback, MetricsFile, Previews, TensorBoard, due, sayable
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError
 from gentrain.training.lock import hold
+from gentrain.training.logs import logged
 from gentrain.training.roles import Roles
-from gentrain.training.run import RunConfig
-from gentrain.training.saving import Saver
+from gentrain.training.run import RunConfig, weight_settings
+from gentrain.training.saving import Saver, together
 from gentrain.training.spikes import SpikeWatch
 from gentrain.training.watchdog import SLOW, Watchdog
 from gentrain.training.world import RankGroup, World
@@ -49,13 +52,16 @@ class Trainer:
 
     Attributes:
         run, world, roles: what is trained, where, the networks.
-        clock: how far it is. seconds: of training so far, over all attempts.
+        clock: how far it is. seconds: of training so far, over all attempts. attempt: the name of this one, on all ranks.
+        step_s, waited_s: seconds that the last step took, and that it waited for its data before.
         skipped: role -> optimiser steps skipped for a gradient that is not finite.
     """
 
     def __init__(self, run: RunConfig, world: World, watchdog: Watchdog):
-        self.run, self.world, self._watchdog = run, world, watchdog
-        self.saver = Saver(run.storage, world, run.training)
+        self.run, self.world, self._watchdog, self.attempt = run, world, watchdog, watchdog.attempt
+        storage = run.storage
+        self.saver = Saver(storage, world, run.training, lambda: note_published(run))
+        together(world, lambda: claim(run, storage) if world.is_main else None, f"no checkpoint can be written under {storage.where}")
         with self.saver.newest() as resume:
             state: dict[str, Any] = resume.state if resume else {"samples": 0, "seconds": 0.0, "skipped": {}, "metrics": {}}
             if resume is not None:
@@ -68,12 +74,14 @@ class Trainer:
         self._in_a_row = dict.fromkeys(self.roles.engines, 0)
         self._lr: dict[str, float] = {}
         self._metrics: dict[str, Any] = state["metrics"]
+        self._metric_known = False  # whether there has been one of the name training.keep_best
         self._published = self.clock.samples if resume else None
         self._sums: dict[str, Tensor] = {}
         guard = run.training.spike_guard
         self._spikes = SpikeWatch(guard, run.method.guarded, state.get("spikes", {})) if guard is not None else None
         self._step_sums: dict[str, Tensor] = {}  # of what the guard watches, in one step
         self._seconds_before, self._started = float(state["seconds"]), time.monotonic()
+        self.step_s = self.waited_s = 0.0
 
     @property
     def seconds(self) -> float:
@@ -88,14 +96,19 @@ class Trainer:
             if self.roles.group.any(should_stop()):
                 outcome = Outcome.STOPPED
                 break
-            self._step([encoded(batch, self.roles.codec, run.seed, self.world.device) for batch in next(steps)])
+            begun = time.monotonic()
+            portions = next(steps)
+            self.waited_s = time.monotonic() - begun
+            self._step([encoded(batch, self.roles.codec, run.seed, self.world.device) for batch in portions])
             self._watchdog.expect(SLOW)  # grids and checkpoints
             self._judge_step()
+            self.step_s = time.monotonic() - begun
             if due(self.clock, run.training.log_every):
                 record = self._metrics = self._record()
                 for callback in callbacks:
                     callback.on_log(self, record)
                 self._refuse_diverged(record)
+                self._refuse_unknown_metric(record)
             for callback in callbacks:
                 callback.after_step(self)
             self.saver.poll()
@@ -106,9 +119,13 @@ class Trainer:
                     self.publish()
             self._watchdog.expect()
         self._watchdog.expect(SLOW)
-        rejected = outcome is Outcome.STOPPED and self._suspicious and self._published is not None
-        if self._published != self.clock.samples and not rejected:
-            self.publish()
+        if self._spikes is None or not self._suspicious or self._published is None:
+            if self._suspicious:
+                log.warning("the newest steps spiked, and there is no checkpoint from before: this one holds what they left")
+            if self._published != self.clock.samples:
+                self.publish()
+        elif outcome is Outcome.FINISHED:  # no step is left that could show the spikes to be noise
+            self._roll_back(self._spikes, f"the last {self._spikes.streak} steps")
         self.saver.wait()
         for callback in callbacks:
             callback.on_end(self)
@@ -119,6 +136,21 @@ class Trainer:
         if why is not None:
             self.saver.wait()
             raise Diverged(f"at sample {self.clock.samples}: {why}. The newest checkpoint is {self.run.storage.latest() or 'none'}")
+
+    def _refuse_unknown_metric(self, record: Mapping[str, Any]) -> None:
+        """Of training.keep_best, at the first line for which every role has stepped; what there is then is published first."""
+        key = self.run.training.keep_best
+        if key is None or self._metric_known or any(f"loss/{role}" not in record for role in self.roles.engines):
+            return
+        self._metric_known = key in record
+        if not self._metric_known:
+            if self._published != self.clock.samples and not self._suspicious:
+                self.publish()
+            self.saver.wait()
+            raise ConfigError(
+                f"this run has no metric {key!r}; name one of these: {', '.join(record)}. Its newest checkpoint has what it has learned",
+                key="training.keep_best",
+            )
 
     def _step(self, micro_batches: list[Batch]) -> None:
         # Dropout inside networks draws from torch's own generator: a function of the position, so that resuming repeats it.
@@ -182,6 +214,7 @@ class Trainer:
     def _record(self) -> dict[str, Any]:
         """Means since the last record, and the learning rates of the last steps."""
         means, self._sums = self._means(self._sums), {}
+        _warn_of_lost(means, self.clock.samples)
         seconds = self.seconds
         record: dict[str, Any] = {"samples": self.clock.samples, "seconds": round(seconds, 3)}
         record |= means
@@ -215,8 +248,9 @@ class Trainer:
             )
         with self.saver.newest() as resume:
             log.warning(
-                "%s spiked up to sample %d; back to the weights of %s, on with the samples that follow",
+                "%s spiked up to sample %d; back to the weights of %s, %s",
                 what, self.clock.samples, resume.where if resume else "the start",
+                "on with the samples that follow" if self.clock.samples < self.clock.total else "which end the run",
             )  # fmt: skip
             del self.roles  # there may be no room for both
             gc.collect()
@@ -228,8 +262,9 @@ class Trainer:
     def publish(self) -> None:
         """Writes a checkpoint of every role that learns, or begins to (training.async_checkpoints). Collective."""
         state = {
-            "samples": self.clock.samples, "seconds": self.seconds, "skipped": dict(self.skipped), "metrics": self._metrics,
+            "samples": self.clock.samples, "seconds": self.seconds, "skipped": dict(self.skipped), "metrics": sayable(self._metrics),
             "method": self.run.method.registered_name, "roles": sorted(self.roles.engines), "world_size": self.world.size,
+            "settings": weight_settings(self.run),
         }  # fmt: skip
         if self.roles.bases:
             state["bases"] = self.roles.bases
@@ -242,6 +277,18 @@ class Trainer:
 
 def _add(sums: dict[str, Tensor], key: str, entry: Tensor) -> None:
     sums[key] = sums[key] + entry if key in sums else entry
+
+
+def _warn_of_lost(means: Mapping[str, float], samples: int) -> None:
+    """The means are those of all ranks, so each of them says the same."""
+    lost = [key for key, value in means.items() if not math.isfinite(value)]
+    if lost:
+        names = [f"the loss of role {key.removeprefix('loss/')}" if key.startswith("loss/") else key for key in lost]
+        log.warning(
+            "%s: not a finite number in steps up to sample %d, though the gradients were finite, so that the steps were taken; "
+            "metrics.jsonl has null there",
+            ", ".join(names), samples,
+        )  # fmt: skip
 
 
 @cache
@@ -262,9 +309,7 @@ def _refuse_foreign(state: dict[str, Any], run: RunConfig, resume: Checkpoint) -
     kinds = {"samples": int, "seconds": int | float, "skipped": dict, "metrics": dict, "method": str}
     wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)] or ["samples"] * (state["samples"] < 0)
     if wrong:
-        raise CheckpointError(
-            f"{resume.where}/{STATE} is damaged ({wrong[0]}: {state.get(wrong[0])!r:.100}); write another one's name into LATEST"
-        )
+        raise CheckpointError(f"{resume.where}/{STATE} is damaged ({wrong[0]}: {state.get(wrong[0])!r:.100}); {resume.instead}")
     expected = run.method.registered_name
     if state["method"] != expected:
         raise CheckpointError(f"{resume.where} was written by method {state['method']!r}, this run is {expected!r}; choose another output")
@@ -275,12 +320,14 @@ def train(
     world: World,
     should_stop: Callable[[], bool],
     callbacks: Sequence[Callable[[Trainer], Callback]] = CALLBACKS,
+    on_hang: Callable[[str], None] = lambda reason: None,
 ) -> Outcome:
     """Trains a run on this rank, from its newest checkpoint if it has one.
 
     Args:
         should_stop: asked before every step; True on one rank stops all of them.
         callbacks: each is made from the trainer before the first step.
+        on_hang: told why on rank 0, before the watchdog ends the process.
 
     Raises:
         ConfigError: a network or weights do not fit. CheckpointError: the newest checkpoint is damaged. Diverged: see there.
@@ -294,10 +341,20 @@ def train(
         )
     group = RankGroup(world.size)
     attempt = time.strftime("%Y%m%d-%H%M%S", time.gmtime(group.max(int(time.time()))))
-    with Watchdog(run.directory, world, attempt, run.training.hang_timeout_s) as watchdog, _alone(run, world, group):
+    guard = Watchdog(run.directory, world, attempt, run.training.hang_timeout_s, on_hang)
+    with guard as watchdog, _alone(run, world, group), logged(run.directory, world, attempt), _unended():
         trainer = Trainer(run, world, watchdog)
         with closing(trainer.saver):
             return trainer.fit([make(trainer) for make in callbacks], should_stop)
+
+
+@contextmanager
+def _unended() -> Iterator[None]:
+    """Within it sys.exit, whatever its status, is an error: the run is not done."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error.code!r}) was called amid the run, by a plugin or a library; the run is not done") from error
 
 
 @contextmanager

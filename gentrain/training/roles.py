@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gentrain.training.world import RankGroup, World
 from gentrain.training.zero import shard_frozen
 
 
-class _Nets:
+class RoleNets:
     """See methods.base.Nets."""
 
     def __init__(self, group: RankGroup, decode: Callable[[Tensor], Tensor], networks: dict[str, Any]):
@@ -60,13 +61,13 @@ class Roles:
         self.codec = run.codec().to(world.device)
         self._shared: dict[str, Base] = {}
         adapted = {name for name in run.method.roles if run.adapter_of(name) is not None}
-        places = {self._place(name) for name in adapted}
+        places = {place_of(run, name) for name in adapted}
         drawing = {pool.role for pool in run.method.pools().values()}
         self.digests: dict[str, str] = {}
         for name, role in run.method.roles.items():
             if name in adapted:
                 module: nn.Module = self._adapted(name)
-            elif not isinstance(role, Trained) and self._place(name) in places:
+            elif not isinstance(role, Trained) and place_of(run, name) in places:
                 self.frozen[name] = self._base(name).network
                 self.digests[name] = self._base(name).digest
                 continue
@@ -78,7 +79,9 @@ class Roles:
                     self.digests[name] = digest_of(module.state_dict())  # before they are rounded
                 module = module.to(run.engine_of(name).live_dtype)
             if isinstance(role, Trained):
-                self.engines[name] = run.engine_of(name).build(name, module.to(world.device), run.optimizer_of(name), world)
+                module = module.to(world.device)
+                _hold_the_rest(run, name, module)
+                self.engines[name] = run.engine_of(name).build(name, module, run.optimizer_of(name), world)
                 if role.ema:
                     self.engines[name].start_ema()
             else:
@@ -102,14 +105,9 @@ class Roles:
         for engine in self.engines.values():
             engine.refresh()
 
-    def _place(self, name: str) -> str:
-        """Roles with one of these may share a frozen network."""
-        settings = self.run.role_settings(name)
-        return f"{_origin(self.run, name)} {self.run.engine_of(name).live_dtype} {settings.placement} {self.run.method.roles[name].inputs}"
-
     def _base(self, name: str) -> Base:
         """The frozen network that the role shares."""
-        place = self._place(name)
+        place = place_of(self.run, name)
         if place not in self._shared:
             base = _first_base(self.run, name)
             base.network = base.network.to(self.run.engine_of(name).live_dtype).to(self.world.device)
@@ -130,7 +128,7 @@ class Roles:
         """What a loss of the role `stepped` sees."""
         learning = {name: engine if name == stepped else engine.through for name, engine in self.engines.items()}
         seen = {name: self.as_seen(name, call) for name, call in {**frozen_calls, **learning}.items()}
-        return _Nets(self.group, self.codec.decode, seen)
+        return RoleNets(self.group, self.codec.decode, seen)
 
     def _frozen_call(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
         """The frozen network's forward, float32, through which gradients reach its inputs, with its weights where `placement` says."""
@@ -166,6 +164,23 @@ class Roles:
                     stack.enter_context(frozen(engine.module))
             self.engines[role].module.train(self.run.method.dropout)
             yield self._views[role]
+
+
+def _hold_the_rest(run: RunConfig, role: str, module: nn.Module) -> None:
+    """Has the weights stay that do not learn by the method's `learning`: their gradients are 0. Raises ConfigError when more would move."""
+    learning = run.method.learning(role)
+    if learning is None:
+        return
+    parameters = dict(module.named_parameters())
+    if {name: p.shape for name, p in parameters.items()} != {name: mask.shape for name, mask in learning.items()}:
+        raise ConfigError(f"which weights learn was found for another network than that of role {role!r}; find it again", key="method")
+    optimizer = run.optimizer_of(role)
+    if optimizer.needs != "elementwise" or getattr(optimizer, "weight_decay", 0) != 0:
+        raise ConfigError("weights that do not learn would move; take adamw or sgd without weight_decay", key="optimizer")
+    if getattr(run.engine_of(role), "zero_stage", 0) == 3:
+        raise ConfigError("which weights learn is not kept by ZeRO stage 3; set engine.zero_stage to 2 or less", key="engine.zero_stage")
+    for name, p in parameters.items():
+        p.register_hook(partial(torch.mul, learning[name].to(p)))
 
 
 def build_network(run: RunConfig, role: str) -> nn.Module:
@@ -210,10 +225,13 @@ def count_parameters(run: RunConfig, role: str) -> tuple[int, int]:
 
 
 def adapted_network(run: RunConfig, role: str, base: Base) -> Adapted:
-    """The role's adapter on `base`, with the random weights that (seed, role) give. Raises ConfigError when it does not fit."""
-    adapter = run.adapter_of(role)
+    """The role's adapter on `base`, with the random weights that (seed, role) give, or those of the role whose copy it is.
+
+    Raises ConfigError when it does not fit.
+    """
+    adapter, copied = run.adapter_of(role), run.method.roles[role].init
     assert adapter is not None
-    torch.manual_seed(derive(run.seed, "adapter", role))
+    torch.manual_seed(derive(run.seed, "adapter", copied if copied is not None and run.adapter_of(copied) == adapter else role))
     try:
         return Adapted(base, adapter)
     except ValueError as error:
@@ -230,11 +248,21 @@ def _first_base(run: RunConfig, role: str) -> Base:
     return base
 
 
+def place_of(run: RunConfig, role: str) -> str:
+    """Roles with one of these may share a frozen network."""
+    settings = run.role_settings(role)
+    return f"{_origin(run, role)} {run.engine_of(role).live_dtype} {settings.placement} {run.method.roles[role].inputs}"
+
+
 def _origin(run: RunConfig, role: str) -> str:
     """Names the weights that the role starts from: roles with the same one start alike."""
     settings, copied = run.role_settings(role), run.method.roles[role].init
     if settings.weights is not None:
-        return f"weights of {settings.weights} {_source(open_run(settings.weights), role)} in {to_dict(run.model_of(role))}"
+        try:
+            source = _source(open_run(settings.weights), role)
+        except ConfigError:  # not trained yet, which only a plan may meet: loading them says so
+            source = ""
+        return f"weights of {settings.weights} {source} in {to_dict(run.model_of(role))}"
     if copied is not None:
         return _origin(run, copied)
     return f"{'' if run.model_of(role).law() else role} {to_dict(run.model_of(role))}"

@@ -26,8 +26,9 @@ from gentrain.samplers.euler import Euler
 from gentrain.training.cluster import Cluster
 from gentrain.training.engine import Engine
 from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
+from gentrain.training.remedies import refuse_url
 from gentrain.training.spikes import SpikeGuard
-from gentrain.training.storage import Storage, check_storage, open_storage
+from gentrain.training.storage import Storage, check_storage, open_storage, replace_file
 from gentrain.training.zero import DeepSpeedEngine
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+TENSORBOARD = "tensorboard"
 
 _UNNAMED = Euler()  # stands for the sampler of a configuration that names none
 
@@ -122,6 +124,7 @@ class RunConfig:
     output: str = option("runs/run", "the run's directory")
 
     def __post_init__(self) -> None:
+        refuse_url(self.output, "output")
         unknown = set(self.roles) - set(self.method.roles)
         if unknown:
             known = ", ".join(self.method.roles)
@@ -159,7 +162,8 @@ class RunConfig:
                         key="optimizer",
                     )
         for name, role in self.method.roles.items():
-            if role.given and self.role_settings(name).weights is None and self.model_of(name).law() is None:
+            given = self.role_settings(name).weights is not None or self.model_of(name).law() is not None or self.model_of(name).to_come
+            if role.given and not given:
                 raise ConfigError(
                     f"{self.method.registered_name} needs the weights of its {name}; name a run's directory", key=f"roles.{name}.weights"
                 )
@@ -190,6 +194,12 @@ class RunConfig:
                     f"forward-mode derivatives of role {name!r} do not pass through ZeRO stage 3; set engine.zero_stage to 2 or less, or "
                     "method.derivative to difference",
                     key="engine.zero_stage",
+                )
+            if getattr(self.model_of(name), "time_scale", 0.0) > 0.03:
+                log.warning(
+                    "a derivative by time passes through the time embedding of role %r, which turns by hundreds of radians over the path: "
+                    "train it, and what it begins with, with model.time_scale: 0.01, or expect a poor student",
+                    name,
                 )
         allowed = self.method.predictions
         if allowed is not None and self.prediction not in allowed:
@@ -286,6 +296,8 @@ def _described(path: Path) -> str:
 
 def parse_run(document: Document) -> RunConfig:
     """The run that a document describes, its plugins loaded. Raises ConfigError."""
+    if "sweep" in document.values:
+        raise document.error("sweep", f"this is a sweep, not a run; run it with: gentrain sweep {document.file}")
     load_plugins(document)
     return build(RunConfig, document)
 
@@ -341,24 +353,8 @@ def _flat(values: Any, key: str = "") -> dict[str, Any]:
     return {key: values}
 
 
-def refuse_other_settings(run: RunConfig) -> None:
-    """Raises ConfigError when the directory holds checkpoints of other settings; only `training.samples` may have changed."""
-    if run.storage.latest() is None or not (run.directory / CONFIG).is_file():
-        return
-    changed = changed_keys(weight_settings(open_run(run.directory)), weight_settings(run))
-    changed = [key for key in changed if key != "training.samples"]
-    if changed:
-        raise ConfigError(
-            f"{run.directory} holds a run with another {', '.join(changed[:5])}; name another directory with output=..., "
-            "or move that one away",
-            key="output",
-        )
-
-
 def save_config(run: RunConfig) -> None:
     """Writes the resolved configuration, which alone reproduces the run, and the environment it starts in into its directory."""
     run.directory.mkdir(parents=True, exist_ok=True)
     for name, text in ((CONFIG, to_yaml(run)), (ENVIRONMENT, json.dumps(environment(), indent=1))):
-        temporary = run.directory / f".{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(run.directory / name)  # other ranks may be reading it
+        replace_file(run.directory / name, text)  # other ranks may be reading it

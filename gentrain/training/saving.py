@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from gentrain.config import ConfigError
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError, Shard, manifest, shard_file, write_shard
-from gentrain.training.remedies import remedy
+from gentrain.training.remedies import StoreError, remedy
 from gentrain.training.run import Training
 from gentrain.training.storage import Storage
 from gentrain.training.world import RankGroup, World
@@ -29,14 +30,15 @@ T = TypeVar("T")
 def together(world: World, act: Callable[[], T], failed: str) -> list[T]:
     """act() on every rank: what each of them got, in their order. Collective; the results must be small.
 
-    Raises, on all ranks as soon as act() raised on any, CheckpointError (if that was raised) or OSError: `failed`, ranks and reasons.
+    Raises, on all ranks as soon as act() raised on any, CheckpointError (if a ConfigError was raised) or OSError: `failed`, ranks and
+    reasons.
     """
     value: T | None = None
     reason, damaged, cause = "", False, None
     try:
         value = act()
     except Exception as error:  # whatever it is, the other ranks wait for word of this one
-        reason, damaged, cause = _reason(error), isinstance(error, CheckpointError), error
+        reason, damaged, cause = _reason(error), isinstance(error, ConfigError), error
     outcomes: list[Any] = [(value, reason, damaged)]
     if world.size > 1:
         outcomes = [None] * world.size
@@ -53,7 +55,7 @@ def together(world: World, act: Callable[[], T], failed: str) -> list[T]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, CheckpointError):
+    if isinstance(error, ConfigError | StoreError):
         return str(error)
     code = getattr(error, "errno", None)
     if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
@@ -93,10 +95,13 @@ class Saver:
 
     Asynchronous: `save` copies the state to the host and returns; a thread writes; `poll`, called between steps, publishes once all ranks
     have written. At most one is under way. What failed in a thread is raised by the next `poll`, `save` or `wait`.
+
+    Args:
+        published: called by rank 0 after each checkpoint that was published.
     """
 
-    def __init__(self, storage: Storage, world: World, training: Training):
-        self._storage, self._world, self._training = storage, world, training
+    def __init__(self, storage: Storage, world: World, training: Training, published: Callable[[], object] = lambda: None):
+        self._storage, self._world, self._training, self._published = storage, world, training, published
         self._group = RankGroup(world.size)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._flight: _Flight | None = None
@@ -155,7 +160,8 @@ class Saver:
         """Ends the thread. A checkpoint that is still under way is given up."""
         self._thread.shutdown()
         if self._flight is not None and self._world.is_main:
-            self._storage.discard(_name(self._flight.samples))
+            with suppress(ConfigError, StoreError):
+                self._storage.discard(_name(self._flight.samples))
 
     def _write(self, name: str, shards: Iterable[tuple[str, Shard]]) -> dict[str, str]:
         hashes = {}
@@ -171,6 +177,7 @@ class Saver:
             hashes = {file: digest for each in written for file, digest in each.items()}
             hashes[STATE] = self._storage.put(name, STATE, lambda path: path.write_text(json.dumps(dict(state), indent=1)))
             self._storage.publish(name, manifest(hashes))
+            self._published()
             self._retire(name)
 
         try:
@@ -178,7 +185,7 @@ class Saver:
             together(self._world, lambda: publish(written) if self._world.is_main else None, self._failed)
         except Exception:
             if self._world.is_main:
-                with suppress(OSError):
+                with suppress(OSError, StoreError, ConfigError):
                     self._storage.discard(name)
             raise
 
@@ -198,7 +205,8 @@ class Saver:
         if name not in self._metric:
             try:
                 with self._storage.open(name) as checkpoint:
-                    self._metric[name] = float(checkpoint.state["metrics"].get(key, math.nan))
+                    value = checkpoint.state["metrics"].get(key)
+                    self._metric[name] = math.nan if value is None else float(value)  # null: it was not finite
             except CheckpointError:  # a damaged one cannot be the best
                 self._metric[name] = math.nan
             if math.isnan(self._metric[name]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,8 @@ class SpikeWatch:
         spikes = [key for key, value in values.items() if self._jumps(key, value)]
         self.streak = self.streak + 1 if spikes else 0
         for key in values.keys() - set(spikes):
-            self._past[key].append(values[key])
+            if math.isfinite(values[key]):
+                self._past[key].append(values[key])
         return spikes if self.streak >= self._guard.patience else []
 
     def roll_back(self) -> bool:
@@ -72,4 +74,4 @@ class SpikeWatch:
             return False
         median = statistics.median(past)
         deviation = max(_NORMAL * statistics.median(abs(each - median) for each in past), _FLOOR * abs(median))
-        return deviation > 0 and value > median + self._guard.threshold * deviation
+        return deviation > 0 and not value <= median + self._guard.threshold * deviation  # what is not a number is a spike, too

@@ -2,21 +2,29 @@
 
 What has a name is whole at any moment: in a directory a checkpoint gets its name by a rename and loses it by one before it is deleted; in
 an object store, which has no rename, its manifest is written last and deleted first. LATEST follows, and only then are older ones deleted.
+OWNER says which run publishes there, and which attempt of it did last.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from gentrain.config import ConfigError
 from gentrain.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, refuse_foreign, sha256
+from gentrain.training.remedies import StoreError, has_secret, remedy, store_error, without_secrets
+
+log = logging.getLogger(__name__)
 
 LATEST = "LATEST"
+OWNER = "OWNER"
 _TRANSFER = ".transfer-"
 
 
@@ -28,17 +36,78 @@ class Storage:
     """
 
     where: str
+    _owner: dict[str, str] | None = None  # what `claim` found or wrote
+    _signed = False  # whether this attempt has put its name into it
 
     def latest(self) -> str | None:
-        """What LATEST names, None before the first. Raises CheckpointError when that is not there."""
-        name = self._pointer()
-        if name is None:
-            return None
-        names = self.names()
-        if name not in names:
+        """What LATEST names, None before the first. Raises CheckpointError when that is not there.
+
+        A death between the first checkpoint and LATEST leaves that one alone without it. Where there are more, somebody removed LATEST.
+        """
+        name, names = self._read(LATEST), self.names()
+        if name is None and len(names) > 1:
+            raise CheckpointError(
+                f"{self.where}/{LATEST} is missing beside {len(names)} checkpoints; write the name of one into it, such as the newest, "
+                f"{names[-1]}, or begin anew with another output"
+            )
+        if name is None and names:
+            log.warning("%s/%s is missing; %s is the only checkpoint there, and is taken", self.where, LATEST, names[0])
+            return names[0]
+        if name is not None and name not in names:
             there = ", ".join(names) or "none"
-            raise CheckpointError(f"{self.where}/{LATEST} names {name!r}, which is not there; write one of these into it: {there}")
+            raise CheckpointError(f"{self.where}/{LATEST} names {name[:100]!r}, which is not there; write one of these into it: {there}")
         return name
+
+    def owner(self) -> dict[str, str]:
+        """Who publishes here: `run`, its identity, `output`, its directory, and `attempt`. Empty: nobody yet. Raises CheckpointError."""
+        text = self._read(OWNER)
+        if text is None:
+            return {}
+        try:
+            found = dict(json.loads(text))
+            if not (isinstance(found["run"], str) and isinstance(found["output"], str)):
+                raise ValueError("it names no run")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{self.where}/{OWNER} is damaged ({error}); remove it, if no other run publishes there") from error
+        return found
+
+    def claim(self, run: str, output: str) -> None:
+        """From now on `prepare` and `publish` raise CheckpointError when another run, or a later attempt, has taken the place.
+
+        Args:
+            run: identity of the run. output: its directory, for messages.
+        """
+        if not self.owner():
+            self._write(OWNER, json.dumps({"run": run, "output": output}))
+        self._owner = self.owner()  # another run may have written it at the same time
+        if self._owner.get("run") != run:
+            raise self._taken(self._owner)
+
+    def _refuse_others(self) -> None:
+        if self._owner is not None and (found := self.owner()) != self._owner:
+            raise self._taken(found)
+
+    def _taken(self, by: dict[str, str]) -> CheckpointError:
+        who = f"the run or a later attempt in {by['output']}" if by else f"somebody who removed {OWNER}"
+        return CheckpointError(
+            f"{self.where} was taken by {who}; stop one of them, or give each run a place of its own", key="training.checkpoints"
+        )
+
+    def _sign(self) -> None:
+        """Before anything is changed: says that this attempt publishes now, so that an earlier one that still lives is refused."""
+        self._refuse_others()
+        if self._owner is not None and not self._signed:
+            self._owner, self._signed = self._owner | {"attempt": secrets.token_hex(8)}, True
+            self._write(OWNER, json.dumps(self._owner))
+
+    def whole(self, but: str) -> list[str]:
+        """Names of checkpoints beside `but` whose manifest is sound and whose files are there, the newest first."""
+        found = []
+        for name in reversed(self.names()):
+            if name != but:
+                with suppress(CheckpointError, OSError, StoreError), self._open(name, list):
+                    found.append(name)
+        return found
 
     def names(self) -> list[str]:
         """Of the published checkpoints, in the order of their samples."""
@@ -46,7 +115,7 @@ class Storage:
 
     def open(self, name: str) -> AbstractContextManager[Checkpoint]:
         """A published checkpoint for reading. Raises CheckpointError."""
-        raise NotImplementedError
+        return self._open(name, lambda: self.whole(but=name))
 
     def sweep(self) -> None:
         """Removes what writers and readers that died have left. Raises CheckpointError where other users may write."""
@@ -65,14 +134,21 @@ class Storage:
         raise NotImplementedError
 
     def discard(self, name: str) -> None:
-        """Removes a prepared checkpoint."""
+        """Removes a prepared checkpoint. Raises CheckpointError when the place was taken."""
         raise NotImplementedError
 
     def delete(self, name: str) -> None:
         """Removes a published checkpoint."""
         raise NotImplementedError
 
-    def _pointer(self) -> str | None:
+    def _open(self, name: str, others: Callable[[], list[str]]) -> AbstractContextManager[Checkpoint]:
+        raise NotImplementedError
+
+    def _read(self, name: str) -> str | None:
+        """Of LATEST or OWNER; None where it is not there."""
+        raise NotImplementedError
+
+    def _write(self, name: str, text: str) -> None:
         raise NotImplementedError
 
 
@@ -82,11 +158,18 @@ class LocalStorage(Storage):
     def __init__(self, root: Path):
         self.root, self.where = root, str(root)
 
-    def _pointer(self) -> str | None:
+    def _read(self, name: str) -> str | None:
         try:
-            return (self.root / LATEST).read_bytes()[:100].decode(errors="replace").strip()
-        except FileNotFoundError:
+            return (self.root / name).read_bytes()[:10_000].decode(errors="replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            what = remedy(error.errno) or "mend that"
+            raise CheckpointError(f"{self.root / name} cannot be read ({error.strerror}): {what}") from error
+
+    def _write(self, name: str, text: str) -> None:
+        self.root.mkdir(0o755, parents=True, exist_ok=True)
+        replace_file(self.root / name, text + "\n")
 
     def names(self) -> list[str]:
         if not self.root.is_dir():
@@ -94,7 +177,7 @@ class LocalStorage(Storage):
         return sorted((path.name for path in self.root.iterdir() if path.name.isdigit() and path.is_dir()), key=int)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[Checkpoint]:
+    def _open(self, name: str, others: Callable[[], list[str]]) -> Iterator[Checkpoint]:
         directory = self.root / name
         refuse_foreign(self.root.resolve())
         refuse_foreign(directory)
@@ -103,15 +186,17 @@ class LocalStorage(Storage):
             refuse_foreign(directory / file)
             return directory / file
 
-        yield Checkpoint(str(directory), os.listdir(directory), fetch)
+        yield Checkpoint(str(directory), os.listdir(directory), fetch, others)
 
     def sweep(self) -> None:
         if self.root.is_dir():
             refuse_foreign(self.root.resolve())
         for path in self.root.glob(".*.tmp"):
+            self._sign()
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def prepare(self, name: str) -> None:
+        self._sign()
         self.root.mkdir(0o755, parents=True, exist_ok=True)
         self.sweep()
         self._unpublished(name).mkdir(0o755)
@@ -124,19 +209,17 @@ class LocalStorage(Storage):
         return sha256(path)
 
     def publish(self, name: str, manifest: str) -> None:
+        self._refuse_others()
         self.put(name, MANIFEST, lambda path: path.write_text(manifest))
         _sync(self._unpublished(name))
         if (self.root / name).exists():  # published by an attempt that died before it could say so in LATEST
             self.delete(name)
         self._unpublished(name).rename(self.root / name)
         _sync(self.root)
-        pointer = self.root / f".{LATEST}.tmp"
-        pointer.write_text(name + "\n")
-        _sync(pointer)
-        pointer.rename(self.root / LATEST)
-        _sync(self.root)
+        self._write(LATEST, name)
 
     def discard(self, name: str) -> None:
+        self._refuse_others()
         shutil.rmtree(self._unpublished(name), ignore_errors=True)
 
     def delete(self, name: str) -> None:
@@ -150,45 +233,57 @@ class LocalStorage(Storage):
 
 
 class ObjectStorage(Storage):
-    """A prefix of an object store. Files pass through a directory in `scratch`, or in the system's where that cannot be written."""
+    """A prefix of an object store. Files pass through a directory in `scratch`, or in the system's where that cannot be written.
+
+    Every method raises StoreError when the store cannot be used.
+    """
 
     def __init__(self, url: str, scratch: Path):
         from fsspec.core import url_to_fs
 
-        self.where, self._scratch = url.rstrip("/"), scratch
-        self._fs, root = url_to_fs(url, use_listings_cache=False)  # another process may have published since
+        self.where, self._scratch = without_secrets(url.rstrip("/")), scratch
+        with self._calling():
+            self._fs, root = url_to_fs(url, use_listings_cache=False)  # another process may have published since
         self._root = root.rstrip("/")
 
-    def _pointer(self) -> str | None:
+    def _read(self, name: str) -> str | None:
         try:
-            return bytes(self._fs.cat_file(f"{self._root}/{LATEST}")).decode().strip()
+            with self._calling():
+                return bytes(self._fs.cat_file(f"{self._root}/{name}")).decode(errors="replace").strip()
         except FileNotFoundError:
             return None
+
+    def _write(self, name: str, text: str) -> None:
+        with self._writing():
+            self._fs.pipe_file(f"{self._root}/{name}", text.encode())
 
     def names(self) -> list[str]:
         return [name for name, files in self._found().items() if MANIFEST in files]
 
     @contextmanager
-    def open(self, name: str) -> Iterator[Checkpoint]:
+    def _open(self, name: str, others: Callable[[], list[str]]) -> Iterator[Checkpoint]:
         with self._transfer() as directory:
 
             def fetch(file: str) -> Path:
                 try:
-                    self._fs.get_file(f"{self._root}/{name}/{file}", str(directory / file))
+                    with self._calling():
+                        self._fs.get_file(f"{self._root}/{name}/{file}", str(directory / file))
                 except FileNotFoundError:
                     raise CheckpointError(f"{self.where}/{name}/{file} is missing; write another one's name into LATEST") from None
                 return directory / file
 
-            yield Checkpoint(f"{self.where}/{name}", self._found().get(name, ()), fetch)
+            yield Checkpoint(f"{self.where}/{name}", self._found().get(name, ()), fetch, others)
 
     def sweep(self) -> None:
         for name, files in self._found().items():
             if MANIFEST not in files:
-                self._fs.rm(f"{self._root}/{name}", recursive=True)
+                self._sign()
+                self.discard(name)
         for left in self._scratch.glob(f"{_TRANSFER}*"):
             shutil.rmtree(left)
 
     def prepare(self, name: str) -> None:
+        self._sign()
         if name in self.names():  # published by an attempt that died before it could say so in LATEST
             self.delete(name)
         self.discard(name)
@@ -197,26 +292,32 @@ class ObjectStorage(Storage):
         with self._transfer() as directory:
             path = directory / file
             write(path)
-            self._fs.put_file(str(path), f"{self._root}/{name}/{file}")
+            with self._writing():
+                self._fs.put_file(str(path), f"{self._root}/{name}/{file}")
             return sha256(path)
 
     def publish(self, name: str, manifest: str) -> None:
-        self._fs.pipe_file(f"{self._root}/{name}/{MANIFEST}", manifest.encode())
-        self._fs.pipe_file(f"{self._root}/{LATEST}", name.encode())
+        self._refuse_others()
+        self._write(f"{name}/{MANIFEST}", manifest)
+        self._write(LATEST, name)
 
     def discard(self, name: str) -> None:
+        self._refuse_others()  # it may be theirs by now
         if name in self._found():
-            self._fs.rm(f"{self._root}/{name}", recursive=True)
+            with self._writing():
+                self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def delete(self, name: str) -> None:
-        self._fs.rm_file(f"{self._root}/{name}/{MANIFEST}")
+        with self._writing():
+            self._fs.rm_file(f"{self._root}/{name}/{MANIFEST}")
         self.discard(name)
 
     def _found(self) -> dict[str, set[str]]:
         """Name -> files, published or not, in the order of their samples."""
         found: dict[str, set[str]] = {}
         try:
-            paths = self._fs.find(self._root)
+            with self._calling():
+                paths = self._fs.find(self._root)
         except FileNotFoundError:
             paths = []
         for path in paths:
@@ -224,6 +325,24 @@ class ObjectStorage(Storage):
             if name.isdigit():
                 found.setdefault(name, set()).add(file)
         return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Tells what the store's library raises; only FileNotFoundError passes, which says of a reader that nothing is there yet."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise store_error(self.where, error) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._calling():
+                yield
+        except FileNotFoundError as error:
+            raise store_error(self.where, error) from error
 
     @contextmanager
     def _transfer(self) -> Iterator[Path]:
@@ -242,17 +361,32 @@ def open_storage(url: str, scratch: Path) -> Storage:
 
 
 def check_storage(url: str, key: str) -> None:
-    """Raises ConfigError, about `key`, when nothing installed serves the URL. Opens nothing."""
+    """Raises ConfigError, about `key`, when nothing installed serves the URL, or it holds a secret. Opens nothing."""
     import fsspec
 
     if is_local(url):
         return
+    if has_secret(url):
+        raise ConfigError(
+            f"{without_secrets(url)} holds a secret, which saved configurations and messages would show; leave it out and give it in the "
+            "environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, ...)",
+            key=key,
+        )
     protocol = url.partition("://")[0]
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
         extra = "; pip install 'gentrain[s3]' serves s3://" if protocol.startswith("s3") else ""
         raise ConfigError(f"checkpoints cannot be kept at {url}: {error}{extra}", key=key) from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file as a whole: whenever the process or the machine dies, the former contents or the new ones are there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

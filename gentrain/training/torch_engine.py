@@ -11,7 +11,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from gentrain.config import option, register
-from gentrain.training.engine import Engine, EngineMisuse, Precision, ReplicatedEngine, RoleEngine, StepResult
+from gentrain.training.engine import Engine, EngineMisuse, Held, Precision, ReplicatedEngine, RoleEngine, StepResult, replicated
 from gentrain.training.optimizers import Optimizer, Partition
 from gentrain.training.world import World
 
@@ -127,3 +127,11 @@ class TorchEngine(Engine):
 
     def build(self, role: str, module: nn.Module, optimizer: Optimizer, world: World) -> RoleEngine:
         return _TorchRoleEngine(self, role, module, optimizer, world)
+
+    def held(self, parameters: list[nn.Parameter], optimizer: Optimizer, ranks: int, passes: int) -> Held:
+        weights, state = replicated(parameters, optimizer)
+        if ranks == 1:
+            return Held(weights, state, average=weights, buffers=0, gradients=weights, passing=0)
+        # Each step leaves its gradients in the buckets; those of the passes before lie beside them until they leave.
+        waiting = weights if passes > 1 else min(weights, max(_BUCKET, *(4 * p.numel() for p in parameters)))
+        return Held(weights, state, average=weights, buffers=weights, gradients=0, passing=waiting)

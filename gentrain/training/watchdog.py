@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +27,11 @@ def group_timeout_s(hang_timeout_s: float) -> float:
     return SLOW * hang_timeout_s + 60
 
 
+def hang(stacks: Path) -> str:
+    """The reason of an attempt that left these stacks."""
+    return f"hung (training.hang_timeout_s); stacks: {stacks}"
+
+
 class Watchdog:
     """Within it the process is ended (status 1) when `expect` is not called in time, or when another rank ends for that reason.
 
@@ -35,9 +41,11 @@ class Watchdog:
     Args:
         attempt: a name that all ranks of this attempt, and no other attempt, use.
         timeout_s: how long a step may take.
+        on_hang: told why, on rank 0, before the process ends.
     """
 
-    def __init__(self, directory: Path, world: World, attempt: str, timeout_s: float):
+    def __init__(self, directory: Path, world: World, attempt: str, timeout_s: float, on_hang: Callable[[str], None] = lambda reason: None):
+        self.attempt, self._on_hang = attempt, on_hang
         self._stacks = directory / STACKS / attempt
         self._world, self._timeout_s = world, timeout_s
         self._expected = (0, SLOW)  # calls so far, factor of the last one: replaced as one, since a thread reads them
@@ -76,6 +84,8 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file)
             self._await_others()
+            if self._world.is_main:
+                self._on_hang(hang(self._stacks))
             log.critical("no progress for %.0f s (training.hang_timeout_s): this attempt ends; stacks of all ranks: %s", idle, self._stacks)
         except OSError:
             faulthandler.dump_traceback()  # to stderr

@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gentrain.config import ConfigError
+from gentrain.training.meeting import meet
+
 
 @dataclass(frozen=True)
 class World:
@@ -26,15 +29,49 @@ class World:
         return self.rank == 0
 
 
-def join(timeout_s: float = 1800.0) -> World:
+def placed() -> tuple[int, int]:
+    """RANK and WORLD_SIZE of this process; 0 and 1 where no launcher has set them. Raises ConfigError for what none would have set."""
+    size = _variable("WORLD_SIZE", 1, 1)
+    rank = _variable("RANK", 0, 0, size - 1)
+    _variable("LOCAL_RANK", 0, 0)
+    _variable("LOCAL_WORLD_SIZE", 1, 1)
+    if size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise ConfigError(f"not set, though WORLD_SIZE is {size}; {_REMEDY}", source="environment", key=name)
+        _variable("MASTER_PORT", 0, 1, 65_535)
+    return rank, size
+
+
+_REMEDY = "let torchrun set it, or unset RANK and WORLD_SIZE to train in one process"
+
+
+def _variable(name: str, otherwise: int, least: int, most: int | None = None) -> int:
+    text = os.environ.get(name, str(otherwise))
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least or (most is not None and value > most):
+        limits = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"expected a whole number {limits}, got {text!r}; {_REMEDY}", source="environment", key=name)
+    return value
+
+
+def join(timeout_s: float = 1800.0, start_limit_s: float = 300.0) -> World:
     """Joins the process group named by RANK, WORLD_SIZE and MASTER_*; without them the process is a world of its own.
 
     One process meets itself through a store in memory, so that nothing listens on any port.
+
+    Args:
+        timeout_s: of a collective. start_limit_s: for all ranks to be there.
+
+    Raises RanksMissing, which names those that have not come; ConfigError as `placed`.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = placed()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", _variable("LOCAL_RANK", 0, 0, torch.cuda.device_count() - 1))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -42,7 +79,9 @@ def join(timeout_s: float = 1800.0) -> World:
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            store = meet(rank, size, start_limit_s)
+            store.set_timeout(timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)
 
 

@@ -18,9 +18,13 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from gentrain.config import ConfigError, option, register
-from gentrain.training.engine import Engine, Fragment, Precision, ReplicatedEngine, RoleEngine, StepResult
-from gentrain.training.optimizers import GlobalScalars, Optimizer, Partition
+from gentrain.training.engine import Engine, Fragment, Held, Precision, ReplicatedEngine, RoleEngine, StepResult, replicated
+from gentrain.training.optimizers import GlobalScalars, Optimizer, Partition, decay_groups
 from gentrain.training.world import World
+
+_BUCKET = 500_000_000  # elements of gradients that DeepSpeed reduces at once; it makes room for as many, however few there are
+WHOLE = 100_000  # parameters of no more elements stay whole on every rank at stage 3
+_SUB_GROUP = 1_000_000_000  # elements that stage 3 steps at once
 
 # Keys that the engine sets itself: setting them elsewhere too is how a run comes to train something else than its config says.
 _OWNED = {
@@ -75,14 +79,73 @@ class DeepSpeedEngine(Engine):
         kinds = {0: _Stage0Engine, 1: _Stage12Engine, 2: _Stage12Engine, 3: _Stage3Engine}
         return kinds[self.zero_stage](self, role, module, optimizer, world)
 
-    def deepspeed_config(self) -> dict[str, Any]:
-        """The configuration handed to deepspeed.initialize. Batch sizes are formal: losses and boundaries are ours."""
+    def held(self, parameters: list[nn.Parameter], optimizer: Optimizer, ranks: int, passes: int) -> Held:
+        if self.zero_stage == 0:
+            weights, state = replicated(parameters, optimizer)
+            copies = min(weights, 4 * _BUCKET) if ranks > 1 else 0
+            return Held(weights, state, average=weights, buffers=0, gradients=weights, passing=copies)
+        groups = [group["params"] for group in decay_groups(parameters)]
+        return self._held_stage_3(groups, optimizer, ranks) if self.zero_stage == 3 else self._held_flat(groups, optimizer, ranks, passes)
+
+    def _held_flat(self, groups: list[list[nn.Parameter]], optimizer: Optimizer, ranks: int, passes: int) -> Held:
+        """Stages 1 and 2: each group flat, padded to a multiple of 2 per rank, cut into one piece per rank."""
+        size, total = self.live_dtype.itemsize, sum(p.numel() for group in groups for p in group)
+        each, once = optimizer.state_bytes(1)
+        pieces, own = [], [0] * ranks
+        for group in groups:
+            piece = 2 * -(-sum(p.numel() for p in group) // (2 * ranks))
+            start = 0
+            for p in group:  # a gradient is kept whole where any of it belongs to the rank
+                for rank in range(start // piece, (start + p.numel() - 1) // piece + 1):
+                    own[rank] += size * p.numel()
+                start += p.numel()
+            pieces.append(piece)
+        kept, bucket = max(own), size * self._reduced_at_once(total)
+        arriving = bucket + (kept if passes > 1 else 0) if self.zero_stage == 2 else bucket + size * total - kept
+        return Held(
+            weights=size * ranks * sum(pieces) + 4 * sum(pieces),
+            optimizer=round(each * sum(pieces)) + once * len(pieces),
+            average=4 * sum(pieces),
+            buffers=0,
+            gradients=kept,
+            passing=arriving,
+            stepping=4 * max(pieces),  # the piece's gradients in float32
+        )
+
+    def _held_stage_3(self, groups: list[list[nn.Parameter]], optimizer: Optimizer, ranks: int) -> Held:
+        """Each parameter cut into one piece per rank; gradients have a place of their own all the time."""
+        size, parameters = self.live_dtype.itemsize, [p for group in groups for p in group]
+        each, once = optimizer.state_bytes(1)
+        pieces, total = sum(-(-p.numel() // ranks) for p in parameters), sum(p.numel() for p in parameters)
+        return Held(
+            weights=sharded_bytes(parameters, size, ranks) + 4 * pieces,
+            optimizer=round(each * pieces) + once * len(groups),
+            average=4 * pieces,
+            buffers=size * (self._reduced_at_once(total) + pieces),
+            gradients=0,
+            passing=size * max(p.numel() for p in parameters),
+            stepping=4 * min(pieces, _SUB_GROUP),
+        )
+
+    def _reduced_at_once(self, elements: int) -> int:
+        return int(self.deepspeed_config(elements)["zero_optimization"]["reduce_bucket_size"])
+
+    def deepspeed_config(self, elements: int = _BUCKET) -> dict[str, Any]:
+        """The configuration handed to deepspeed.initialize. Batch sizes are formal: losses and boundaries are ours.
+
+        Args:
+            elements: of the parameters that learn.
+        """
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             # Said explicitly: left out, DeepSpeed clips at 1.0. Stage 0 is clipped by us, who need the norm before the step.
             "gradient_clipping": (self.gradient_clipping or 0.0) if self.zero_stage else 0.0,
-            "zero_optimization": {"stage": self.zero_stage, "memory_efficient_linear": False},
+            "zero_optimization": {
+                "stage": self.zero_stage,
+                "memory_efficient_linear": False,
+                "reduce_bucket_size": min(elements, _BUCKET),  # for an adapter it would be 2 GB of nothing
+            },
             "bf16": {"enabled": self.precision == "bf16"},
             "zero_allow_untested_optimizer": True,  # which optimisers survive sharding is checked by Engine.shows
             "steps_per_print": None,
@@ -98,6 +161,13 @@ def _has(settings: Mapping[str, Any], key: str) -> bool:
 def _merged(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     both = {**config, **settings}
     return {k: {**config[k], **v} if isinstance(v, Mapping) and isinstance(config.get(k), Mapping) else v for k, v in both.items()}
+
+
+def sharded_bytes(parameters: list[nn.Parameter], itemsize: int, ranks: int) -> int:
+    """Of weights that ZeRO-3 has shared out, on each rank: a piece of each parameter, and the small ones whole beside it."""
+    if ranks == 1:
+        return itemsize * sum(p.numel() for p in parameters)
+    return sum(itemsize * (-(-p.numel() // ranks) + (p.numel() if p.numel() <= WHOLE else 0)) for p in parameters)
 
 
 def shard_frozen(module: nn.Module) -> nn.Module:
@@ -168,7 +238,8 @@ class _ShardedEngine(_DeepSpeedMixin):
     def __init__(self, engine: DeepSpeedEngine, role: str, module: nn.Module, optimizer: Optimizer, world: World):
         super().__init__(role, module, world, engine.gradient_clipping)
         self.dtype = engine.live_dtype
-        self.deepspeed = _initialize(engine.deepspeed_config(), module, optimizer.build(module.parameters()))
+        elements = sum(p.numel() for p in module.parameters())
+        self.deepspeed = _initialize(engine.deepspeed_config(elements), module, optimizer.build(module.parameters()))
         self.optimizer = self.deepspeed.optimizer.optimizer
         if isinstance(self.optimizer, GlobalScalars):
             self.optimizer.sharded = True

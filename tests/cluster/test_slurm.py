@@ -175,20 +175,27 @@ def slurm() -> Iterator[None]:
         yield
 
 
-def _submit(place: Slurm, directory: Path, samples: int) -> Handle:
-    config = {
+def config(directory: Path, samples: int, **settings: Any) -> dict[str, Any]:
+    return {
         "method": "flow_matching", "data": "rings", "model": {"name": "mlp", "width": 16}, "engine": "torch", "output": str(directory),
-        "training": {"samples": samples, "batch_size": 32, "log_every": 32, "checkpoint_every": 1_000_000},
+        "training": {"samples": samples, "batch_size": 32, "log_every": 32, "checkpoint_every": 1_000_000}, **settings,
     }  # fmt: skip
-    command = ("gentrain", "train", "config.yaml")
-    submission = Submission(name=directory.name, config=json.dumps(config), command=command, directory=directory, output=str(directory))
+
+
+def submit(place: Slurm, directory: Path, samples: int, workers: int = 0) -> Handle:
+    """A job with so many workers of Ray Train; 0 = in one process, without Ray."""
+    values = config(directory, samples, cluster={"place": "ray", "workers": workers} if workers else {})
+    submission = Submission(
+        name=directory.name, config=json.dumps(values), command=("gentrain", "train", "config.yaml"), directory=directory,
+        output=str(directory), under_ray=workers > 0, workers=(max(workers, 1),) * 2,
+    )  # fmt: skip
     submission.files.mkdir(parents=True)
     for name, text in place.render(submission).items():
         (submission.files / name).write_text(text)
     return place.submit(submission)
 
 
-def _events(directory: Path) -> list[dict[str, Any]]:
+def events(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / ATTEMPTS).read_text().splitlines()]
 
 
@@ -198,27 +205,27 @@ class TestOnSlurm:
 
     def test_the_signal_before_the_time_limit_requeues_a_job_which_goes_on_to_its_end(self, tmp_path: Path) -> None:
         place, directory = Slurm(restarts=1, environment={"HF_HUB_OFFLINE": "1"}), tmp_path / "run"
-        handle = _submit(place, directory, 64_000)
+        handle = submit(place, directory, 64_000)
         until(lambda: (directory / METRICS).exists(), 120, "the job trains")
         assert place.status(handle) is State.RUNNING
         subprocess.run(["scancel", "--batch", "--signal=USR1", handle["job"]], check=True)  # as SLURM's own --signal=B:USR1@... does
         lines = list(place.logs(handle, follow=True))
         assert place.status(handle) is State.SUCCEEDED
-        events = _events(directory)
-        assert [event["event"] for event in events] == ["started", "stopped", "started", "finished"]
-        assert events[2]["samples"] > 0 == events[0]["samples"]
+        noted = events(directory)
+        assert [event["event"] for event in noted] == ["started", "stopped", "started", "finished"]
+        assert noted[2]["samples"] > 0 == noted[0]["samples"]
         told = [json.loads(line)["samples"] for line in (directory / METRICS).read_text().splitlines()]
         assert told == list(range(32, 64_032, 32))  # none twice, none left out
         assert any("start 2 of this job goes on" in line for line in lines) and any(line.startswith("trained:") for line in lines)
 
     def test_stopping_an_array_publishes_checkpoints_and_empties_the_queue(self, tmp_path: Path) -> None:
         place, directory = Slurm(array=["seed=1", "seed=2"], at_once=1, environment={"HF_HUB_OFFLINE": "1"}), tmp_path / "sweep"
-        handle = _submit(place, directory, 100_000_000)
+        handle = submit(place, directory, 100_000_000)
         until(lambda: (directory / "0" / METRICS).exists(), 120, "the first task trains")
         place.stop(handle)
         until(lambda: place.status(handle).is_over, 60, "both are over")
         assert place.status(handle) is State.STOPPED
-        assert [event["event"] for event in _events(directory / "0")] == ["started", "stopped"]
+        assert [event["event"] for event in events(directory / "0")] == ["started", "stopped"]
         assert not (directory / "1").exists()
         assert any(line.startswith("0: stopped; a checkpoint is published") for line in place.logs(handle, follow=False))
         place.stop(handle)  # nothing happens

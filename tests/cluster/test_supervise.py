@@ -21,6 +21,7 @@ import os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 from gentrain.cluster import session
 from gentrain.cluster.session import ClusterLost
+from gentrain.cluster.stopping import receive
 from gentrain.cluster.supervise import supervise
 from gentrain.training.run import Cluster
 directory = Path(sys.argv[2])
@@ -50,7 +51,10 @@ def body():
         os._exit(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
-sys.exit(supervise(body, Cluster(place="ray", max_attempts=3, backoff_s=0.1), directory))
+if sys.argv[1] == "early":
+    receive()
+    os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(supervise(body, Cluster(place="ray", max_attempts=3, backoff_s=300 if sys.argv[1] == "patient" else 0.1), directory))
 """
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -116,6 +120,21 @@ def test_a_signal_reaches_the_launcher(start: Start, tmp_path: Path, number: sig
     process.send_signal(number)
     assert process.wait(timeout=30) == 75
     assert (tmp_path / "stopped").exists()
+
+
+def test_a_signal_before_there_is_a_launcher_starts_none(start: Start) -> None:
+    process = start("early", "0")
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "body" not in printed and "what was published before stays" in said
+
+
+def test_a_signal_while_the_next_attempt_is_waited_for_ends_the_waiting(start: Start, tmp_path: Path) -> None:
+    process = start("patient", "9")
+    while not (tmp_path / ATTEMPTS).exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 75
 
 
 def test_a_launcher_whose_parent_is_killed_stops_as_it_should(start: Start, tmp_path: Path) -> None:

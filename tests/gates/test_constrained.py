@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
@@ -46,8 +45,6 @@ from gentrain.samplers.ddim import DDIM
 from gentrain.samplers.euler import Euler
 from gentrain.samplers.reflected_ode import ReflectedODE
 from gentrain.samplers.reflected_sde import ReflectedSDE
-from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all, values
-from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.gate, pytest.mark.timeout(3600)]
 
@@ -256,7 +253,11 @@ SIMPLEX_CASES: dict[str, Case] = {
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", SIMPLEX_CASES)
 def test_dirichlet_marginals(name: str, seed: int, record_property: Record) -> None:
-    x = draw(train(SIMPLEX_CASES[name], DIRICHLET, seed), SIMPLEX_CASES[name][3], 10_000, 2, seed)
+    """Of exact points, 10,000 at a time, the largest distance is 0.008 to 0.018. The reflected flow learns proportions as they are, numbers
+    near a third, and is slower for it: after 2000 steps one seed of three was above the limit, at 0.031.
+    """
+    case = SIMPLEX_CASES[name]
+    x = draw(train(case, DIRICHLET, seed, 4000 if name == "reflected_flow" else STEPS), case[3], 10_000, 2, seed)
     assert DIRICHLET.set.contains(x).all()
     parts = DIRICHLET.set.parts(x.double())
     worst = max(kstest(parts[:, i].numpy(), beta(a, sum(ALPHA) - a).cdf).statistic for i, a in enumerate(ALPHA))
@@ -267,7 +268,7 @@ def test_dirichlet_marginals(name: str, seed: int, record_property: Record) -> N
 # --- not one outside --------------------------------------------------------------------------------------------------------
 
 
-def _polytope() -> Polytope:
+def polytope_of_thirty_facets() -> Polytope:
     """30 facets at distance 3 from the centre of 10 dimensions, with random normals."""
     A = torch.randn(30, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return Polytope(A / A.norm(dim=1, keepdim=True), torch.full((30,), 3.0, dtype=torch.float64), walk=60)
@@ -288,7 +289,7 @@ SETS = {
     "box": uniform(Box(-1.0, 1.0), 3),
     "ball": uniform(Ball(2.0), 6),
     "simplex": uniform(Simplex(4), 4),
-    "polytope": uniform(_polytope(), 10),
+    "polytope": uniform(polytope_of_thirty_facets(), 10),
     "orthonormal_slabs": uniform(_slabs(), 12),
 }
 STRONG: dict[str, Callable[[], Case]] = {
@@ -329,96 +330,3 @@ def test_of_an_unconstrained_flow_many_are(name: str, record_property: Record) -
     share = (~data.set.contains(x)).double().mean().item()
     record_property("share outside", round(share, 4))
     assert share > 0.05
-
-
-# --- the ball and the polytope of the mirror flow paper ----------------------------------------------------------------------
-
-
-def _mixture_in(domain: Domain, means: Tensor) -> Callable[[Noise, int], Tensor]:
-    """Equal normal laws of covariance 0.4, truncated to the domain."""
-
-    def points(noise: Noise, count: int) -> Tensor:
-        x = torch.full((count, means.shape[1]), torch.nan)
-        while not bool((inside := domain.contains(x)).all()):
-            which = noise.randint(0, len(means), (count,))
-            x = torch.where(inside[:, None], x, means[which] + 0.4**0.5 * noise.normal((count, means.shape[1])))
-        return x
-
-    return points
-
-
-def _paper_sets() -> dict[str, Points]:
-    polytope = _polytope()
-    generator = torch.Generator().manual_seed(2)
-    far = polytope.interior(6 * torch.nn.functional.normalize(torch.randn(4, 10, generator=generator), dim=1), 0.5)
-    out = 4.5 * torch.nn.functional.normalize(torch.randn(4, 6, generator=generator), dim=1)
-    return {"polytope": Points(polytope, 10, _mixture_in(polytope, far)), "ball": Points(Ball(5.0), 6, _mixture_in(Ball(5.0), out))}
-
-
-PAPER_SETS = _paper_sets()
-PAPER_CASES: dict[str, Callable[[Domain], Case]] = {
-    "mirror t": lambda domain: (MirrorFlow(), RectifiedFlow(space=Dual(nu=10.0)), "velocity", Euler(steps=100)),
-    "mirror normal": lambda domain: (MirrorFlow(), RectifiedFlow(space=Dual(nu=NORMAL)), "velocity", Euler(steps=100)),
-    "reflected flow": lambda domain: reflected_flow(),
-    "unconstrained": lambda domain: unconstrained(Euler(steps=100)),
-}
-
-
-def mmd(x: Tensor, y: Tensor) -> float:
-    """Squared maximum mean discrepancy, unbiased, of a normal kernel as wide as the median distance within y."""
-    x, y = x.double(), y.double()
-    width = torch.pdist(y[:2000]).median()
-
-    def mean(a: Tensor, b: Tensor, same: bool) -> float:
-        kernel = (-(torch.cdist(a, b) / width).square() / 2).exp()
-        return float((kernel.sum() - (len(a) if same else 0)) / (len(a) * (len(b) - same)))
-
-    return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
-
-
-def nearest_neighbour_kl(x: Tensor, y: Tensor, k: int = 5) -> float:
-    """KL(law of y || law of x) from distances to the k-th neighbours (Perez-Cruz 2008)."""
-    x, y = x.double(), y.double()
-    own = torch.cdist(y, y).kthvalue(k + 1).values
-    other = torch.cdist(y, x).kthvalue(k).values
-    return float(y.shape[1] * (other / own).log().mean()) + math.log(len(x) / (len(y) - 1))
-
-
-@pytest.mark.parametrize("name", PAPER_SETS)
-@pytest.mark.parametrize("method", PAPER_CASES)
-def test_the_papers_sets(name: str, method: str, record_property: Record) -> None:
-    """A table, not a race: the paper's own polytope and mixtures are not published. What must hold is the feasibility."""
-    data = PAPER_SETS[name]
-    for seed in SEEDS:
-        case = PAPER_CASES[method](data.set)
-        x = draw(train(case, data, seed), case[3], COUNT, data.dim, seed)
-        fresh = data.points("fresh", seed, COUNT)
-        feasible = data.set.contains(x).double().mean().item()
-        row = (f"{1e3 * mmd(x, fresh):.3f}", f"{nearest_neighbour_kl(x, fresh):.3f}", f"{100 * feasible:.2f}")
-        record_property(f"seed {seed}: MMD^2 x 1e3, KL, % feasible", row)
-        assert (feasible == 1) == (method != "unconstrained")
-
-
-# --- ranks ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.distributed
-def test_every_zero_stage_on_two_ranks_gives_the_curve_of_one(tmp_path: FilePath, record_property: Record) -> None:
-    from tests.distributed.test_constrained import RUNS
-
-    engines: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
-
-    def job(run: str, engine: str, ranks: int) -> Job:
-        settings = values(tmp_path / f"{run}-{engine}-{ranks}", RUNS[run]["method"], engines[engine])
-        return Job(settings | RUNS[run] | {"model": {"name": "dropout_mlp", "dropout": 0}})
-
-    run_ranks(1, train_all, [job(run, "torch", 1) for run in RUNS])
-    run_ranks(2, train_all, [job(run, engine, 2) for run in RUNS for engine in engines])
-    worst = 0.0
-    for run in RUNS:
-        reference = tmp_path / f"{run}-torch-1"
-        for engine in engines:
-            other = tmp_path / f"{run}-{engine}-2"
-            worst = max(worst, record_difference(records(reference), records(other)), difference(state_of(reference), state_of(other)))
-    record_property("largest relative difference", worst)
-    assert worst <= 1e-5

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from gentrain.methods.latent_consistency import LatentConsistency
 from gentrain.methods.mean_flow import MeanFlow
 from gentrain.metrics.distances import sliced_wasserstein
 from gentrain.models.denoiser import Denoiser
+from gentrain.models.mlp import MLP
 from gentrain.noise import Noise, derive
 from gentrain.paths.base import Path
 from gentrain.paths.rectified_flow import RectifiedFlow
@@ -34,12 +35,12 @@ from gentrain.paths.variance_exploding import VarianceExploding
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.euler import Euler
-from gentrain.samplers.flow_map import FlowMap
+from gentrain.samplers.flow_map import FlowMap, flow_map
 from gentrain.samplers.lcm import LCM
 from gentrain.training.roles import load_weights
 from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all
 from tests.distributed.test_few_step import DERIVED, METHODS, TOLERANCE, settings, teacher
-from tests.methods.few_step import draw, train
+from tests.methods.few_step import Line, draw, train
 from tests.methods.test_latent_consistency import learnt_slope
 from tests.ranks import run_ranks
 
@@ -49,30 +50,60 @@ SEEDS = (0, 1, 2)
 STEPS, COUNT = 1000, 5000
 Record = Callable[[str, object], None]
 RF = RectifiedFlow()
-Case = tuple[Callable[[], Method], Path, str, Callable[[int], Sampler]]
+
+
+def consistency(steps: int) -> Sampler:
+    return Consistency(steps=steps)
+
+
+class Case(NamedTuple):
+    """A method, and the most that its students may be away: of the eight laws in one and in two calls, of the line (W1, mean |f - f*|)."""
+
+    make: Callable[[], Method]
+    sampler: Callable[[int], Sampler]
+    plane: tuple[float, float]
+    line: tuple[float, float]
+    path: Path = RF
+    prediction: str = "velocity"
+    time_scale: float = 1.0
+    begins: bool = True  # as the flow
+
+
 CASES: dict[str, Case] = {
-    "consistency_distillation": (ConsistencyDistillation, RF, "velocity", lambda steps: Consistency(steps=steps)),
-    "latent_consistency": (lambda: LatentConsistency(guidance=(1.0, 1.0)), RF, "velocity", lambda steps: LCM(steps=steps)),
-    "consistency_training": (
+    "consistency_distillation": Case(ConsistencyDistillation, consistency, (9e-3, 1e-2), (0.19, 0.18)),
+    "latent_consistency": Case(
+        lambda: LatentConsistency(guidance=(1.0, 1.0)), lambda steps: LCM(steps=steps), (1.8e-3, 3e-4), (0.15, 0.06)
+    ),
+    "consistency_training": Case(
         lambda: ConsistencyTraining(last_intervals=160),
+        consistency,
+        (6.5e-3, 6.5e-3),
+        (0.5, 0.25),
         VarianceExploding(),
         "edm",
-        lambda steps: Consistency(steps=steps),
+        begins=False,
     ),
-    "easy_consistency_tuning": (EasyConsistencyTuning, RF, "velocity", lambda steps: Consistency(steps=steps)),
-    "mean_flow": (MeanFlow, RF, "velocity", lambda steps: FlowMap(steps=steps)),
-    "continuous_consistency": (
-        lambda: ContinuousConsistency(derivative="difference", step=0.03, mean=0.0, std=2.0),
-        RF,
-        "velocity",
-        lambda steps: Consistency(steps=steps),
-    ),
+    "easy_consistency_tuning": Case(EasyConsistencyTuning, consistency, (2e-2, 2.5e-4), (0.4, 0.15)),
+    "mean_flow": Case(MeanFlow, lambda steps: FlowMap(steps=steps), (9e-3, 4e-2), (1.5, 0.66), time_scale=0.01),
+    "continuous_consistency": Case(ContinuousConsistency, consistency, (6e-4, 6e-4), (0.05, 0.05), time_scale=0.01),
 }
 
 
 @cache
-def flow(seed: int) -> Denoiser:
-    return train(FlowMatching(), RF, "velocity", seed, STEPS)
+def flow(seed: int, time_scale: float, line: bool) -> Denoiser:
+    return train(FlowMatching(), RF, "velocity", seed, STEPS, model=MLP(time_scale=time_scale), line=Line(seed) if line else None)
+
+
+def student(name: str, seed: int, line: bool, record_property: Record) -> Denoiser:
+    case = CASES[name]
+    method = case.make()
+    own = method.roles[str(method.generator)].init or str(method.generator)
+    weights = {own: flow(seed, case.time_scale, line).network.state_dict()} if case.begins else {}  # type: ignore[attr-defined]
+    model, where = MLP(time_scale=case.time_scale), Line(seed) if line else None
+    begin = time.process_time()
+    learnt = train(method, case.path, case.prediction, seed, STEPS, weights, lr=1e-3, model=model, line=where)
+    record_property("training, s of processor", round(time.process_time() - begin))
+    return learnt
 
 
 def distance(denoiser: Denoiser, sampler: Sampler, seed: int) -> float:
@@ -84,22 +115,62 @@ def distance(denoiser: Denoiser, sampler: Sampler, seed: int) -> float:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CASES)
 def test_students_of_a_mixture(name: str, seed: int, record_property: Record) -> None:
-    """The table of docs/methods/few_step.md. The floor is coarse: a quarter of the distance at which the flow itself ends in one step."""
-    make, path, prediction, sampler = CASES[name]
-    method = make()
-    own = method.roles[str(method.generator)].init or str(method.generator)
-    weights = {} if name == "consistency_training" else {own: flow(seed).network.state_dict()}  # type: ignore[attr-defined]
-    begin = time.process_time()
-    student = train(method, path, prediction, seed, STEPS, weights, lr=1e-3)
-    record_property("training, s of processor", round(time.process_time() - begin))
-    found = {steps: distance(student, sampler(steps), seed) for steps in (1, 2, 4)}
+    """The table of docs/methods/few_step.md. Floors: twice the worst of three seeds."""
+    learnt, case = student(name, seed, False, record_property), CASES[name]
+    found = {steps: distance(learnt, case.sampler(steps), seed) for steps in (1, 2, 4)}
     for steps, value in found.items():
         record_property(f"{steps} steps", f"{value:.1e}")
-    raw = distance(flow(seed), Euler(steps=1), seed)
-    record_property("the flow in one step", f"{raw:.1e}")
-    if name == "continuous_consistency" and found[2] >= raw / 4:
-        pytest.xfail(f"it does not learn the mixture well yet (docs/methods/few_step.md): {found[2]:.1e} of {raw:.1e}")
-    assert found[2] < raw / 4
+    for steps, at_most in zip((1, 2), case.plane, strict=True):
+        assert found[steps] < at_most, steps
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_flow_that_students_begin_with(seed: int, record_property: Record) -> None:
+    for time_scale in (1.0, 0.01):
+        for steps in (1, 50):
+            record_property(
+                f"time_scale {time_scale:g}, {steps} steps", f"{distance(flow(seed, time_scale, False), Euler(steps=steps), seed):.1e}"
+            )
+        assert distance(flow(seed, time_scale, False), Euler(steps=50), seed) < 1e-3
+
+
+def w1(denoiser: Denoiser, sampler: Sampler, line: Line, seed: int) -> float:
+    """Between samples and the data's own quantiles."""
+    with torch.no_grad():
+        drawn = sampler.sample(denoiser, (COUNT, 1), Noise(derive(seed, "sample"), torch.arange(COUNT)))
+    exact = line.quantile((torch.arange(COUNT, dtype=torch.float64) + 0.5) / COUNT)
+    return float((drawn[:, 0].double().sort().values - exact).abs().mean())
+
+
+def mean_error(denoiser: Denoiser, line: Line, seed: int) -> float:
+    """|f(x_t, t -> 0) - f*| over x_t of the path at nine times of equal spacing up to the end; f* keeps the order of points."""
+    path, total = denoiser.path, 0.0
+    noise = Noise(derive(seed, "points"), torch.arange(COUNT))
+    x0, eps = line.batch(torch.arange(COUNT) + 2**39)["x"], noise.normal((COUNT, 1))
+    for moment in path.sampling_times(9).tolist():
+        t = torch.full((COUNT,), moment)
+        x_t = path.perturb(x0, eps, t)
+        with torch.no_grad():
+            found = flow_map(denoiser, x_t, t, torch.full_like(t, path.t_min))[:, 0].double()
+        share = line.share_below(x_t[:, 0].double(), float(path.alpha(t)[0]), float(path.sigma(t)[0]))
+        total += float((found - line.quantile(share)).abs().mean()) / 9
+    return total
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", CASES)
+def test_students_of_a_flow_on_the_line_that_is_known(name: str, seed: int, record_property: Record) -> None:
+    """Asked: W1 <= .05 in one step, mean |f - f*| <= .06. After 1,000 steps continuous_consistency has both, latent_consistency the second.
+
+    The others are held to twice the worst of three seeds, so that none grows worse.
+    """
+    learnt, case, line = student(name, seed, True, record_property), CASES[name], Line(seed)
+    found = (w1(learnt, case.sampler(1), line, seed), mean_error(learnt, line, seed))
+    record_property("W1 in one step", round(found[0], 4))
+    record_property("W1 in two steps", round(w1(learnt, case.sampler(2), line, seed), 4))
+    record_property("mean |f - f*|", round(found[1], 4))
+    for value, at_most in zip(found, case.line, strict=True):
+        assert value < at_most
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -117,9 +188,9 @@ FINE: dict[str, dict[str, Any]] = {"jvp": {}, "difference": {"derivative": "diff
 RUNS = [(method, {}) for method in METHODS] + [(method, {"derivative": "difference"}) for method in DERIVED]
 
 
-def job(root: FilePath, run: tuple[str, dict[str, Any]], engine: str, ranks: int) -> Job:
+def job(root: FilePath, run: tuple[str, dict[str, Any]], engine: str, ranks: int, name: str = "", stop_at: int | None = None) -> Job:
     method, fields = run
-    return Job(settings(root, f"{engine}-{ranks}-{fields.get('derivative', '')}", method, ENGINES[engine], **fields))
+    return Job(settings(root, f"{name}{engine}-{ranks}-{fields.get('derivative', '')}", method, ENGINES[engine], **fields), stop_at=stop_at)
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +204,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_give_the_curve_of_one_with_every_derivative_claimed(root: FilePath, engine: str, record_property: Record) -> None:
-    """jvp everywhere but at stage 3, which refuses it, the central difference everywhere."""
+    """jvp everywhere but at stage 3, which refuses it, the central difference everywhere. Stopped and resumed, the same to the last bit."""
     runs = [run for run in RUNS if engine != "zero3" or run not in [(method, {}) for method in DERIVED]]
-    outcomes = run_ranks(2, train_all, [job(root, run, engine, 2) for run in runs])
-    assert {outcome for rank in outcomes for outcome, _ in rank} == {"finished"}, outcomes
+    halves = [job(root, run, engine, 2, "halves-", stop_at) for run in runs for stop_at in (3, None)]
+    for outcomes in run_ranks(2, train_all, [job(root, run, engine, 2) for run in runs] + halves):
+        assert outcomes == [("finished", "")] * len(runs) + [("stopped", ""), ("finished", "")] * len(runs)
     for run in runs:
         reference, other = (FilePath(job(root, run, e, n).settings["output"]) for e, n in (("torch", 1), (engine, 2)))
         apart = max(record_difference(records(reference), records(other)), difference(state_of(reference), state_of(other)))
         record_property(f"largest relative difference, {other.name}", apart)
         assert apart <= TOLERANCE, other.name
+        resumed = other.with_name(f"halves-{other.name}")
+        assert records(other) == records(resumed) and difference(state_of(other), state_of(resumed)) == 0, resumed.name
 
 
 @pytest.mark.distributed

@@ -100,4 +100,4 @@ def test_a_hundred_kills_at_random_change_nothing(tmp_path: Path, record_propert
     assert reached == sorted(reached)  # what was published is never lost
     assert difference(state_of(tmp_path / "killed"), state_of(tmp_path / "whole")) == 0
     left = [path.name for path in (tmp_path / "killed").rglob("*") if path.name.endswith((".tmp", ".partial")) or ".transfer-" in path.name]
-    assert not left and len(list((tmp_path / "killed" / CHECKPOINTS).iterdir())) == 3
+    assert not left and len(list((tmp_path / "killed" / CHECKPOINTS).iterdir())) == 4

@@ -12,13 +12,41 @@ from torch import Tensor, nn
 
 from gentrain.data.toys import Mixture
 from gentrain.methods.base import Clock, Follow, Frozen, Method, Trained
+from gentrain.models.base import Model
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.mlp import MLP
 from gentrain.noise import Noise, derive
 from gentrain.paths.base import Path
 from gentrain.samplers.base import Sampler
 
-CLASSES = 8
+
+class Line:
+    """A mixture of two normal laws on the line, .3 N(-1.5, .3^2) + .7 N(1, .5^2), whose flow is known: it keeps the order of points."""
+
+    weights, means, deviations = torch.tensor([[0.3, 0.7], [-1.5, 1.0], [0.3, 0.5]], dtype=torch.float64)
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        noise, rows = Noise(derive(self.seed, "line"), indices), len(indices)
+        second = noise.bernoulli(0.7, (rows,)).long()
+        return {"x": (self.means[second] + self.deviations[second] * noise.normal((rows,), torch.float64)).float()[:, None]}
+
+    def share_below(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """The distribution function of x_t = alpha x0 + sigma eps, of x [B] float64; alpha, sigma [B] or numbers."""
+        alpha, sigma = (torch.as_tensor(each, dtype=torch.float64).reshape(-1, 1) for each in (alpha, sigma))
+        deviation = (alpha**2 * self.deviations**2 + sigma**2).sqrt()
+        return (self.weights * torch.special.ndtr((x[:, None] - alpha * self.means) / deviation)).sum(1)
+
+    def quantile(self, share: Tensor) -> Tensor:
+        """Its inverse for the data, by bisection: [B] float64 -> [B]."""
+        low, high = torch.full_like(share, -8.0), torch.full_like(share, 8.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.share_below(middle, 1.0, 0.0) < share
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
 
 
 class Group:
@@ -27,11 +55,14 @@ class Group:
     `weights`: role -> state to begin from; inputs that it lacks stay as they are. Other roles begin as their `init` says.
     """
 
-    def __init__(self, method: Method, path: Path, prediction: Any, weights: dict[str, dict[str, Tensor]], lr: float, steps: int):
+    def __init__(
+        self, method: Method, path: Path, prediction: Any, weights: dict[str, dict[str, Tensor]], lr: float, steps: int,
+        model: Model, shape: tuple[int, ...], classes: int,
+    ):  # fmt: skip
         self.method, self.steps, self.modules = method, steps, {}
         self.nets = SimpleNamespace()
         for name, role in method.roles.items():
-            module = (role.model or MLP()).build((2,), CLASSES)
+            module = (role.model or model).build(shape, classes)
             if role.inputs:
                 module.add_inputs(role.inputs)
             start = weights.get(name) or (weights.get(role.init) or self.modules[role.init].state_dict() if role.init else {})
@@ -78,11 +109,13 @@ def train(
     weights: dict[str, dict[str, Tensor]] | None = None,
     lr: float = 2e-3,
     batch: int = 256,
+    model: Model | None = None,
+    line: Line | None = None,
 ) -> Denoiser:
-    """The method's generator, trained on the mixture of eight normal laws."""
+    """The method's generator, trained on the mixture of eight normal laws, or on `line`."""
     torch.manual_seed(derive(seed, "weights"))
-    group = Group(method, path, prediction, weights or {}, lr, steps)
-    items = Mixture(seed=seed).split("train")
+    group = Group(method, path, prediction, weights or {}, lr, steps, model or MLP(), *(((2,), 8) if line is None else ((1,), 0)))
+    items = Mixture(seed=seed).split("train") if line is None else line
     for step in range(steps):
         rows = torch.arange(step * batch, (step + 1) * batch)
         group.step(step, items.batch(rows), rows, seed)

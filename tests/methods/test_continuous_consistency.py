@@ -191,3 +191,14 @@ def test_roles_and_mistakes() -> None:
         parse_run(Document(settings, "x.yaml"))
     settings["method"]["derivative"] = "difference"
     parse_run(Document(settings, "x.yaml"))
+
+
+def test_a_derivative_through_a_fast_time_embedding_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    settings: dict[str, Any] = {
+        "method": {"name": "continuous_consistency", "source": "data"}, "data": "rings", "model": "mlp", "training": {"samples": 10},
+    }  # fmt: skip
+    parse_run(Document(settings, "x.yaml"))
+    assert "model.time_scale: 0.01" in caplog.text
+    caplog.clear()
+    parse_run(Document(settings | {"model": {"name": "mlp", "time_scale": 0.01}}, "x.yaml"))
+    assert caplog.text == ""

@@ -41,6 +41,20 @@ def test_loss_of_zero_velocity_is_that_of_prior_minus_dual_data() -> None:
     assert loss.logs["dual_square"].item() == pytest.approx(expected - 1.2, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "nu, weighting, weighted", [(3.0, "tails", True), (4.0, "tails", True), (3.0, "none", False), (4.5, "tails", False)]
+)
+def test_far_points_count_less_where_the_prior_has_no_fourth_moment(nu: float, weighting: str, weighted: bool) -> None:
+    x, path = Box(-1.0, 1.0).uniform(noise_of(64), (64, 2)) * 0.9, RectifiedFlow(space=dual(nu=nu))
+    loss = MirrorFlow(weighting=weighting).loss(nets_with(Zero(), path, "velocity"), {"x": x}, noise_of(64))
+    sample = noised({"x": x}, noise_of(64), path, Uniform(), 0.1)
+    x0, eps, t = (part.double() for part in (sample.x0, sample.eps, sample.t[:, None]))
+    norm = ((1 - t) * x0 + t * eps).square().sum(1)
+    weight = 2 * nu / (2 * nu + norm) if weighted else torch.ones_like(norm)
+    assert loss.value.item() == pytest.approx((weight * (eps - x0).square().sum(1) / 2).mean().item(), rel=1e-5)
+    assert sum(value.item() for name, value in loss.logs.items() if name.startswith("loss_")) == pytest.approx(loss.value.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("method, path, prediction", [(MirrorFlow(), RectifiedFlow, "velocity"), (Diffusion(), VariancePreserving, "v")])
 def test_flow_and_diffusion_learn_in_the_dual(method: MirrorFlow | Diffusion, path: type, prediction: str) -> None:
     space = Dual(domain=Box(-2.0, 2.0), mean=[0.0], std=[1.0], nu=float("inf"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -172,3 +174,14 @@ def test_dit_starts_as_zero_and_with_closed_gates():
     x, t = inputs((1, 4, 4))
     assert network(x, t).abs().max() == 0
     assert network.backbone.transformer_blocks[0].norm1.linear.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "unet", "dit"])
+def test_the_time_is_scaled(name):
+    model, shape = CASES[name]
+    torch.manual_seed(0)
+    plain = network_of(model, shape)
+    slow = replace(model, time_scale=0.25).build(shape, 3)
+    slow.load_state_dict(plain.state_dict())
+    x, t = inputs(shape)
+    assert torch.equal(slow(x, t), plain(x, t / 4)) and not torch.allclose(slow(x, t), plain(x, t), rtol=1e-3)

@@ -22,6 +22,7 @@ from gentrain.noise import Noise
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.guidance import guided_x0
+from gentrain.training.memory import memory_of
 from tests.distributed.cases import run_of
 from tests.models.pipelines import PIPELINES, PROMPTS, SIDE, SIDES, call, images, stable_diffusion
 
@@ -330,3 +331,38 @@ def test_classes_are_no_prompts(family: Opened) -> None:
     else:
         with pytest.raises(ValueError, match="takes classes, not prompts"):
             family.codec.condition(torch.tensor([0]), ["cat"])
+
+
+# --- without weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_configurations_tell_the_shapes_of_texts_and_what_the_codec_holds(family: Opened) -> None:
+    known = family.model.family
+    skeletons = family.codec.skeletons()
+    for name, skeleton in skeletons.items():
+        assert {key: v.shape for key, v in skeleton.state_dict().items()} == {
+            key: v.shape for key, v in known.source.load(name).state_dict().items()
+        }
+    if not known.takes_text:
+        assert list(skeletons) == ["vae"]
+        return
+    found, told = known.texts(known.text_pipeline(), PROMPTS, torch.device("cpu")), known.text_shapes()
+    assert {key: (value.shape[1:], value.dtype) for key, value in found.items()} == {
+        key: (value.shape[1:], value.dtype) for key, value in told.items()
+    }
+
+
+def test_a_plan_needs_configurations_alone(tmp_path: Path) -> None:
+    directory = stable_diffusion(tmp_path / "pipeline")
+    run = run_of({
+        "model": {"name": "pretrained", "directory": str(directory)}, "method": "distribution_matching", "engine": "torch",
+        "data": images(tmp_path / "images"), "training": {"samples": 8, "batch_size": 2}, "adapter": {"rank": 2},
+        "output": str(tmp_path / "run"),
+    })  # fmt: skip
+    memory = memory_of(run)
+    for file in directory.rglob("*.safetensors"):
+        file.unlink()
+    del run.model.family  # type: ignore[attr-defined]
+    assert memory_of(run) == memory
+    assert [part.name for part in memory.parts] == ["below teacher, fake_score, student", "fake_score", "student", "vae", "text_encoder"]
+    assert all(part.activations is None or not part.activations.assumed for part in memory.parts)

@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from gentrain.config import ConfigError
 from gentrain.recipes.base import load_recipe, run_recipe
 from gentrain.recipes.export import Export
+from gentrain.recipes.oracle import _law_of, oracle_distances
 from gentrain.recipes.unlearning import Gate, Release, Unlearning, statement, unmet
+from gentrain.report import write_report
+from gentrain.training.roles import load_weights
 
 RECIPE = """
 stages:
@@ -31,6 +34,9 @@ stages:
       model: {name: unet, channels: [8, 8], attention: []}
       engine: torch
       training: {samples: 32, batch_size: 16, log_every: 16}
+  oracle:
+    name: train
+    run: {<<: *run, data: {name: chosen, data: digits, leave_out: [3]}}
   student:
     name: train
     run: {<<: *run, method: {name: distribution_matching, generator_loss: sid}, roles: {teacher: {weights: '${output:teacher}'}}}
@@ -56,6 +62,9 @@ stages:
     after: ${output:unlearned_drawn}
     others: {teacher: '${output:teacher_drawn}'}
     gate: {forget: 1.0, remain_loss: 1.0, distance_factor: 100.0, distance_floor: 1000000.0}
+    oracle: ${output:oracle}
+    oracle_count: 18
+    oracle_draws: 2
     reference: 400
   pipeline: {name: export, run: '${output:unlearned}', scores: '${output:scores}', gate: '${output:scores}'}
 """
@@ -77,7 +86,7 @@ def stage_of(out: Path, **more: Any) -> Unlearning:
 
 def test_all_sets_are_measured_and_shown(out: Path) -> None:
     metrics = [metric["name"] for metric in json.loads((out / "scores/metrics.json").read_text())["metrics"]]
-    kinds = ("forget accuracy", "override rate", "remain accuracy", "Frechet distance of the others")
+    kinds = ("forget accuracy", "override rate", "remain accuracy", "Frechet distance of the others", "divergence from the oracle")
     assert metrics == [f"{kind}, {name}" for name in ("after", "before", "teacher") for kind in kinds]
     release = json.loads((out / "scores/release.json").read_text())
     assert release["forget"] == "3" and all(check["met"] for check in release["checks"])
@@ -89,10 +98,36 @@ def test_all_sets_are_measured_and_shown(out: Path) -> None:
     torch.testing.assert_close(shown.float(), (after.clamp(-1, 1) + 1) * 127.5, rtol=0, atol=0.51)
 
 
+def test_the_report_says_whose_samples_the_grid_shows(out: Path) -> None:
+    assert "3 samples of each model, from left to right: teacher, before, after; the same noise." in write_report(out).read_text()
+
+
+def test_the_divergence_is_that_of_the_law_that_each_model_draws_from(out: Path) -> None:
+    """0 of the oracle from itself; of a one-step student it is its fake score's, not that of the student, which denoises nothing."""
+    runs = {name: str(out / name) for name in ("oracle", "teacher", "student")}
+    found = oracle_distances(runs["oracle"], runs, 3, 18, 2)
+    assert found["oracle"].value == found["oracle"].high == 0 < found["teacher"].low
+    assert "KL(oracle || model)" in found["teacher"].definition
+    assert "KL(oracle || fake score of the student)" in found["student"].definition
+    denoiser, _ = _law_of(runs["student"])
+    weights = load_weights(runs["student"], role="fake_score")
+    torch.testing.assert_close(dict(denoiser.network.state_dict()), weights)  # type: ignore[attr-defined]
+
+
+def test_the_divergence_is_asked_of_the_classes_that_remain(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watched(truth: Any, other: Any, x0: torch.Tensor, noise: Any, condition: Any, draws: int) -> torch.Tensor:
+        seen.append(condition["label"])
+        return torch.ones(len(x0), dtype=torch.float64)
+
+    monkeypatch.setattr("gentrain.recipes.oracle.divergence_bound", watched)
+    oracle_distances(str(out / "oracle"), {"teacher": str(out / "teacher")}, 3, 18, 2)
+    assert torch.cat(seen).tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9] * 2
+
+
 def test_two_stages_start_from_the_student_and_the_fake_score_of_the_first(out: Path) -> None:
     """And the teacher is the original: roles of the same name are read, of which `student` is no generator of other weights."""
-    from gentrain.training.roles import load_weights
-
     first, teacher = str(out / "student"), load_weights(str(out / "teacher"))
     fake, student = load_weights(first, role="fake_score"), load_weights(first, role="student")
     name = next(iter(student))
@@ -140,6 +175,7 @@ def test_numbers_of_other_weights_open_no_gate(out: Path, tmp_path: Path) -> Non
     [
         ({"forget": 11}, "forget: there is no class 11"),
         ({"override": 3}, "override: it is the forgotten class"),
+        ({"oracle": "nowhere"}, "nowhere is not a run's directory"),
         ({"others": {"after": "x"}}, "others: `before` and `after` are taken"),
         ({"before": "nowhere"}, "before: nowhere/samples.safetensors does not exist"),
     ],

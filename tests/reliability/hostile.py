@@ -15,14 +15,16 @@ from pathlib import Path
 
 import psutil
 
+from gentrain.training.logs import LOGS
+
 CPU_S = 10.0  # the slowest took 1.1 s on 2 cores of an AMD EPYC
 MEMORY = 2**29  # bytes beyond what the process has
 
 
 def contents(folder: Path) -> dict[str, tuple[int, str]]:
-    """Mode and contents of everything below a folder."""
+    """Mode and contents of everything below a folder, but for what a run says of what it refused."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if LOGS not in path.relative_to(folder).parts):
         info = path.lstat()
         what = os.readlink(path) if path.is_symlink() else ""
         if stat.S_ISREG(info.st_mode) and info.st_size < 2**24:

@@ -112,6 +112,6 @@ def test_a_disk_that_is_full_on_one_rank_is_told_on_both_and_the_former_checkpoi
         assert kind == "OSError"
         assert message.startswith(f"no checkpoint could be written under {directory}: ")
         assert "No space left on device" in message and "the disk is full: free some space" in message and message.endswith("(rank 1)")
-    assert sorted(path.name for path in directory.iterdir()) == [f"{24:012d}", "LATEST"]
+    assert sorted(path.name for path in directory.iterdir()) == [f"{24:012d}", "LATEST", "OWNER"]
     with LocalStorage(directory).open(f"{24:012d}") as checkpoint:
         checkpoint.verify()

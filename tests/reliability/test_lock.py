@@ -57,6 +57,14 @@ def test_the_second_is_refused_and_told_by_whom_and_for_how_long(holder: subproc
     assert holder.poll() is None
 
 
+def test_values_of_the_command_line_are_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed leaves the file."""
+    monkeypatch.setattr(sys, "argv", ["gentrain", "train", "x.yaml", "data.token=canary one=two", "--key=canary", "a=b\ncanary"])
+    with hold(tmp_path):
+        text = (tmp_path / ".run.owner").read_text()
+        assert "canary" not in text and "gentrain train x.yaml data.token=... --key=..." in json.loads(text)["command"]
+
+
 def test_a_killed_holder_blocks_nobody_even_if_its_child_lives_and_its_clock_was_ahead(
     holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:

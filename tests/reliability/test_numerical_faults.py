@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from gentrain.training.run import CHECKPOINTS
+from gentrain.training.checkpoint import STATE
+from gentrain.training.logs import LOGS
+from gentrain.training.run import CHECKPOINTS, METRICS
 from gentrain.training.storage import LocalStorage
 from gentrain.training.world import World
 from tests.distributed.cases import Job, difference, newest, records, state_of
@@ -23,6 +25,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 ENGINES: dict[str, Any] = {"torch": "torch", "zero3": {"name": "deepspeed", "zero_stage": 3}}
 ROLES = ("fake_score", "student")
 GUARD = {"window": 8, "patience": 2, "max_rollbacks": 1}
+LOST = {"role": "student", "start": 474, "end": 475, "added": float("nan")}  # in the last step, on one rank
 SPIKE = {"role": "student", "start": 276, "end": 300, "factor": 1e4}  # steps 23 and 24: a checkpoint is due between
 
 
@@ -41,12 +44,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
             nan = {"role": role, "start": 26, "end": 27, "factor": float("nan")}
             two[f"nan-{role}-{name}-2"] = Job(troubled(root / f"nan-{role}-{name}-2", engine, **nan))
         two[f"spike-{name}-2"] = Job(troubled(root / f"spike-{name}-2", engine, GUARD, **SPIKE))
+    lost, unknown = troubled(root / "lost-2", "torch", **LOST), troubled(root / "unknown-2", "torch")
+    lost["training"] |= {"keep_best": "loss/student", "keep_last": 1}
+    unknown["training"] |= {"keep_best": "loss/studnet"}
+    two |= {"lost-2": Job(lost), "unknown-2": Job(unknown)}
     outcomes = {name: list(each) for name, each in zip(two, zip(*run_ranks(2, train_troubled, list(two.values()))))}
     one: dict[str, Job] = {}
     for role in ROLES:
         nan = {"role": role, "start": 26, "end": 27, "factor": float("nan")}
         one[f"nan-{role}-torch-1"] = Job(troubled(root / f"nan-{role}-torch-1", "torch", **nan))
     one["spike-torch-1"] = Job(troubled(root / "spike-torch-1", "torch", GUARD, seen=str(root / "seen.jsonl"), **SPIKE))
+    late = SPIKE | {"start": 468, "end": 480}  # the last step: no other can follow
+    one["late"] = Job(troubled(root / "late", "torch", GUARD, **late))
+    one["late-alone"] = Job(troubled(root / "late-alone", "torch", GUARD, **late))
+    one["late-alone"].settings["training"] |= {"checkpoint_every": 1_000_000}
     one["again"] = Job(troubled(root / "again", "torch", GUARD, **(SPIKE | {"end": 480})))
     one["calm"] = Job(troubled(root / "calm", "torch", GUARD))
     one["plain"] = Job(troubled(root / "plain", "torch", None))
@@ -115,3 +126,40 @@ def test_a_guarded_run_that_stops_comes_to_the_same_end(results: Results, tmp_pa
     assert train_troubled(ALONE, [Job(settings)]) == [("finished", "")]
     assert difference(state_of(results.root / "spike-torch-1"), state_of(tmp_path)) == 0
     assert records(results.root / "spike-torch-1") == records(tmp_path)
+
+
+def test_a_run_that_ends_amid_spikes_ends_with_its_last_good_weights(results: Results) -> None:
+    assert results.outcomes["late"] == [("finished", "")]
+    assert difference(state_of(results.root / "late", f"{384:012d}"), state_of(results.root / "late", f"{480:012d}")) == 0
+    assert difference(state_of(results.root / "late", f"{384:012d}"), state_of(results.root / "calm", f"{384:012d}")) == 0
+    # where nothing was published before, what there is is kept
+    assert results.outcomes["late-alone"] == [("finished", "")] and newest(results.root / "late-alone").name == f"{480:012d}"
+    assert difference(state_of(results.root / "late-alone"), state_of(results.root / "late")) > 0.01
+
+
+def test_a_loss_that_is_not_a_number_with_a_sound_gradient_is_told_by_all_ranks_and_the_files_stay_json(results: Results) -> None:
+    run = results.root / "lost-2"
+    assert results.outcomes["lost-2"] == [("finished", "")] * 2
+
+    def strictly(text: str) -> dict[str, Any]:
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+    lines = [strictly(line) for line in (run / METRICS).read_text().splitlines()]
+    assert [line["samples"] for line in lines if line["loss/student"] is None] == [480]
+    assert all(line["skipped/student"] == 0 and line["grad_norm/student"] > 0 and line["loss/fake_score"] > 0 for line in lines)
+    for rank in range(2):
+        said = (run / LOGS / f"rank-{rank}.jsonl").read_text()
+        assert said.count("the loss of role student: not a finite number in steps up to sample 480") == 1 and "fake_score" not in said
+    names = LocalStorage(run / CHECKPOINTS).names()
+    best = min((line for line in lines[:-1] if line["samples"] % 96 == 0), key=lambda line: line["loss/student"])
+    assert [int(name) for name in names] == sorted({best["samples"], 480})
+    assert json.loads((newest(run) / STATE).read_text())["metrics"]["loss/student"] is None
+
+
+def test_a_metric_to_keep_the_best_by_that_does_not_exist_is_said_at_the_first_line(results: Results) -> None:
+    for kind, message in results.outcomes["unknown-2"]:
+        assert kind == "ConfigError" and message.startswith(
+            "training.keep_best: this run has no metric 'loss/studnet'; name one of these: "
+        )
+        assert "loss/student" in message and "grad_norm/fake_score" in message
+    assert newest(results.root / "unknown-2").name == f"{12:012d}"

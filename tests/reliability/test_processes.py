@@ -170,6 +170,9 @@ def test_a_killed_run_repeats_at_most_what_followed_its_last_checkpoint(start: S
     again = start("train", "run.yaml", f"training.samples={drawn + 32}")
     assert again.wait(timeout=60) == 0
     assert repeated(tmp_path, drawn + 32) == drawn - published
+    events = [json.loads(line) for line in (tmp_path / "run/attempts.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in events] == ["started", "failed", "started", "finished"]
+    assert events[1]["reason"].startswith("ended without a word")
     assert [json.loads(line)["samples"] for line in (tmp_path / "run" / METRICS).read_text().splitlines()] == list(
         range(16, drawn + 33, 16)
     )

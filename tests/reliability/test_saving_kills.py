@@ -45,7 +45,7 @@ def test_what_was_published_last_is_there_bit_for_bit(folder: Path, moment: str)
 def test_the_run_that_goes_on_ends_like_one_that_was_never_killed(folder: Path, moment: str) -> None:
     assert difference(state_of(folder / moment), state_of(folder / "whole")) == 0
     assert records(folder / moment) == records(folder / "whole")
-    assert sorted(path.name for path in (folder / moment / CHECKPOINTS).iterdir()) == [f"{120:012d}", "LATEST"]
+    assert sorted(path.name for path in (folder / moment / CHECKPOINTS).iterdir()) == [f"{120:012d}", "LATEST", "OWNER"]
 
 
 def test_a_killed_export_leaves_no_half_and_the_next_one_tidies_up(folder: Path) -> None:

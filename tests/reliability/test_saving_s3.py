@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from gentrain.config import ConfigError
+from gentrain.training.beginning import refuse_wrong_start
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import train
+from gentrain.training.remedies import StoreError, has_secret, without_secrets
 from gentrain.training.roles import load_weights
-from gentrain.training.run import CHECKPOINTS, RunConfig, refuse_other_settings, save_config
+from gentrain.training.run import CHECKPOINTS, RunConfig, save_config
 from gentrain.training.storage import ObjectStorage
 from gentrain.training.world import World
 from tests.distributed.cases import Job, run_of, state_of, train_all, values
 from tests.reliability.buckets import served
+from tests.reliability.publishing import publish
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -66,7 +73,7 @@ def test_other_settings_are_refused_by_what_the_bucket_holds(tmp_path: Path, buc
     save_config(run_of(settings))
     train_all(ALONE, [Job(settings)])
     with pytest.raises(ConfigError, match="another optimizer"):
-        refuse_other_settings(run_of(settings | {"optimizer": {"name": "sgd", "lr": 0.1}}))
+        refuse_wrong_start(run_of(settings | {"optimizer": {"name": "sgd", "lr": 0.1}}), ())
 
 
 def test_damage_in_a_bucket_is_named_before_anything_is_read(tmp_path: Path, bucket: str) -> None:
@@ -96,15 +103,113 @@ def test_an_upload_that_fails_is_told_and_the_former_checkpoint_stays(tmp_path: 
     assert train_all(ALONE, [Job(settings)]) == [("finished", "")]
 
 
-def test_no_credentials_are_told(tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
+@contextmanager
+def _other_environment(**variables: str | None) -> Iterator[None]:
+    """AWS_ variables, None to unset; S3's library is made to read them anew."""
     from s3fs import S3FileSystem
 
-    S3FileSystem.clear_instance_cache()
-    try:
-        with pytest.raises(OSError, match=r"no checkpoint can be read from s3://bucket/secret: .*credentials"):
-            train(run_of(_settings(tmp_path, f"{bucket}/secret")), ALONE, lambda: False, [])
-    finally:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name, value in variables.items():
+            environment.delenv(f"AWS_{name}") if value is None else environment.setenv(f"AWS_{name}", value)
         S3FileSystem.clear_instance_cache()
+        try:
+            yield
+        finally:
+            S3FileSystem.clear_instance_cache()
+
+
+NO_KEYS = {"ACCESS_KEY_ID": None, "SECRET_ACCESS_KEY": None}
+CLOSED = {"ENDPOINT_URL": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize(
+    "variables, place, says",
+    [
+        (NO_KEYS, "s3://bucket/secret", "no usable credentials: export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+        (CLOSED, "s3://bucket/far", "it is out of reach: mend the network or the endpoint (AWS_ENDPOINT_URL)"),
+        ({}, "s3://no-such-bucket/run", "there is no such bucket: create it, or correct the URL"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_is_told_with_the_remedy(
+    tmp_path: Path, bucket: str, variables: dict[str, str | None], place: str, says: str
+) -> None:
+    run = run_of(_settings(tmp_path, place))
+    save_config(run)
+    told = f"training.checkpoints: {place} cannot be used: {says}"
+    with _other_environment(**variables):
+        with pytest.raises(OSError, match=re.escape(f"no checkpoint can be written under {place}: {told}")):
+            train(run, ALONE, lambda: False, [])
+        storage = run.storage
+        storage.latest = lambda: f"{24:012d}"  # type: ignore[method-assign]
+        calls: list[Callable[[], object]] = [lambda: storage.put("1", "x", lambda path: path.touch()), lambda: storage.publish("1", "{}")]
+        if variables:  # of a bucket that is not there, a reader says that it holds nothing
+            reading: list[Callable[[], object]] = [lambda: refuse_wrong_start(run, ()), lambda: load_weights(str(tmp_path)), storage.names]
+            calls += reading if variables == NO_KEYS else reading[2:]
+        for call in calls:
+            with pytest.raises(StoreError, match=re.escape(told)):
+                call()
+
+
+@pytest.mark.parametrize("call", ["get_file", "cat_file", "find", "put_file", "pipe_file", "rm_file", "rm"])
+def test_whatever_call_is_denied_it_is_told_with_the_remedy(tmp_path: Path, call: str) -> None:
+    storage = ObjectStorage(f"memory://{uuid.uuid4()}/run", tmp_path)
+    name = publish(storage, 24, {})
+
+    class Denied:
+        def __init__(self, fs: Any):
+            self._fs = fs
+
+        def __getattr__(self, name: str) -> Any:
+            def refuse(*_: Any, **__: Any) -> None:
+                raise PermissionError("Access Denied for https://me:canary-1@store/run?X-Amz-Signature=canary-2&part=1")
+
+            return refuse if name == call else getattr(self._fs, name)
+
+    storage._fs = Denied(storage._fs)
+
+    def everything() -> None:
+        with storage.open(storage.latest() or "") as checkpoint:
+            checkpoint.verify()
+        publish(storage, 48, {})
+        storage.delete(name)
+
+    with pytest.raises(StoreError, match=r"^training\.checkpoints: memory://\S+ cannot be used: access is denied: give") as error:
+        everything()
+    assert "canary" not in str(error.value) and "https://me:***@store/run?X-Amz-Signature=***&part=1" in str(error.value)
+
+
+def test_an_error_of_the_store_is_no_damage(tmp_path: Path) -> None:
+    """A checkpoint that cannot be fetched must not be given up for another one."""
+    storage = ObjectStorage(f"memory://{uuid.uuid4()}/run", tmp_path)
+    name = publish(storage, 24, {})
+
+    def refuse(*_: Any) -> None:
+        raise TimeoutError("timed out")
+
+    storage._fs = SimpleNamespace(get_file=refuse, find=storage._fs.find)
+    with pytest.raises(StoreError, match="out of reach"), storage.open(name):
+        pass
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA:canary/of+slashes@bucket/run",
+        "sftp://me:canary@host:22/run",
+        "abfs://box@account.dfs.core.windows.net/run?sig=canary&sv=1",
+        "https://store/run?part=1&X-Amz-Security-Token=canary",
+        "simplecache::s3://key:canary@bucket/run",
+    ],
+)
+def test_a_secret_in_a_url_is_refused_and_not_shown(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"training\.checkpoints: .*holds a secret.*give it in the environment") as error:
+        run_of(_settings(tmp_path, url))
+    assert "canary" not in str(error.value) and "***" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/run", "sftp://me@host:22/run", "abfs://box@account.dfs.core.windows.net/a", "hdfs://h:9000/a@b"]
+)
+def test_a_url_without_a_secret_is_kept(url: str) -> None:
+    assert not has_secret(url) and without_secrets(f"at {url}, there") == f"at {url}, there"

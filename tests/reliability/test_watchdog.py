@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gentrain.cluster.attempts import last_failure
 from gentrain.training.run import METRICS
 from gentrain.training.watchdog import GATHER_S, SLOW, STACKS, group_timeout_s
 
@@ -76,6 +77,7 @@ def test_a_hang_of_one_rank_ends_both_with_the_stacks_of_both(start: Start, tmp_
     assert "_wait_for_other_ranks" in stacks[1 - hung]
     assert all(stack.startswith(f"rank {rank} of 2, pid {ranks[rank].pid} on ") for rank, stack in enumerate(stacks))
     assert json.loads((tmp_path / "run" / METRICS).read_text().splitlines()[-1])["samples"] == 192
+    assert last_failure(tmp_path / "run") == f"hung (training.hang_timeout_s); stacks: {attempt}"
     again = start(*COMMAND, str(configuration))  # what was published is whole: one process goes on from it
     assert again.wait(timeout=120) == 0, again.communicate()
     assert [json.loads(line)["samples"] for line in (tmp_path / "run" / METRICS).read_text().splitlines()] == list(range(16, 321, 16))

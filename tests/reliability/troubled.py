@@ -19,12 +19,13 @@ from tests.reliability.cases import ThreeRoles, three_roles
 @register("troubled")
 @dataclass
 class Troubled(ThreeRoles):
-    """The loss of `role` is multiplied by `factor` on batches that hold a sample in [start, end)."""
+    """The loss of `role` is multiplied by `factor`, and `added` to it, on batches that hold a sample in [start, end)."""
 
     role: str = option("student", "whose loss")
     start: int = option(0, "first sample")
     end: int = option(0, "after the last")
-    factor: float = option(1.0, "of the loss")
+    factor: float = option(1.0, "of the loss, and so of its gradient")
+    added: float = option(0.0, "to the loss: what leaves its gradient as it is")
     seen: str = option("", "file for the positions of the samples that each rank sees")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
@@ -42,7 +43,7 @@ class Troubled(ThreeRoles):
 
     def _troubled(self, role: str, loss: Loss, batch: Batch) -> Loss:
         struck = role == self.role and bool(((self.start <= batch["index"]) & (batch["index"] < self.end)).any())
-        return Loss(loss.value * self.factor) if struck else loss
+        return Loss(loss.value * self.factor + self.added) if struck else loss
 
 
 def troubled(output: Path, engine: dict[str, Any] | str, guard: dict[str, Any] | None = None, **method: Any) -> dict[str, Any]:

@@ -165,6 +165,22 @@ def test_damage_is_refused_naming_the_file_and_the_remedy(path: Path, damage: Ca
     assert any(remedy in str(raised.value) for remedy in ("write another one's name", "use the version that wrote it"))
 
 
+def test_the_remedy_names_the_other_whole_checkpoints(path: Path) -> None:
+    """The newest first; not those that are damaged too, as far as their manifests show."""
+    for samples in (8, 16, 24):
+        publish(LocalStorage(path.parent), samples, {"model.weights": [_pieces(VALUES)]})
+    (path.parent / f"{16:012d}" / STATE).unlink()
+    (path.parent / f"{16:012d}" / MANIFEST).write_text("{")
+    _flip(path)
+    with pytest.raises(CheckpointError) as raised:
+        _verify(path)
+    assert str(raised.value).endswith(f"write another one's name into LATEST (whole beside it: {24:012d}, {8:012d})")
+    shutil.rmtree(path.parent / f"{24:012d}")
+    shutil.rmtree(path.parent / f"{8:012d}")
+    with pytest.raises(CheckpointError, match=r"\(whole beside it: none\)$"):
+        _verify(path)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_change_of_any_file_is_refused_by_its_name(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -103,3 +104,12 @@ def test_one_wild_value_before_the_window_was_full_does_not_hide_a_spike() -> No
     for value in (1.0, 1.1, 1000.0, 0.9, 1.05):
         watch.see({"loss/model": value})
     assert watch.see({"loss/model": 50.0}) == ["loss/model"]
+
+
+def test_what_is_not_finite_is_a_spike_and_no_part_of_the_past() -> None:
+    watch = _watch(window=5, patience=2, threshold=4)
+    watch.see({"loss/model": math.nan})  # before anything is judged
+    for value in (1.0, 1.1, 0.9, 1.0, 1.05):
+        assert watch.see({"loss/model": value}) == []
+    assert (watch.see({"loss/model": math.nan}), watch.see({"loss/model": math.inf})) == ([], ["loss/model"])
+    assert watch.state()["past"] == {"loss/model": [1.0, 1.1, 0.9, 1.0, 1.05]}

@@ -35,11 +35,12 @@ def test_clipping_is_always_said(stage: Any, clipping: float | None, written: fl
     """DeepSpeed clips at 1.0 where it is left out; at stage 0 the engine clips, which needs the norm to judge the step."""
     config = DeepSpeedEngine(zero_stage=stage, gradient_clipping=clipping).deepspeed_config()
     assert config["gradient_clipping"] == written
-    assert config["zero_optimization"] == {"stage": stage, "memory_efficient_linear": False}
+    assert config["zero_optimization"] == {"stage": stage, "memory_efficient_linear": False, "reduce_bucket_size": 500_000_000}
 
 
 def test_further_settings_are_merged_beside_our_own() -> None:
     settings = {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
-    config = DeepSpeedEngine(zero_stage=2, settings=settings).deepspeed_config()
-    assert config["zero_optimization"] == {"stage": 2, "memory_efficient_linear": False, "overlap_comm": False}
+    config = DeepSpeedEngine(zero_stage=2, settings=settings).deepspeed_config(1_000)
+    whole = {"stage": 2, "memory_efficient_linear": False, "reduce_bucket_size": 1_000}  # no more room than for all its parameters
+    assert config["zero_optimization"] == whole | {"overlap_comm": False}
     assert config["wall_clock_breakdown"] is True

@@ -113,6 +113,14 @@ class Family(Component, kind="family"):
         """Of one row without condition, for which `prompt` stands."""
         return self.texts(pipeline, [prompt], device)
 
+    def text_shapes(self) -> Texts:
+        """`texts` of one prompt as tensors without numbers (on the meta device): what the configurations say of them."""
+        raise NotImplementedError
+
+    def _tokens(self, encoder: str) -> int:
+        """Of a prompt, as a CLIP text encoder takes them."""
+        return int(self.source.read(f"{encoder}/config.json")["max_position_embeddings"])
+
     # --- classes ---
 
     @property

@@ -13,6 +13,7 @@ from gentrain.config import register
 from gentrain.models.families.base import Family, Texts
 
 _PATCH = 2  # latents along a side of what is one token
+_T5_TOKENS = 512  # the pipeline's own number
 
 
 @register("flux")
@@ -54,3 +55,7 @@ class Flux(Family):
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         prompt, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=device)
         return {"prompt": prompt, "pooled": pooled}
+
+    def text_shapes(self) -> Texts:
+        prompt = torch.empty(1, _T5_TOKENS, self.config["joint_attention_dim"], device="meta")
+        return {"prompt": prompt, "pooled": torch.empty(1, self.config["pooled_projection_dim"], device="meta")}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from gentrain.config import register
 from gentrain.models.families.base import Family, Texts
 
+_TOKENS = 300  # the pipeline's own number
+
 
 @register("pixart_sigma")
 class PixArtSigma(Family):
@@ -32,3 +34,7 @@ class PixArtSigma(Family):
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         prompt, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, device=device)
         return {"prompt": prompt, "mask": mask}
+
+    def text_shapes(self) -> Texts:
+        prompt = torch.empty(1, _TOKENS, self.config["caption_channels"], device="meta")
+        return {"prompt": prompt, "mask": torch.empty(1, _TOKENS, dtype=torch.int64, device="meta")}

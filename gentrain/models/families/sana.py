@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from gentrain.config import register
 from gentrain.models.families.base import Family, Texts
 
+_TOKENS = 300  # the pipeline's own number
+
 
 @register("sana")
 class Sana(Family):
@@ -51,3 +53,7 @@ class Sana(Family):
             list(prompts), do_classifier_free_guidance=False, device=device, complex_human_instruction=instruction
         )
         return {"prompt": prompt, "mask": mask}
+
+    def text_shapes(self) -> Texts:
+        prompt = torch.empty(1, _TOKENS, self.config["caption_channels"], device="meta")
+        return {"prompt": prompt, "mask": torch.empty(1, _TOKENS, dtype=torch.int64, device="meta")}

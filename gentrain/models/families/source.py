@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from gentrain.models.hub import fetched, files_of
+
 INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded; a repository's own code never is
 _to_come: ContextVar[tuple[Path, ...]] = ContextVar("directories that the recipe being read will write", default=())
@@ -56,9 +58,7 @@ class Source:
     def _local(self, file: str) -> Path:
         if Path(self.directory).is_dir():
             return Path(self.directory, file)
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(self.directory, file, revision=self.revision))
+        return fetched(self.directory, self.revision, (file,)) / file
 
     def digest(self, components: Sequence[str]) -> str:
         """SHA-256 that tells these components from others: of their files, or of the repository's commit."""
@@ -68,7 +68,11 @@ class Source:
             return digest.hexdigest()
         for file in sorted(path for component in components for path in Path(self.directory, component).rglob("*") if path.is_file()):
             with file.open("rb") as content:
-                digest.update(f"{file.relative_to(self.directory)} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+            if file.name == "config.json" and "_name_or_path" in (config := json.loads(file.read_text(encoding="utf-8"))):
+                del config["_name_or_path"]  # where it was loaded from: diffusers adds it as it saves a copy
+                found = hashlib.sha256(f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode()).hexdigest()
+            digest.update(f"{file.relative_to(self.directory)} {found}\n".encode())
         return digest.hexdigest()
 
     def component_class(self, component: str) -> Any:
@@ -89,11 +93,15 @@ class Source:
             "torch_dtype": torch.float32, "use_safetensors": True, "variant": self.variant,
         }  # fmt: skip
         with torch.device("cpu"), _telling(f"{component} of the pipeline in {self.directory}"):
-            return self.component_class(component).from_pretrained(self.directory, subfolder=component, revision=self.revision, **weights)
+            cls = self.component_class(component)
+            if not Path(self.directory).is_dir():
+                fetched(self.directory, self.revision, *files_of(component, self.variant))
+            return cls.from_pretrained(self.directory, subfolder=component, revision=self.revision, local_files_only=True, **weights)
 
     def skeleton(self, component: str) -> Any:
         """The component as its configuration says, without its weights: of use on the meta device."""
-        return self.component_class(component).from_config(self.read(f"{component}/config.json"))
+        cls, config = self.component_class(component), self.read(f"{component}/config.json")
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
 
     def pipeline(self, **components: Any) -> Any:
         """The pipeline with its own components but those given; None leaves one out."""

@@ -25,3 +25,6 @@ class StableDiffusion(Family):
 
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         return {"prompt": pipeline.encode_prompt(list(prompts), device, 1, False)[0]}
+
+    def text_shapes(self) -> Texts:
+        return {"prompt": torch.empty(1, self._tokens("text_encoder"), self.config["cross_attention_dim"], device="meta")}

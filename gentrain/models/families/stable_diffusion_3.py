@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from gentrain.config import register
 from gentrain.models.families.base import Family, Texts
 
+_T5_TOKENS = 256  # the pipeline's own number
+
 
 @register("stable_diffusion_3")
 class StableDiffusion3(Family):
@@ -28,3 +30,8 @@ class StableDiffusion3(Family):
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         prompt, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, None, device=device, do_classifier_free_guidance=False)
         return {"prompt": prompt, "pooled": pooled}
+
+    def text_shapes(self) -> Texts:
+        tokens = self._tokens("text_encoder") + _T5_TOKENS  # zeros where there is no T5
+        prompt = torch.empty(1, tokens, self.config["joint_attention_dim"], device="meta")
+        return {"prompt": prompt, "pooled": torch.empty(1, self.config["pooled_projection_dim"], device="meta")}

@@ -34,6 +34,11 @@ class StableDiffusionXL(Family):
         prompt, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
         return {"prompt": prompt, "pooled": pooled}
 
+    def text_shapes(self) -> Texts:
+        pooled = self.source.read("text_encoder_2/config.json")["projection_dim"]
+        prompt = torch.empty(1, self._tokens("text_encoder"), self.config["cross_attention_dim"], device="meta")
+        return {"prompt": prompt, "pooled": torch.empty(1, pooled, device="meta")}
+
     def null(self, pipeline: Any, prompt: str, device: torch.device) -> Texts:
         texts = self.texts(pipeline, [prompt], device)
         if prompt == "" and self.source.index.get("force_zeros_for_empty_prompt", True):  # as the pipeline does itself

@@ -29,6 +29,17 @@ class Optimizer(Component, kind="optimizer"):
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         raise NotImplementedError
 
+    def state_bytes(self, ndim: int) -> tuple[float, int]:
+        """Bytes of the state per element of a parameter with so many dimensions, and beside that per parameter: those of one that steps."""
+        with torch.random.fork_rng(devices=[]):
+            p = nn.Parameter(torch.ones(16, 4) if ndim > 1 else torch.ones(64))
+            optimizer = self.build([p])
+            p.grad = torch.full_like(p, 0.1)
+            optimizer.step()
+        state = [value.untyped_storage() for value in optimizer.state[p].values() if isinstance(value, Tensor)]
+        sizes = [storage.nbytes() for storage in {storage.data_ptr(): storage for storage in state}.values()]
+        return sum(size for size in sizes if size >= p.numel()) / p.numel(), sum(size for size in sizes if size < p.numel())
+
 
 @dataclass
 class AdamLike(Optimizer):

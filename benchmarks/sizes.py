@@ -1,0 +1,102 @@
+"""Pipelines of the published sizes without weights: configurations alone, which are all that `gentrain plan` reads.
+
+    python benchmarks/sizes.py DIRECTORY      # DIRECTORY/sd15, DIRECTORY/flux, and a run's configuration for each
+    gentrain plan DIRECTORY/sd15.yaml --memory 24
+
+Sizes are those of Stable Diffusion 1.5 and FLUX.1 dev, typed in; the classes are diffusers' and transformers' own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+RUN = """\
+# One-step distillation with three roles: a teacher, a fake score and a student.
+model: {{name: pretrained, directory: {directory}}}
+method: {{name: distribution_matching, generator_loss: dmd}}
+data: {{name: prompts, path: {prompts}, size: {size}}}
+optimizer: {{name: adamw, lr: 1.0e-5, weight_decay: 0.0}}
+engine: {{name: deepspeed, zero_stage: {stage}, precision: bf16}}
+{more}training: {{samples: 100_000, batch_size: {batch}, micro_batches: 1}}
+cluster: {{place: ray, workers: 8, gpus_per_worker: 1}}
+"""
+
+
+def _autoencoder(**config: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    blocks: dict[str, Any] = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, **blocks, **config)
+
+
+def _clip() -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+
+
+def stable_diffusion(directory: Path) -> None:
+    """The configurations of a pipeline of the size of Stable Diffusion 1.5."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        vae = _autoencoder(latent_channels=4, scaling_factor=0.18215)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
+    for name, part in {"unet": unet, "vae": vae, "scheduler": scheduler}.items():
+        part.save_config(directory / name)
+    _clip().save_pretrained(directory / "text_encoder")
+    _index(directory, "StableDiffusionPipeline", {
+        "unet": "diffusers.UNet2DConditionModel", "vae": "diffusers.AutoencoderKL", "scheduler": "diffusers.DDIMScheduler",
+        "text_encoder": "transformers.CLIPTextModel", "tokenizer": "transformers.CLIPTokenizer",
+    })  # fmt: skip
+
+
+def flux(directory: Path) -> None:
+    """The configurations of a pipeline of the size of FLUX.1 dev."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from transformers import T5Config
+
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)  # its other sizes are the class' own
+        vae = _autoencoder(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for name, part in {"transformer": transformer, "vae": vae, "scheduler": scheduler}.items():
+        part.save_config(directory / name)
+    _clip().save_pretrained(directory / "text_encoder")
+    sizes: dict[str, Any] = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes).save_pretrained(directory / "text_encoder_2")
+    _index(directory, "FluxPipeline", {
+        "transformer": "diffusers.FluxTransformer2DModel", "vae": "diffusers.AutoencoderKL",
+        "scheduler": "diffusers.FlowMatchEulerDiscreteScheduler", "text_encoder": "transformers.CLIPTextModel",
+        "tokenizer": "transformers.CLIPTokenizer", "text_encoder_2": "transformers.T5EncoderModel",
+        "tokenizer_2": "transformers.T5Tokenizer",
+    })  # fmt: skip
+
+
+def _index(directory: Path, pipeline: str, components: dict[str, str]) -> None:
+    index = {"_class_name": pipeline, **{name: cls.split(".") for name, cls in components.items()}}
+    (directory / "model_index.json").write_text(json.dumps(index, indent=1))
+
+
+def write(directory: Path) -> None:
+    """Both pipelines and a run's configuration for each."""
+    directory.mkdir(parents=True, exist_ok=True)
+    prompts = directory / "prompts.txt"
+    prompts.write_text("".join(f"a photo of {what}\n" for what in ("a rose", "a cat", "a house", "a boat")))
+    adapter = "adapter: {rank: 16}\n"
+    for name, make, settings in (
+        ("sd15", stable_diffusion, {"stage": 2, "size": 512, "batch": 64, "more": ""}),
+        ("flux", flux, {"stage": 2, "size": 1024, "batch": 8, "more": adapter}),
+    ):
+        make(directory / name)
+        (directory / f"{name}.yaml").write_text(RUN.format(directory=directory / name, prompts=prompts, **settings))
+
+
+if __name__ == "__main__":
+    typer.run(write)

@@ -1,0 +1,156 @@
+"""What is looked at before a run begins or goes on: that nothing is in its way, that its checkpoints have a place of their own, and that
+they are there and of its settings.
+
+The run's directory holds its identity and where its checkpoints are; beside those OWNER holds the same identity.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterable
+
+from gentrain.config import ConfigError, Document, build
+from gentrain.training.checkpoint import STATE, CheckpointError
+from gentrain.training.logs import LOGS
+from gentrain.training.run import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SAMPLES,
+    TENSORBOARD,
+    RunConfig,
+    changed_keys,
+    open_run,
+    weight_settings,
+)
+from gentrain.training.storage import LATEST, OWNER, LocalStorage, Storage, replace_file
+from gentrain.training.watchdog import STACKS
+
+IDENTITY = "identity.json"
+
+
+def refuse_wrong_start(run: RunConfig, files: Iterable[str]) -> None:
+    """Raises ConfigError for what a person has to mend before the run may begin or go on. Changes nothing.
+
+    Args:
+        files: further names of files that will be written into the run's directory.
+    """
+    storage = run.storage
+    _refuse_in_the_way(run, storage, files)
+    _refuse_other_place(run, storage)
+    _refuse_other_settings(run, storage)
+    _refuse_fewer_samples(run, storage)
+
+
+def claim(run: RunConfig, storage: Storage) -> None:
+    """Makes the place of the checkpoints this run's. Raises ConfigError when it is another's."""
+    _refuse_other_place(run, storage)
+    mine = _identity(run)
+    if not mine:  # a new run, or one whose directory did not outlive its node
+        mine = {"run": storage.owner().get("run") or secrets.token_hex(8)}
+        replace_file(run.directory / IDENTITY, json.dumps(mine))
+    storage.claim(mine["run"], str(run.directory.resolve()))
+    if storage.names():
+        note_published(run)
+
+
+def note_published(run: RunConfig) -> None:
+    """Writes down, once, where checkpoints of this run are, so that it never begins anew because they are not found."""
+    mine, place = _identity(run), _place(run)
+    if mine and mine.get("checkpoints") != place:
+        replace_file(run.directory / IDENTITY, json.dumps(mine | {"checkpoints": place}))
+
+
+def _place(run: RunConfig) -> str:
+    """Empty for the one in the run's directory, which may be moved."""
+    storage = run.storage
+    if run.training.checkpoints is None:
+        return ""
+    return str(storage.root.resolve()) if isinstance(storage, LocalStorage) else storage.where
+
+
+def _identity(run: RunConfig) -> dict[str, str]:
+    path = run.directory / IDENTITY
+    try:
+        found = dict(json.loads(path.read_text()))
+        if not isinstance(found["run"], str) or not isinstance(found.get("checkpoints", ""), str):
+            raise ValueError("it names no run")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it", key="output") from error
+    return found
+
+
+def _refuse_in_the_way(run: RunConfig, storage: Storage, files: Iterable[str]) -> None:
+    wanted = {run.directory / name: False for name in (METRICS, CONFIG, ENVIRONMENT, IDENTITY, *files)}
+    wanted |= {run.directory / name: True for name in (TENSORBOARD, SAMPLES, LOGS, STACKS)}
+    if isinstance(storage, LocalStorage):
+        wanted |= {storage.root: True, storage.root / LATEST: False, storage.root / OWNER: False}
+    for path, directory in wanted.items():
+        if path.exists() and not (path.is_dir() if directory else path.is_file()):
+            kind = "directory" if directory else "file"
+            key = "training.checkpoints" if run.training.checkpoints and not path.is_relative_to(run.directory) else "output"
+            raise ConfigError(f"{path} is in the way, where a {kind} has to be written; move it away, or choose another place", key=key)
+
+
+def _refuse_other_place(run: RunConfig, storage: Storage) -> None:
+    """Raises ConfigError when the place is another run's, or holds none of the checkpoints that this run has published."""
+    key = "output" if run.training.checkpoints is None else "training.checkpoints"
+    mine, owner = _identity(run), storage.owner()
+    if owner and (owner["run"] != mine["run"] if mine else owner["output"] != str(run.directory.resolve())):
+        raise ConfigError(
+            f"{storage.where} holds the checkpoints of another run, that of {owner['output']}; name another place, or remove "
+            f"{storage.where}/{OWNER} if that run is given up, or was this one under another path",
+            key=key,
+        )
+    before = mine.get("checkpoints")
+    if before is None or storage.names():
+        return
+    if before != _place(run):
+        raise ConfigError(
+            f"the checkpoints of this run are in {before or run.directory / CHECKPOINTS}, and {storage.where} holds none of them; set it "
+            "back, or copy them there",
+            key="training.checkpoints",
+        )
+    raise ConfigError(
+        f"{storage.where} holds none of the checkpoints that this run has published; restore them, or begin anew with another output",
+        key=key,
+    )
+
+
+def _refuse_other_settings(run: RunConfig, storage: Storage) -> None:
+    """Raises ConfigError when the newest checkpoint is one of other settings; only `training.samples` may have changed."""
+    name = storage.latest()
+    if name is None:
+        return
+    with storage.open(name) as checkpoint:
+        saved, where = checkpoint.state.get("settings"), checkpoint.where
+        if not isinstance(saved, dict | None):
+            raise CheckpointError(f"{where}/{STATE} is damaged (settings: {saved!r:.100}); {checkpoint.instead}")
+    if saved is not None:
+        before = weight_settings(build(RunConfig, Document(saved, where)))
+    elif (run.directory / CONFIG).is_file():
+        before = weight_settings(open_run(run.directory))
+    else:
+        return
+    changed = [key for key in changed_keys(before, weight_settings(run)) if key != "training.samples"]
+    if changed:
+        raise ConfigError(
+            f"{run.directory} holds a run with another {', '.join(changed[:5])}; name another directory with output=..., "
+            "or move that one away",
+            key="output",
+        )
+
+
+def _refuse_fewer_samples(run: RunConfig, storage: Storage) -> None:
+    """Raises ConfigError when the run has gone further than it is asked to: its weights are not those of so few samples."""
+    name, training = storage.latest(), run.training
+    if name is not None and int(name) - training.batch_size >= training.samples:
+        raise ConfigError(
+            f"{run.directory} has seen {int(name):,} samples already, more than {training.samples:,}; raise it to go on, or name another "
+            "directory with output=... to train so few",
+            key="training.samples",
+        )

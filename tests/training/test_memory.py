@@ -1,0 +1,116 @@
+"""What a plan says of memory, against one process that trains, and what it says to change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gentrain.methods.base import Batch, Loss, Nets
+from gentrain.noise import Noise
+from gentrain.training.activations import SavedTensors, storage_of
+from gentrain.training.memory import Memory, Planner, memory_of
+from gentrain.training.optimizers import SGD, AdamW, Optimizer
+from gentrain.training.run import RunConfig
+from gentrain.training.world import World, join, leave
+from tests.distributed.cases import Relay, run_of
+from tests.distributed.memory_cases import measure_all, settings
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    yield join()
+    leave()
+
+
+@pytest.mark.parametrize("engine", ["torch-bf16", "zero2-bf16", "zero3"])
+def test_a_plan_tells_what_a_process_holds(alone: World, engine: str) -> None:
+    found, memory = measure_all(alone, {engine: settings(engine)})[engine], memory_of(run_of(settings(engine)))
+    assert [part.name for part in memory.parts] == ["teacher", "critic", "student", "reference"]
+    assert memory.resting == pytest.approx(found.resting, rel=1e-3)
+    for part in memory.parts[1:3]:
+        assert part.held is not None and part.activations is not None and part.activations.assumed == ""
+        assert part.held.gradients == pytest.approx(found.gradients[part.name], rel=0.01, abs=100)
+        assert part.activations.saved == pytest.approx(found.saved[part.name], rel=0.01)
+        assert part.activations.peak >= part.activations.saved
+
+
+def test_roles_that_share_weights_are_counted_once(alone: World) -> None:
+    each = settings("torch", adapted=True)
+    found, memory = measure_all(alone, {"": each})[""], memory_of(run_of(each))
+    assert [part.name for part in memory.parts] == ["below teacher, critic, student, reference", "critic", "student"]
+    assert memory.resting == pytest.approx(found.resting, rel=1e-3)
+
+
+def test_saved_tensors_are_counted_once_and_as_long_as_they_are_kept() -> None:
+    x, weight = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
+    with SavedTensors({storage_of(weight)}) as saved:
+        y = x.exp()  # keeps its result, 40 bytes
+        z = (y * weight).square()  # y again, and the product
+        assert saved.bytes() == 80
+        z.sum().backward()
+        assert saved.bytes() == 0
+
+
+@pytest.mark.parametrize(("optimizer", "each", "once"), [(AdamW(), 8, 4), (SGD(momentum=0.9), 4, 0), (SGD(momentum=0.0), 0, 0)])
+def test_state_of_optimisers(optimizer: Optimizer, each: float, once: int) -> None:
+    assert optimizer.state_bytes(1) == optimizer.state_bytes(2) == (each, once)
+
+
+def test_a_loss_that_looks_at_the_networks_numbers_is_replaced_by_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(self: Relay, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        value = nets.critic(batch["x"], torch.ones(len(batch["x"])), None).mean()
+        return Loss(value if value > 0 else -value)
+
+    monkeypatch.setattr(Relay, "critic_real", looks)
+    critic = memory_of(run_of(settings("torch"))).parts[1]
+    assert critic.activations is not None and critic.activations.saved > 0
+    monkeypatch.setattr(Relay, "critic_fake", looks)
+    critic = memory_of(run_of(settings("torch"))).parts[1]
+    assert critic.activations is not None and critic.activations.assumed.startswith("of one forward and backward of its network alone")
+
+
+# --- what to change ----------------------------------------------------------------------------------------------------------
+
+
+def planned(run: RunConfig, *, share: float) -> tuple[list[str], Memory, int]:
+    planner = Planner()
+    limit = int(planner.memory(run).peak * share)
+    return *planner.remedy(run, limit), limit
+
+
+def test_the_first_change_that_is_enough_is_named() -> None:
+    run = run_of(settings("zero0", 2, batch_size=12_000, micro_batches=1))
+    told, memory, limit = planned(run, share=0.99)  # activations are nearly all of it
+    assert told == ["training.micro_batches=2"] and memory.peak <= limit
+    run = run_of(settings("zero0", 2, batch_size=2, micro_batches=1))  # one row per process: nothing to portion
+    told, memory, limit = planned(run, share=0.9)
+    assert told == ["engine.zero_stage=1"] and memory.peak <= limit
+    told, memory, limit = planned(run, share=0.01)
+    assert memory.peak > limit and told[0] == "engine.zero_stage=3" and "engine.precision=bf16" in told
+
+
+def test_changes_that_would_be_refused_are_not_named() -> None:
+    run = run_of(settings("zero1-bf16", batch_size=1, micro_batches=1))  # no stage 0 in bf16, and nobody to share with
+    assert planned(run, share=0.5)[0] == []
+    muon = settings("torch", 2, batch_size=2, micro_batches=1) | {"optimizer": {"name": "muon"}}  # needs whole matrices
+    told = " ".join(planned(run_of(muon), share=0.01)[0])
+    assert told and not any(f"zero_stage: {stage}" in told for stage in (1, 2, 3))
+
+
+def test_offloaded_weights_lie_on_the_host_and_pass_through() -> None:
+    plain = settings("torch")
+    there = memory_of(run_of(plain | {"roles": {"teacher": {"placement": "offloaded"}}}))
+    here = memory_of(run_of(plain))
+    teacher = here.parts[0].weights
+    assert there.host == teacher and there.resting == here.resting - teacher and there.peak == here.peak
+
+
+def test_more_passes_keep_gradients_beside_those_that_leave() -> None:
+    engine = run_of(settings("torch")).engine
+    parameters = [nn.Parameter(torch.empty(4096, 4096, device="meta"))]
+    one, two = (engine.held(parameters, AdamW(), 2, passes) for passes in (1, 2))
+    assert one == replace(two, passing=one.passing) and two.passing == 4 * 4096**2
