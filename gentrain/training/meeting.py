@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 from datetime import timedelta
+from functools import cache
 
 import torch.distributed as dist
 
@@ -23,8 +24,9 @@ def meet(rank: int, size: int, limit_s: float) -> dist.Store:
     ours = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun offers its own
     limit = timedelta(seconds=limit_s)
     try:
-        server = dist.TCPStore(address, port, is_master=ours, timeout=limit, wait_for_workers=False, multi_tenant=True)
-        store = dist.PrefixStore(f"gentrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}", server)
+        store = dist.PrefixStore(
+            f"gentrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}", _store(address, port, ours, limit)
+        )
         store.set(f"rank/{rank}", socket.gethostname())
     except RuntimeError as error:
         raise RanksMissing(
@@ -36,6 +38,12 @@ def meet(rank: int, size: int, limit_s: float) -> dist.Store:
     except RuntimeError as error:
         raise RanksMissing(_absent(store, rank, size, limit_s)) from error
     return store
+
+
+@cache
+def _store(address: str, port: int, ours: bool, limit: timedelta) -> dist.Store:
+    """One for as long as the process lives: closed after a stage, it might still take the others' words about the next one with it."""
+    return dist.TCPStore(address, port, is_master=ours, timeout=limit, wait_for_workers=False, multi_tenant=True)
 
 
 def _absent(store: dist.Store, rank: int, size: int, limit_s: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from gentrain.training.run import CHECKPOINTS, CONFIG, METRICS, save_config
 from gentrain.training.storage import LATEST, OWNER, LocalStorage, open_storage
 from gentrain.training.world import World
 from tests.distributed.cases import Job, difference, records, run_of, state_of, train_all, values
-from tests.reliability.kills import die, in_fork
+from tests.reliability.kills import die
 from tests.reliability.publishing import publish
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -73,19 +74,23 @@ def test_without_latest_beside_several_checkpoints_a_run_does_not_begin_anew(tmp
     assert [record["samples"] for record in records(tmp_path / "run")] == [12, 24, 36, 48, 60, 72]
 
 
+def _train_and_die_before_latest(output: Path) -> None:
+    sync = storages._sync
+
+    def last(path: Path) -> None:
+        sync(path)
+        if path.name == CHECKPOINTS and (path / f"{24:012d}").exists():
+            die()
+
+    storages._sync = last
+    _train(_settings(output))
+
+
 def test_a_kill_between_the_first_checkpoint_and_latest_is_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def killed() -> None:
-        sync = storages._sync
-
-        def last(path: Path) -> None:
-            sync(path)
-            if path.name == CHECKPOINTS and (path / f"{24:012d}").exists():
-                die()
-
-        storages._sync = last
-        _train(_settings(tmp_path / "run"))
-
-    assert in_fork(killed) == -signal.SIGKILL
+    killed = multiprocessing.get_context("spawn").Process(target=_train_and_die_before_latest, args=(tmp_path / "run",))
+    killed.start()  # not a fork: autograd's threads, which earlier tests have started, would be missing in it
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert not (tmp_path / "run" / CHECKPOINTS / LATEST).exists()
     settings = _settings(tmp_path / "run")
     refuse_wrong_start(run_of(settings), [])
