@@ -1,5 +1,5 @@
 # make demo            a digit generator, its one-step student, the student made to forget a digit: judged, exported, with a report
-# make test            the tests (about ten minutes on two cores)
+# make test            the tests (25 to 30 minutes on two cores)
 # make docs            the documentation as a site, in build/site
 # make lint            ruff, mypy, the import contracts and hadolint
 # make gates-TOPIC     a long proof: tests/gates/test_TOPIC.py; its result goes to docs/gates.json
