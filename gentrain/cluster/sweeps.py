@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from gentrain.config import ConfigError, Document, build, load, option, to_dict
 from gentrain.noise import derive
 from gentrain.report import SWEEP, short
 from gentrain.training.run import RunConfig, changed_keys, parse_run
+from gentrain.training.storage import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -298,6 +298,4 @@ class Journal:
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".{SWEEP}.tmp")
-        temporary.write_text(json.dumps(self.record, indent=1))
-        os.replace(temporary, self._path)
+        replace_file(self._path, json.dumps(self.record, indent=1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ from gentrain.models.families.source import outputs_to_come
 from gentrain.training.cluster import Submitting
 from gentrain.training.remedies import refuse_url
 from gentrain.training.run import changed_keys
+from gentrain.training.storage import replace_file
 
 log = logging.getLogger(__name__)
 
@@ -260,6 +260,4 @@ def read_states(directory: Path) -> dict[str, State]:
 
 
 def _write_states(directory: Path, states: Mapping[str, Any]) -> None:
-    temporary = directory / f".{STAGES}.tmp"
-    temporary.write_text(json.dumps(states, indent=1))
-    os.replace(temporary, directory / STAGES)
+    replace_file(directory / STAGES, json.dumps(states, indent=1))
