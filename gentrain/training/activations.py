@@ -90,7 +90,7 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _Live(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Counts the bytes of all storages that operations make, as long as they live.
 
     What comes of no fake tensor is computed: data, noise, times and steps have their numbers until they meet a network.
@@ -281,7 +281,7 @@ def _run(networks: Networks, codec: Codec, role: str, loss: LossFunction, batch:
             for name, each in networks.modules.items():
                 if name != role and trains(run, name):
                     stack.enter_context(frozen(each))
-            live, saved = stack.enter_context(_Live(known)), stack.enter_context(SavedTensors(known))
+            live, saved = stack.enter_context(LiveTensors(known)), stack.enter_context(SavedTensors(known))
             value = loss(networks.nets(codec), batch, Noise(0, batch["index"])).value
             kept = saved.storages()
             weights = {name: sum(kept.get(storage_of(p), 0) for p in own if p.numel() > WHOLE) for name, own in networks.held.items()}

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gentrain.methods.base import Batch, Loss, Nets
 from gentrain.noise import Noise
-from gentrain.training.activations import SavedTensors, storage_of
+from gentrain.training.activations import LiveTensors, SavedTensors, storage_of
 from gentrain.training.memory import Memory, Planner, memory_of
 from gentrain.training.optimizers import SGD, AdamW, Optimizer
 from gentrain.training.run import RunConfig
@@ -53,6 +54,15 @@ def test_saved_tensors_are_counted_once_and_as_long_as_they_are_kept() -> None:
         assert saved.bytes() == 80
         z.sum().backward()
         assert saved.bytes() == 0
+
+
+def test_what_is_made_counts_as_long_as_it_lives() -> None:
+    with FakeTensorMode():
+        x = torch.empty(10)
+        with LiveTensors({storage_of(x)}) as made:
+            for _ in range(5):
+                x = x + 1  # 40 bytes, beside those of the one before
+        assert (made.live, made.peak) == (40, 80)
 
 
 @pytest.mark.parametrize(("optimizer", "each", "once"), [(AdamW(), 8, 4), (SGD(momentum=0.9), 4, 0), (SGD(momentum=0.0), 0, 0)])
