@@ -11,6 +11,7 @@ import re
 import secrets
 import shlex
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from gentrain.config import ConfigError, option, register
 
 log = logging.getLogger(__name__)
 
+_START_S = 60.0  # that a head which has just been started may take until it can start a job
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STATES = {"PENDING": State.PENDING, "RUNNING": State.RUNNING, "SUCCEEDED": State.SUCCEEDED, "STOPPED": State.STOPPED}
 
@@ -67,8 +69,15 @@ class RayJobs(Place):
             package = Path(folder, "package.zip")
             package.write_bytes(zipped(self._files(submission)))
             self._warn_of_risks()
-            client.submit_job(submission_id=identity, **self._request(submission, str(package)))
-        return {"id": identity}
+            request, until = self._request(submission, str(package)), time.monotonic() + _START_S
+            while True:
+                try:
+                    client.submit_job(submission_id=identity, **request)
+                    return {"id": identity}
+                except RuntimeError as error:  # of a head that has begun to answer before it can start a job
+                    if "No available agent" not in str(error) or time.monotonic() > until:
+                        raise
+                time.sleep(0.5)
 
     def status(self, handle: Handle) -> State:
         with self._client() as client:

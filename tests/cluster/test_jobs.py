@@ -13,13 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 
+from gentrain.cluster.places import Submission
+from gentrain.cluster.ray_jobs import RayJobs
 from gentrain.training.run import METRICS
 from tests.distributed.cases import newest
 from tests.reliability.accounts import repeated, seen
@@ -217,3 +221,21 @@ def _arguments(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def test_a_head_that_cannot_start_jobs_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["500: No available agent to submit job, please try again later.", "", "400: no such thing"]
+
+    class Client:
+        def submit_job(self, **request: Any) -> None:
+            if answer := answers.pop(0):
+                raise RuntimeError(answer)
+
+    monkeypatch.setattr(RayJobs, "_client", lambda place: nullcontext(Client()))
+    monkeypatch.setattr(RayJobs, "_warn_of_risks", lambda place: None)
+    place = RayJobs(address="http://127.0.0.1:1")
+    submission = Submission("toy", "a: 1\n", ("gentrain", "train", "config.yaml"), tmp_path, str(tmp_path))
+    assert place.submit(submission)["id"].startswith("toy-")
+    with pytest.raises(RuntimeError, match="no such thing"):  # what will not change is told at once
+        place.submit(submission)
+    assert answers == []

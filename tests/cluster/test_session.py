@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import psutil
@@ -19,6 +21,8 @@ from gentrain.cluster.launch import launch
 from gentrain.config import Document
 from gentrain.training.loop import Outcome
 from gentrain.training.run import parse_run
+
+T = TypeVar("T")
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -57,8 +61,13 @@ def head() -> Iterator[str]:
         del os.environ["VAULT_TOKEN"]
 
 
-def _processes() -> list[psutil.Process]:
-    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+def _processes(read: Callable[[psutil.Process], T]) -> list[tuple[psutil.Process, T]]:
+    """This process and all below it, each with what `read` says of it; one that has ended meanwhile is left out."""
+    found = []
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append((process, read(process)))
+    return found
 
 
 def _answer(address: str, token: str | None) -> grpc.StatusCode:
@@ -77,8 +86,8 @@ def test_everything_listens_on_loopback(head: str) -> None:
     ray.get(ray.remote(lambda: None).remote())  # workers listen too
     listening = [
         (process, connection.laddr)
-        for process in _processes()
-        for connection in process.net_connections(kind="inet")
+        for process, connections in _processes(lambda process: process.net_connections(kind="inet"))
+        for connection in connections
         if connection.status == psutil.CONN_LISTEN
     ]
     assert {process.name() for process, _ in listening} >= {"gcs_server", "raylet"}
@@ -116,7 +125,7 @@ def test_neither_token_nor_secret_is_in_an_argument_or_a_file(head: str, tmp_pat
         "output": str(tmp_path / "run"),
     }
     assert launch(parse_run(Document(values, "test"))) is Outcome.FINISHED
-    arguments = [argument for process in _processes() for argument in process.cmdline()]
+    arguments = [argument for _, command in _processes(lambda process: process.cmdline()) for argument in command]
     assert any("gcs_server" in argument for argument in arguments)
     written = [path for folder in (tmp_path, Path(session._directory[0])) for path in folder.rglob("*") if path.is_file()]
     assert any(path.name.startswith("raylet") for path in written) and any(path.name == "config.yaml" for path in written)
