@@ -6,12 +6,12 @@ import itertools
 import os
 import socket
 from datetime import timedelta
-from functools import cache
 
 import torch.distributed as dist
 
 HOSTS = "GENTRAIN_HOSTS"  # of all ranks in their order, with commas between: set where the launcher knows them
 _meetings = itertools.count()  # the stages of a recipe meet one after the other, perhaps in the same store
+_stores: dict[tuple[str, int], dist.TCPStore] = {}
 
 
 class RanksMissing(RuntimeError):
@@ -28,7 +28,7 @@ def meet(rank: int, size: int, limit_s: float) -> dist.Store:
             f"gentrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_meetings)}", _store(address, port, ours, limit)
         )
         store.set(f"rank/{rank}", socket.gethostname())
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise RanksMissing(
             f"rank {rank} on {socket.gethostname()} cannot meet the others at {address}:{port} within {limit_s:g} s "
             f"(cluster.network.start_limit_s): {_brief(error)}. Look whether rank 0 runs, and whether this host reaches that port"
@@ -40,10 +40,20 @@ def meet(rank: int, size: int, limit_s: float) -> dist.Store:
     return store
 
 
-@cache
 def _store(address: str, port: int, ours: bool, limit: timedelta) -> dist.Store:
     """One for as long as the process lives: closed after a stage, it might still take the others' words about the next one with it."""
-    return dist.TCPStore(address, port, is_master=ours, timeout=limit, wait_for_workers=False, multi_tenant=True)
+    if (address, port) not in _stores:
+        listener = None
+        if ours and address in ("127.0.0.1", "localhost"):  # by itself the store would listen on every interface of the machine
+            with socket.socket() as bound:
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                bound.bind(("127.0.0.1", port))
+                listener = bound.detach()  # the store closes it
+        _stores[address, port] = dist.TCPStore(
+            address, port, is_master=ours, timeout=limit, wait_for_workers=False, master_listen_fd=listener
+        )
+    _stores[address, port].set_timeout(limit)
+    return _stores[address, port]
 
 
 def _absent(store: dist.Store, rank: int, size: int, limit_s: float) -> str:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -126,6 +127,8 @@ def test_alone_a_rank_says_whom_it_looked_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(RanksMissing, match=r"3 of 4 ranks .*: rank 1 \(node 0\), rank 2 \(node 1\), rank 3 \(node 1\); here are rank 0 on"):
         meet(0, 4, 0.5)
+    listening = [each.laddr for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == int(port)] == ["127.0.0.1"]
 
 
 def _wait(rank: int, environment: dict[str, str], said: Any) -> None:
