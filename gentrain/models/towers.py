@@ -6,7 +6,9 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache, cached_property
+from pathlib import Path as FilePath
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -14,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 from torch.utils.checkpoint import checkpoint
 
-from gentrain.config import option, register
+from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.models.base import Codec, Model
 from gentrain.models.cnn import Classifier
+from gentrain.models.image_text import MINILM, Side
 from gentrain.noise import Noise
 
 INITIAL_SCALE = math.log(10)  # arXiv:2303.15343, section 3.2
 _GRAMS = (3, 4, 5)  # letters; arXiv:1607.04606 takes 3 to 6
+_TEXTS_AT_ONCE = 64
 
 
 class Embeddings(NamedTuple):
@@ -53,33 +57,56 @@ def pieces(caption: str, buckets: int) -> list[int]:
 
 
 class CaptionCodec(Codec):
-    """Adds to a batch what a text tower reads: "tokens" [B, L] int64, 0 = nothing."""
+    """Adds to a batch what the text tower reads of its captions: "tokens" [B, L] int64, or [B, D] embeddings of a locked text tower."""
 
-    def __init__(self, data: Data, buckets: int):
+    def __init__(self, model: Towers, data: Data):
         super().__init__(data)
         if not data.captions:
             raise ValueError(f"the towers need data with captions, which {data.registered_name} has not; use emoji, say")
-        rows = [torch.tensor(pieces(caption, buckets), dtype=torch.int64) for caption in data.captions]
-        longest = max(len(row) for row in rows)
-        self.tokens = torch.stack([pad(row, (0, longest - len(row))) for row in rows])
+        self.model, self.device = model, torch.device("cpu")
 
     def to(self, device: torch.device) -> Codec:
-        self.tokens = self.tokens.to(device)
+        self.device = device
         return self
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Of every caption of the data."""
+        return self.model.read(list(self.data.captions), self.device)
 
     def encode(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         return {**batch, "tokens": self.tokens[batch["caption"]]}
+
+    def shaped(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**batch, "tokens": torch.zeros(len(batch["x"]), self.model.entries)} if self.model.lock == "text" else super().shaped(batch)
 
 
 @register("towers")
 @dataclass
 class Towers(Model):
-    """A convolutional image tower and a text tower over hashed words and groups of letters, with the loss's temperature and bias."""
+    """An image tower and a text tower with the loss's temperature and bias: each pretrained, or small and from scratch.
 
-    width: PositiveInt = option(128, "entries of an embedding")
-    channels: tuple[PositiveInt, ...] = option((16, 32, 64), "of the image tower's levels; each level after the first halves the grid")
-    norm_groups: PositiveInt = option(8, "groups of the image tower's normalisation; divides every level's channels")
-    buckets: PositiveInt = option(4096, "numbers that words and groups of letters are hashed to")
+    A pretrained side is a CLIP, a SigLIP, a vision transformer or a text encoder of transformers: a directory that save_pretrained wrote,
+    with tokenizer or preprocessor_config.json, or a repository on the hub. Its weights do not decay (arXiv:2303.15343, section 4.4).
+    """
+
+    width: PositiveInt | None = option(
+        None, "entries of an embedding; null = as many as the locked side, else a pretrained side has, else 128; others get a projection"
+    )
+    image: str | None = option(None, "pretrained image side; null = a convolutional tower from scratch")
+    text: str | None = option(
+        None,
+        "pretrained text side, minilm = the packaged encoder; null = a tower from scratch over hashed words and groups of letters",
+    )
+    image_revision: str | None = option(None, "branch, tag or commit of a repository; null = main")
+    text_revision: str | None = option(None, "as image_revision")
+    lock: Literal["image", "text"] | None = option(
+        None, "the pretrained side that stays as it is, part of no checkpoint", source="arXiv:2111.07991"
+    )
+    channels: tuple[PositiveInt, ...] = option((16, 32, 64), "of a scratch image tower's levels; each after the first halves the grid")
+    norm_groups: PositiveInt = option(8, "groups of a scratch image tower's normalisation; divides every level's channels")
+    buckets: PositiveInt = option(4096, "numbers that words and groups of letters are hashed to, for a scratch text tower")
+    initial_scale: float = option(INITIAL_SCALE, "t', logarithm of the inverse temperature", source="arXiv:2303.15343, section 3.2")
     initial_bias: float = option(
         -10.0, "of the logits; for a batch of N pairs -log(N - 1) are the odds of a match", source="arXiv:2303.15343, section 3.2"
     )
@@ -87,19 +114,100 @@ class Towers(Model):
         0, "pairs whose activations are held at once, the rest being computed again in the backward pass (arXiv:2101.06983); 0 = all"
     )
 
+    def __post_init__(self) -> None:
+        for key in ("image", "text"):
+            place = getattr(self, key)
+            if place is not None and place != MINILM and FilePath(place).is_dir():
+                setattr(self, key, str(FilePath(place).absolute()))
+                try:
+                    _ = Side(getattr(self, key), None, f"{key}s").config
+                except ValueError as error:
+                    raise ConfigError(str(error), key=key) from error
+        if self.image == MINILM:
+            raise ConfigError("minilm reads texts, not images", key="image")
+        if self.lock is not None:
+            side = self.pretrained(self.lock)
+            if side is None:
+                raise ConfigError(f"a tower from scratch cannot be locked; name its weights: model.{self.lock}", key="lock")
+            if self.width not in (None, side.width):
+                raise ConfigError(f"the locked tower's embeddings have {side.width} entries, not {self.width}; set it to null", key="width")
+
+    def pretrained(self, side: Literal["image", "text"]) -> Side | None:
+        """None where it is from scratch."""
+        place = self.image if side == "image" else self.text
+        revision = self.image_revision if side == "image" else self.text_revision
+        return None if place is None else Side(place, revision, f"{side}s")
+
+    @property
+    def entries(self) -> int:
+        """Of an embedding."""
+        sides = [self.pretrained(side) for side in ((self.lock,) if self.lock else ("image", "text"))]
+        return self.width or next((side.width for side in sides if side is not None), 128)
+
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A `TwoTowers`. Raises ValueError when shape is not (C, H, W) or channels do not fit."""
+        """A `TwoTowers`. Raises ValueError when shape is not (C, H, W), channels do not fit or a pretrained side cannot be read."""
         if len(shape) != 3:
             raise ValueError(f"the towers are for images (C, H, W), got samples of shape {shape}")
+        image = self._projected("image") or self._image_from_scratch(shape)
+        text = nn.Identity() if self.lock == "text" else self._projected("text") or TextTower(self.buckets, self.entries)
+        return TwoTowers(image, text, self.initial_scale, self.initial_bias, self.rows_at_once)
+
+    def _image_from_scratch(self, shape: tuple[int, ...]) -> nn.Module:
         if wrong := [width for width in self.channels if width % self.norm_groups]:
             raise ValueError(f"channels {wrong[0]} is not divisible by norm_groups {self.norm_groups}; change one of them")
         if not self.channels or min(shape[1:]) < 2 ** len(self.channels):
             raise ValueError(f"images of {shape[1]}x{shape[2]} pixels do not fit {len(self.channels)} levels of channels")
-        image = Classifier(shape[0], self.width, self.channels, self.norm_groups)
-        return TwoTowers(image, TextTower(self.buckets, self.width), self.initial_bias, self.rows_at_once)
+        return Classifier(shape[0], self.entries, self.channels, self.norm_groups)
+
+    def _projected(self, which: Literal["image", "text"]) -> nn.Module | None:
+        side = self.pretrained(which)
+        if side is None:
+            return None
+        tower: nn.Module = side.tower()
+        if self.lock == which:
+            return Locked(tower)
+        for p in tower.parameters():
+            p.decays = False  # type: ignore[attr-defined]
+        return tower if side.width == self.entries else nn.Sequential(tower, nn.Linear(side.width, self.entries, bias=False))
 
     def codec(self, data: Data) -> Codec:
-        return CaptionCodec(data, self.buckets)
+        return CaptionCodec(self, data)
+
+    def read(self, texts: list[str], device: torch.device | str = "cpu") -> Tensor:
+        """What the text tower of `build` takes for each text: tokens [texts, L] int64, or embeddings [texts, D] where it is locked."""
+        side = self.pretrained("text")
+        if side is None:
+            rows = [torch.tensor(pieces(text, self.buckets), dtype=torch.int64) for text in texts]
+            longest = max(1, *(len(row) for row in rows))
+            return torch.stack([pad(row, (0, longest - len(row))) for row in rows]).to(device)
+        tokens = side.tokens(texts).to(device)
+        if self.lock != "text":
+            return tokens
+        with torch.no_grad():
+            tower = _locked(side).to(device)
+            return torch.cat([tower(part) for part in tokens.split(_TEXTS_AT_ONCE)])
+
+
+@cache
+def _locked(side: Side) -> nn.Module:
+    with torch.device("cpu"):
+        return side.tower().eval().requires_grad_(False)
+
+
+class Locked(nn.Module):
+    """A network whose weights never learn, and so are no part of what is trained, averaged or saved. Gradients reach its input."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self._network = (network.eval().requires_grad_(False),)  # in a tuple, where a module does not find it
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.network.to(x.device)(x)
+        return output
 
 
 class TextTower(nn.Module):
@@ -118,23 +226,23 @@ class TextTower(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """forward: x [B, C, H, W] in [-1, 1], tokens [B, L] -> [B, 2 D + 2], see `unpack`.
+    """forward: x [B, C, H, W] in [-1, 1], tokens as `Towers.read` gives them -> [B, 2 D + 2], see `unpack`.
 
     Args:
-        initial_bias, rows_at_once: see `Towers`. The loss sees the batch whole, so that it may have more pairs than fit.
+        initial_scale, initial_bias, rows_at_once: see `Towers`. The loss sees the batch whole, so that it may have more pairs than fit.
     """
 
-    def __init__(self, image: nn.Module, text: nn.Module, initial_bias: float, rows_at_once: int):
+    def __init__(self, image: nn.Module, text: nn.Module, initial_scale: float, initial_bias: float, rows_at_once: int):
         super().__init__()
         self.image, self.text, self.rows_at_once = image, text, rows_at_once
-        self.logit_scale = nn.Parameter(torch.tensor([INITIAL_SCALE]))
+        self.logit_scale = nn.Parameter(torch.tensor([initial_scale]))
         self.logit_bias = nn.Parameter(torch.tensor([initial_bias]))
         for p in self.parameters():
             if p.ndim < 2:  # biases, normalisation, temperature
                 p.decays = False  # type: ignore[attr-defined]
 
     def _embed(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return torch.cat([self.image(x), self.text(tokens)], 1)
+        return torch.cat([self.image(x).float(), self.text(tokens).float()], 1)
 
     def _parts(self, x: Tensor, tokens: Tensor) -> Iterator[Tensor]:
         for part in zip(x.split(self.rows_at_once), tokens.split(self.rows_at_once), strict=True):
@@ -144,4 +252,4 @@ class TwoTowers(nn.Module):
         cached = 0 < self.rows_at_once < len(x) and torch.is_grad_enabled()
         both = torch.cat(list(self._parts(x, tokens))) if cached else self._embed(x, tokens)
         scalars = torch.cat([self.logit_scale, self.logit_bias])
-        return torch.cat([both.float(), scalars.float().expand(len(x), 2)], 1)
+        return torch.cat([both, scalars.float().expand(len(x), 2)], 1)

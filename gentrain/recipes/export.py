@@ -10,9 +10,11 @@ from typing import Any
 from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.export import export
 from gentrain.export_pretrained import Form, export_pretrained, pretrained_network
+from gentrain.export_towers import export_towers
 from gentrain.methods.forgetting import Forgetting
 from gentrain.models.adapters import Adapted
 from gentrain.models.denoiser import Denoiser
+from gentrain.models.towers import TwoTowers
 from gentrain.recipes.base import Stage
 from gentrain.recipes.evaluate import read_metrics
 from gentrain.recipes.unlearning import read_release, statement, unmet
@@ -26,7 +28,7 @@ CARD = "README.md"
 @register("export")
 @dataclass
 class Export(Stage):
-    """Writes a run's generator as a diffusers pipeline with a model card."""
+    """Writes a run's generator as a diffusers pipeline, or its towers as a SigLIP of transformers, with a model card."""
 
     run: str = option(help="the run to export")
     sampler: Sampler | None = option(None, "whose steps the pipeline takes; null = the run's")
@@ -42,6 +44,9 @@ class Export(Stage):
     def write(self, out: Path) -> Path:
         """Exports to `out`, which must not exist or be empty (FileExistsError)."""
         denoiser, run = load_network(self.run)
+        if isinstance(denoiser, TwoTowers):
+            model: Any = run.model_of("towers")
+            return export_towers(out, denoiser, model, licence=run.data.licence, config=to_dict(run))
         if run.method.generator is None:
             raise ConfigError(f"{self.run} holds a {run.method.registered_name}, which generates nothing", key="run")
         release = None if self.gate is None else read_release(self.gate, self.run)

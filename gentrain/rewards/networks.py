@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, pad
+from torch.nn.functional import cosine_similarity
 
 from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
-from gentrain.models.towers import Towers, pieces, unpack
+from gentrain.models.towers import Towers, unpack
 from gentrain.rewards.base import Asked, Judge, Networks, Reward, Texts
 from gentrain.rewards.reading import Read, read_scalar
 
@@ -77,13 +76,6 @@ class Learned(Reward):
         return read_scalar(self.read, networks[self.role], images, {"label": asked["label"]} if "label" in asked else None)
 
 
-def token_rows(texts: Sequence[str], buckets: int) -> Tensor:
-    """[texts, L] int64, 0 = nothing: what a text tower reads of each."""
-    rows = [torch.tensor(pieces(text, buckets), dtype=torch.int64) for text in texts]
-    longest = max(1, *(len(row) for row in rows))
-    return torch.stack([pad(row, (0, longest - len(row))) for row in rows])
-
-
 @register("towers")
 @dataclass
 class TowerSimilarity(Reward):
@@ -105,6 +97,6 @@ class TowerSimilarity(Reward):
 
     def __call__(self, images: Tensor, asked: Asked, networks: Networks) -> Tensor:
         texts, rows = self.texts(asked)
-        tokens = token_rows(texts, self.model.buckets).to(images.device)
+        tokens = self.model.read(texts, images.device)
         found = unpack(networks[self.role](images.clamp(-1, 1), tokens[rows]))
         return cosine_similarity(found.image, found.text.detach(), dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,54 +11,16 @@ from typing import Any, ClassVar
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, interpolate
+from torch.nn.functional import cosine_similarity
 
 from gentrain.config import option, register
 from gentrain.data.base import Data
 from gentrain.models.hub import fetched, files_of
-from gentrain.rewards.base import Asked, Networks, Reward, Texts, check_images, pixels
+from gentrain.models.image_text import PREPROCESSING, local_file, read_json, read_preprocessing
+from gentrain.rewards.base import Asked, Networks, Reward, Texts, check_images
 
 _TOWERS = ("clip", "siglip")  # model_type in config.json
-_PREPROCESSING = "preprocessor_config.json"
 _HEAD = "reward_head.safetensors"
-
-
-def local_file(directory: str, revision: str | None, name: str) -> Path:
-    """A file of a directory or of a repository on the hub. Raises ValueError where it is not there."""
-    if Path(directory).is_dir():
-        path = Path(directory, name)
-    else:
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            path = fetched(directory, revision, (name,)) / name
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            why = f"and {name} of that repository cannot be had ({type(error).__name__})"
-            raise ValueError(f"{directory} is no directory, {why}; download it first") from error
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a directory that save_pretrained of the model and of its processor wrote")
-    return path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError when the file holds no mapping."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); download it anew") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no mapping; download it anew")
-    return content
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """[B, C, H, W] -> [B, C, side, side]: bicubic with antialiasing, the shorter side to `side`, then the middle. Differentiable."""
-    height, width = images.shape[2:]
-    scaled = [max(side, round(length * side / min(height, width))) for length in (height, width)]
-    if (height, width) != tuple(scaled):
-        images = interpolate(images, scaled, mode="bicubic", antialias=True, align_corners=False)
-    top, left = ((length - side) // 2 for length in scaled)
-    return images[:, :, top : top + side, left : left + side]
 
 
 class _Pretrained:
@@ -68,7 +29,7 @@ class _Pretrained:
     def __init__(self, directory: str, revision: str | None, model_class: str, device: torch.device):
         import transformers
 
-        self.side, self.mean, self.std = _preprocessing(directory, revision)
+        self.images = read_preprocessing(directory, revision)
         try:
             if not Path(directory).is_dir():
                 fetched(directory, revision, *files_of())
@@ -83,27 +44,9 @@ class _Pretrained:
         self.model.to(device).eval().requires_grad_(False)
         self.device = device
 
-    def images(self, images: Tensor) -> Tensor:
-        """[-1, 1], grey or colour -> as the model wants them."""
-        x = resize(pixels(images.float()), self.side).clamp(0, 1)
-        x = x.expand(-1, 3, -1, -1)
-        return (x - x.new_tensor(self.mean).reshape(3, 1, 1)) / x.new_tensor(self.std).reshape(3, 1, 1)
-
     def tokens(self, texts: list[str], length: int) -> dict[str, Tensor]:
         found = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return {name: value.to(self.device) for name, value in found.items()}
-
-
-def _preprocessing(directory: str, revision: str | None) -> tuple[int, list[float], list[float]]:
-    """(side in pixels, mean, std) of the images. Raises ValueError when the file does not tell."""
-    path = local_file(directory, revision, _PREPROCESSING)
-    settings = read_json(path)
-    size = settings.get("crop_size") or settings.get("size") or {}
-    side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
-    mean, std = settings.get("image_mean"), settings.get("image_std")
-    if not isinstance(side, int) or not isinstance(mean, list) or not isinstance(std, list) or len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"{path} lacks the size of images, image_mean or image_std; download it anew")
-    return side, mean, std
 
 
 # The model belongs to the process: several rewards, and every copy of a configuration, share it.
@@ -150,7 +93,7 @@ class TextImageSimilarity(_TextImage):
     """
 
     range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
-    needs: ClassVar[str] = f"a CLIPModel or SiglipModel of transformers with its tokenizer and {_PREPROCESSING}"
+    needs: ClassVar[str] = f"a CLIPModel or SiglipModel of transformers with its tokenizer and {PREPROCESSING}"
 
     def __call__(self, images: Tensor, asked: Asked, networks: Networks) -> Tensor:
         pretrained = _loaded(self.directory, self.revision, "AutoModel", images.device)
@@ -173,7 +116,7 @@ class ImageReward(_TextImage):
 
     range: ClassVar[tuple[float, float]] = (-float("inf"), float("inf"))
     kinds: ClassVar[tuple[str, ...]] = ("blip",)
-    needs: ClassVar[str] = f"a BlipForImageTextRetrieval of transformers with its tokenizer, {_PREPROCESSING} and {_HEAD}"
+    needs: ClassVar[str] = f"a BlipForImageTextRetrieval of transformers with its tokenizer, {PREPROCESSING} and {_HEAD}"
 
     mean: float = option(0.16717530, "of the head's output over the paper's data: subtracted", source="arXiv:2304.05977, code release")
     std: float = option(1.0333394, "of the same: divided by", source="arXiv:2304.05977, code release")
@@ -220,7 +163,7 @@ class Aesthetic(_OfDirectory):
     """
 
     range: ClassVar[tuple[float, float]] = (-float("inf"), float("inf"))
-    needs: ClassVar[str] = f"a CLIPModel of transformers with its tokenizer, {_PREPROCESSING} and {_HEAD}"
+    needs: ClassVar[str] = f"a CLIPModel of transformers with its tokenizer, {PREPROCESSING} and {_HEAD}"
 
     def __call__(self, images: Tensor, asked: Asked, networks: Networks) -> Tensor:
         pretrained = _loaded(self.directory, self.revision, "AutoModel", images.device)

@@ -1,6 +1,5 @@
 """Adapters on tiny random models of the classes that they are for, from a directory, without network."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ from safetensors.torch import save_file
 from gentrain.config import ConfigError, Document, build
 from gentrain.data.base import Data
 from gentrain.data.toys import Rings
+from gentrain.models.image_text import resize
 from gentrain.models.towers import Towers
 from gentrain.rewards.base import Reward
 from gentrain.rewards.networks import TowerSimilarity
-from gentrain.rewards.text_image import resize
-from tests.models.pipelines import WORDS, clip_config, clip_tokenizer
-
-SIDE = 16
-MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+from tests.models import readers
+from tests.models.pipelines import WORDS, clip_tokenizer
+from tests.models.readers import MEAN, SIDE, STD, VISION, preprocessing
 
 
 @dataclass
@@ -39,42 +37,16 @@ def _offline() -> Any:
     patch.undo()
 
 
-def preprocessing(directory: Path) -> None:
-    settings = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "image_mean": MEAN, "image_std": STD}
-    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
-
-
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 4}
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPConfig, CLIPModel
-
-    directory, tokenizer = tmp_path_factory.mktemp("clip"), clip_tokenizer()
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=clip_config(tokenizer).to_dict(), vision_config={**VISION, "projection_dim": 12}, projection_dim=12)
-    CLIPModel(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    preprocessing(directory)
+    directory = readers.clip(tmp_path_factory.mktemp("clip"))
     save_file(head(12), directory / "reward_head.safetensors")
     return directory
 
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import SiglipConfig, SiglipModel
-
-    directory, tokenizer = tmp_path_factory.mktemp("siglip"), clip_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "max_position_embeddings": WORDS,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    preprocessing(directory)
-    return directory
+    return readers.siglip(tmp_path_factory.mktemp("siglip"))
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +177,7 @@ def test_our_own_towers() -> None:
     scores = reward(x, ASKED, {"towers": network})
     from gentrain.models.towers import CaptionCodec
 
-    tokens = CaptionCodec(Captioned(), 64).tokens[ASKED["caption"]]
+    tokens = CaptionCodec(Towers(buckets=64), Captioned()).tokens[ASKED["caption"]]
     image, text = network.image(x), network.text(tokens)
     torch.testing.assert_close(scores, torch.nn.functional.cosine_similarity(image, text, dim=1))
     assert torch.autograd.grad(scores.sum(), x)[0].abs().max() > 0
