@@ -66,16 +66,55 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     Args:
         a, b: features [N, D], [M, D]; N, M > 1.
     """
-    return _mean_kernel(a, a) + _mean_kernel(b, b) - 2 * _mean_kernel(a, b)
+    return float(_kernel_distances(a, b, torch.ones(1, len(a), dtype=torch.float64), torch.ones(1, len(b), dtype=torch.float64)))
 
 
-def _mean_kernel(a: Tensor, b: Tensor) -> float:
-    """Mean over all pairs, without those of a row with itself where both are one sample."""
-    total = sum(float((part @ b.double().T / a.shape[1] + 1).pow(3).sum()) for part in a.double().split(1024))
-    if a is not b:
-        return total / (len(a) * len(b))
-    own = float((a.double().square().sum(1) / a.shape[1] + 1).pow(3).sum())
-    return (total - own) / (len(a) * (len(a) - 1))
+def _kernel_distances(a: Tensor, b: Tensor, times_a: Tensor, times_b: Tensor) -> Tensor:
+    """The distance of R resamples at once, each row so many times: times_a [R, N], times_b [R, M] -> [R].
+
+    Without the pairs of a row with itself: those that a resample makes by drawing it twice would raise every distance by the same as the
+    diagonal does that the estimator leaves out.
+    """
+    within = [
+        (_kernel_sums(x, x, times, times) - times.square() @ (x.double().square().sum(1) / x.shape[1] + 1).pow(3))
+        / (times.sum(1).square() - times.square().sum(1))
+        for x, times in ((a, times_a), (b, times_b))
+    ]
+    between = _kernel_sums(a, b, times_a, times_b) / (times_a.sum(1) * times_b.sum(1))
+    return within[0] + within[1] - 2 * between
+
+
+def _kernel_sums(a: Tensor, b: Tensor, times_a: Tensor, times_b: Tensor) -> Tensor:
+    """Sum over all pairs of their kernel, each as often as its rows are drawn: [R]."""
+    sums = torch.zeros(len(times_a), dtype=torch.float64)
+    # in parts, since all pairs of 50,000 samples would take 20 GB
+    for part, times in zip(a.double().split(1024), times_a.split(1024, dim=1), strict=True):
+        kernel = (part @ b.double().T / a.shape[1] + 1).pow_(3)
+        sums += (times * (times_b @ kernel.T)).sum(1)
+    return sums
+
+
+def kernel_metric(name: str, generated: Tensor, reference: Tensor, definition: str, seed: int = 0, resamples: int = 100) -> Metric:
+    """The kernel distance with its 95 % bootstrap interval, about an estimate that has no bias to correct; cut at 0.
+
+    All resamples share one matrix of kernels, so they cost about as much together as three distances do for features of 100 numbers.
+
+    Raises ValueError if a sample holds NaN or inf.
+    """
+    _refuse_not_finite(name, generated, reference)
+    generator = torch.Generator().manual_seed(seed)
+    times = [_draws(len(x), resamples, generator) for x in (generated, reference)]
+    draws = _kernel_distances(generated, reference, *times)
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    value, low, high = (max(0.0, bound) for bound in (kernel_distance(generated, reference), low, high))
+    sizes = f"{len(generated)} against {len(reference)} samples, unbiased, bootstrap interval"
+    return Metric(name, value, low, high, "lower", f"{definition}; {sizes}")
+
+
+def _draws(count: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """How often each of `count` rows is among as many drawn with replacement: [resamples, count] float64."""
+    rows = torch.randint(count, (resamples, count), generator=generator)
+    return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, rows, torch.ones(resamples, count, dtype=torch.float64))
 
 
 def _mean_distance(a: Tensor, b: Tensor) -> float:
@@ -92,10 +131,14 @@ def distance_metric(
 
     Raises ValueError if a sample holds NaN or inf.
     """
-    for sample, what in ((generated, "generated"), (reference, "reference")):
-        if not sample.isfinite().all():
-            raise ValueError(f"{name}: some {what} samples are NaN or inf")
+    _refuse_not_finite(name, generated, reference)
     value, low, high = (max(0.0, bound) for bound in bootstrap_interval(distance, generated, reference, seed=seed))
     plain = distance(generated, reference)
     sizes = f"{len(generated)} against {len(reference)} samples, corrected for their number (uncorrected {plain:.4g}), bootstrap interval"
     return Metric(name, value, low, high, "lower", f"{definition}; {sizes}")
+
+
+def _refuse_not_finite(name: str, generated: Tensor, reference: Tensor) -> None:
+    for sample, what in ((generated, "generated"), (reference, "reference")):
+        if not sample.isfinite().all():
+            raise ValueError(f"{name}: some {what} samples are NaN or inf")

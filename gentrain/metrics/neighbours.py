@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gentrain.metrics.base import Metric, proportion
+from gentrain.metrics.base import Metric, bootstrap_interval, proportion
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,18 @@ class Neighbourhoods:
         realistic: [N] bool, generated samples in the ball of some real one; their share is the precision.
         reached: [M] bool, real samples in the ball of some generated one; their share is the recall.
         covered: [M] bool, real samples with a generated one in their ball; their share is the coverage.
-        density: real balls around a generated sample, mean, / k; 1 where the laws are equal.
+        balls: [N] int64, how many real balls each generated sample lies in; their mean / k is the density, 1 where the laws are equal.
     """
 
     realistic: Tensor
     reached: Tensor
     covered: Tensor
-    density: float
+    balls: Tensor
+    k: int
+
+    @property
+    def density(self) -> float:
+        return float(self.balls.double().mean()) / self.k
 
 
 def neighbourhoods(generated: Tensor, real: Tensor, k: int = 5) -> Neighbourhoods:
@@ -41,32 +46,35 @@ def neighbourhoods(generated: Tensor, real: Tensor, k: int = 5) -> Neighbourhood
     around_generated, around_real = _radii(generated, k), _radii(real, k)
     realistic = torch.zeros(len(generated), dtype=torch.bool)
     reached, covered = (torch.zeros(len(real), dtype=torch.bool) for _ in range(2))
-    balls = 0
+    balls = torch.zeros(len(generated), dtype=torch.int64)
     for place, part in _parts(generated):
         distances = torch.cdist(part, real)
         in_real = distances <= around_real
-        balls += int(in_real.sum())
+        balls[place] = in_real.sum(1)
         realistic[place] = in_real.any(1)
         covered |= in_real.any(0)
         reached |= (distances <= around_generated[place, None]).any(0)
-    return Neighbourhoods(realistic, reached, covered, balls / (k * len(generated)))
+    return Neighbourhoods(realistic, reached, covered, balls, k)
 
 
 def neighbour_metrics(generated: Tensor, real: Tensor, name: str, of: str, k: int = 5) -> list[Metric]:
-    """Precision, recall and coverage with Wilson's intervals, which are of the share given the balls, not of the choice of the samples.
+    """Precision, recall, density and coverage. Their intervals are of the number given the balls, not of the choice of the balls' samples.
 
     Args:
         name: of the generated sample, in the metrics' names.
         of: what the rows are, in their definitions.
     """
     found = neighbourhoods(generated, real, k)
-    sizes = f"{of}, {len(generated)} against {len(real)} samples, balls up to the {k}th neighbour; Wilson interval"
-    density = f"; density {found.density:.3g}, 1 for equal laws"
-    return [
-        proportion(f"precision, {name}", found.realistic, "higher", f"generated samples within a ball of a real one: {sizes}{density}"),
-        proportion(f"recall, {name}", found.reached, "higher", f"real samples within a ball of a generated one: {sizes}"),
-        proportion(f"coverage, {name}", found.covered, "higher", f"real samples with a generated one in their ball: {sizes}"),
+    sizes = f"{of}, {len(generated)} against {len(real)} samples, balls up to the {k}th neighbour"
+    density = bootstrap_interval(lambda balls: float(balls.double().mean()) / k, found.balls)
+    shares = [
+        ("precision", found.realistic, "generated samples within a ball of a real one"),
+        ("recall", found.reached, "real samples within a ball of a generated one"),
+        ("coverage", found.covered, "real samples with a generated one in their ball"),
     ]
+    metrics = [proportion(f"{what}, {name}", hits, "higher", f"{told}: {sizes}; Wilson interval") for what, hits, told in shares]
+    told = f"real balls around a generated sample / {k}, 1 for equal laws: {sizes}; bootstrap interval"
+    return [*metrics, Metric(f"density, {name}", found.density, density.low, density.high, "higher", told)]
 
 
 def _parts(x: Tensor) -> list[tuple[slice, Tensor]]:

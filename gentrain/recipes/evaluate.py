@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,23 @@ import torch
 from pydantic import PositiveInt, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.data.base import Data
 from gentrain.data.loader import Loader
 from gentrain.metrics.accuracy import class_accuracy
 from gentrain.metrics.base import Metric
-from gentrain.metrics.distances import distance_metric, energy_distance, frechet_distance, sliced_wasserstein
+from gentrain.metrics.distances import distance_metric, energy_distance, frechet_distance, kernel_metric, sliced_wasserstein
+from gentrain.metrics.neighbours import neighbour_metrics
 from gentrain.recipes.base import Stage
+from gentrain.recipes.features import apply_network, cached_features
 from gentrain.recipes.generate import INFO, SAMPLES
 from gentrain.training.roles import load_network
 from gentrain.training.run import open_run
 
 METRICS = "metrics.json"
-BATCH = 500
+NEIGHBOURS = 5  # balls reach up to this one
 
 
 @register("evaluate")
@@ -34,8 +35,9 @@ BATCH = 500
 class Evaluate(Stage):
     """Compares sets of samples with held-out data: metrics.json.
 
-    With a judge (a trained classifier run): class accuracy, and the Frechet distance between its penultimate features; its own accuracy
-    on the held-out data comes last. Without one: sliced Wasserstein and energy distance between the samples themselves.
+    With a judge (a trained classifier run): class accuracy, and of its penultimate features the Frechet and the kernel distance, precision,
+    recall, density and coverage; its own accuracy on the held-out data comes last. Without one: sliced Wasserstein and energy distance,
+    precision, recall, density and coverage of the samples themselves.
     """
 
     samples: dict[str, str] = option(help="name -> directory of a generate stage")
@@ -70,7 +72,8 @@ class Evaluate(Stage):
     def _with_judge(self, held_out: dict[str, Tensor]) -> list[Metric]:
         judge, _ = load_judge(str(self.judge), self.data)
         metrics = []
-        real = apply_network(judge.features, held_out["x"])
+        real = cached_features(str(self.judge), judge, held_out["x"])
+        of = f"of the judge's {real.shape[1]} penultimate features"
         for name, samples in read_samples(self.samples, held_out["x"].shape[1:]):
             metrics.append(class_accuracy(apply_network(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
             features = apply_network(judge.features, samples["x"])
@@ -80,11 +83,9 @@ class Evaluate(Stage):
                     f"features: it takes more than that of each; draw count={5 * real.shape[1]} or more",
                     key=f"samples.{name}",
                 )
-            metrics.append(
-                distance_metric(
-                    f"Frechet distance, {name}", frechet_distance, features, real, f"of the judge's {real.shape[1]} penultimate features"
-                )
-            )
+            metrics.append(distance_metric(f"Frechet distance, {name}", frechet_distance, features, real, of))
+            metrics.append(kernel_metric(f"kernel distance, {name}", features, real, of))
+            metrics += neighbour_metrics(features, real, name, of, NEIGHBOURS)
         read = apply_network(judge, held_out["x"]).argmax(1)
         return [*metrics, class_accuracy(read, held_out["label"], "accuracy of the judge on held-out data")]
 
@@ -94,6 +95,8 @@ class Evaluate(Stage):
             x = samples["x"].flatten(1)
             metrics.append(distance_metric(f"sliced Wasserstein, {name}", sliced_wasserstein, x, real, "of the samples"))
             metrics.append(distance_metric(f"energy distance, {name}", energy_distance, x, real, "of the samples"))
+            if min(len(x), len(real)) > NEIGHBOURS:
+                metrics += neighbour_metrics(x, real, name, "of the samples", NEIGHBOURS)
         return metrics
 
 
@@ -153,9 +156,3 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
         return [asdict(metric) for metric in TypeAdapter(list[Metric]).validate_python(json.loads(path.read_bytes())["metrics"])]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"no table of metrics ({str(error).splitlines()[0]}); evaluate again", source=str(path)) from error
-
-
-def apply_network(network: nn.Module | Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The network's output for x [N, ...], in portions, without gradients."""
-    with torch.no_grad():
-        return torch.cat([network(part) for part in x.split(BATCH)])

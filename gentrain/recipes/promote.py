@@ -19,7 +19,8 @@ from gentrain.data.pool import SAMPLES
 from gentrain.metrics.chamfer import chamfer_distance
 from gentrain.metrics.distances import distance_metric, energy_distance, frechet_distance
 from gentrain.recipes.base import Stage
-from gentrain.recipes.evaluate import apply_network, load_judge, read_held_out, write_metrics
+from gentrain.recipes.evaluate import load_judge, read_held_out, write_metrics
+from gentrain.recipes.features import apply_network
 from gentrain.recipes.generate import Generate
 from gentrain.samplers.base import Sampler
 from gentrain.training.checkpoint import manifest

@@ -19,7 +19,8 @@ from gentrain.metrics.base import Metric
 from gentrain.metrics.unlearning import forget_accuracy, override_rate, remain_accuracy, remain_distance
 from gentrain.models.adapters import digest_of
 from gentrain.recipes.base import Stage
-from gentrain.recipes.evaluate import apply_network, load_judge, read_held_out, read_samples, write_metrics
+from gentrain.recipes.evaluate import load_judge, read_held_out, read_samples, write_metrics
+from gentrain.recipes.features import apply_network, cached_features
 from gentrain.recipes.generate import GRID, INFO
 from gentrain.recipes.oracle import oracle_distances
 from gentrain.training.roles import load_weights
@@ -94,7 +95,7 @@ class Unlearning(Stage):
         sets = dict(read_samples(self.others, held_out["x"].shape[1:], "others.{}"))
         sets |= read_samples({"before": self.before, "after": self.after}, held_out["x"].shape[1:], "{}")
         self._refuse_other_noise(places, sets)
-        real = apply_network(judge.features, held_out["x"])
+        real = cached_features(self.judge, judge, held_out["x"])
         measured: dict[str, list[Metric]] = {}
         for name, samples in reversed(sets.items()):  # what was asked for comes first
             read, features = apply_network(judge, samples["x"]).argmax(1), apply_network(judge.features, samples["x"])

@@ -51,14 +51,22 @@ def test_density_of_equal_laws_is_one_and_falls_outside_of_the_data():
 def test_metrics_carry_intervals_and_say_what_they_are():
     generator = torch.Generator().manual_seed(0)
     real, generated = torch.randn(100, 2, generator=generator), torch.randn(80, 2, generator=generator)
-    precision, recall, coverage = neighbour_metrics(generated, real, "a", "of points")
+    metrics = neighbour_metrics(generated, real, "a", "of points")
     found = neighbourhoods(generated, real)
-    assert precision.value == pytest.approx(float(found.realistic.double().mean())) and precision.name == "precision, a"
-    assert recall.value == pytest.approx(float(found.reached.double().mean())) and recall.name == "recall, a"
-    assert coverage.value == pytest.approx(float(found.covered.double().mean())) and coverage.name == "coverage, a"
-    for metric in (precision, recall, coverage):
+    shares = [float(x.double().mean()) for x in (found.realistic, found.reached, found.covered)]
+    assert [metric.name for metric in metrics] == ["precision, a", "recall, a", "coverage, a", "density, a"]
+    assert [metric.value for metric in metrics] == pytest.approx([*shares, found.density])
+    for metric in metrics:
         assert metric.low < metric.value <= metric.high and metric.better == "higher" and "80 against 100" in metric.definition
-    assert f"density {found.density:.3g}" in precision.definition
+
+
+def test_the_interval_of_the_density_covers_that_of_more_samples_of_the_model():
+    """29 of 30, measured; given the balls, so the real samples stay."""
+    real = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    many = neighbourhoods(torch.randn(4_000, 2, generator=torch.Generator().manual_seed(1)), real).density
+    draws = [torch.randn(150, 2, generator=torch.Generator().manual_seed(10 + seed)) for seed in range(30)]
+    metrics = [neighbour_metrics(x, real, "a", "of points")[3] for x in draws]
+    assert sum(metric.low <= many <= metric.high for metric in metrics) >= 25
 
 
 @pytest.mark.parametrize("k", [0, 10, 11])

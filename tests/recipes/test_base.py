@@ -99,10 +99,10 @@ def test_every_stage_leaves_what_the_report_reads(finished: Path) -> None:
     assert not torch.equal(drawn["x"], load_file(out / "fine" / "samples.safetensors")["x"])
     assert json.loads((out / "rough" / "info.json").read_text())["sampler"]["steps"] == 2
     scores = json.loads((out / "scores" / "metrics.json").read_text())
-    assert [metric["name"] for metric in scores["metrics"]] == [
-        "sliced Wasserstein, rough", "energy distance, rough", "sliced Wasserstein, fine", "energy distance, fine",
-    ]  # fmt: skip
-    assert all(metric["low"] <= metric["high"] and metric["better"] == "lower" for metric in scores["metrics"])
+    kinds = ["sliced Wasserstein", "energy distance", "precision", "recall", "coverage", "density"]
+    assert [metric["name"] for metric in scores["metrics"]] == [f"{kind}, {name}" for name in ("rough", "fine") for kind in kinds]
+    assert all(metric["low"] <= metric["high"] for metric in scores["metrics"])
+    assert [metric["better"] for metric in scores["metrics"]] == ["lower", "lower", *["higher"] * 4] * 2
     assert "energy distance, fine" in write_report(out).read_text()
 
 
@@ -259,10 +259,11 @@ def test_digits_with_a_judge(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert (out / "generator/samples/000000000032.png").is_file() and (out / "drawn/grid.png").is_file()
     metrics = {metric["name"]: metric for metric in json.loads((out / "scores/metrics.json").read_text())["metrics"]}
-    assert list(metrics) == ["class accuracy, drawn", "Frechet distance, drawn", "accuracy of the judge on held-out data"]
-    assert all(metric["low"] <= metric["value"] <= metric["high"] for name, metric in metrics.items() if "accuracy" in name)
+    kinds = ["class accuracy", "Frechet distance", "kernel distance", "precision", "recall", "coverage", "density"]
+    assert list(metrics) == [*(f"{kind}, drawn" for kind in kinds), "accuracy of the judge on held-out data"]
+    assert all(metric["low"] <= metric["value"] <= metric["high"] for metric in metrics.values())
     assert metrics["class accuracy, drawn"]["better"] == "higher"
-    assert ["steps, guidance" in metric["definition"] for metric in metrics.values()] == [True, True, False]
+    assert ["steps, guidance" in metric["definition"] for metric in metrics.values()] == [True] * 7 + [False]
     assert (out / "pipeline/model_index.json").is_file() and "class accuracy, drawn" in (out / "pipeline/README.md").read_text()
     assert set(_run(tmp_path, text=DIGITS).values()) == {"finished before, skipped"}
     _refuses_what_the_judge_cannot_judge(out, tmp_path / "few")
