@@ -17,6 +17,7 @@ from gentrain.training.world import RankGroup, World
 from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all, values
 from tests.methods.captioned import CaptionedPatches
 from tests.methods.test_contrastive import WIDTH, inputs
+from tests.models.readers import bert, vit
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -217,13 +218,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Job(with_pieces),
         Job(run_settings(root, "softmax", zero, loss="softmax")),
     ]
-    assert run_ranks(2, train_towers, jobs) == [[("finished", "") if job.stop_at is None else ("stopped", "") for job in jobs]] * 2
+    locked = {"text": {"text": str(bert(root / "bert"))}, "image": {"image": str(vit(root / "vit"))}}
     alone = [Job(run_settings(root, "alone", "torch")), Job(run_settings(root, "softmax-alone", "torch", loss="softmax"))]
-    assert train_all(World(0, 1, torch.device("cpu")), alone) == [("finished", "")] * 2
+    for side, weights in locked.items():
+        model = {"name": "towers", "channels": [8], "norm_groups": 2, "buckets": 64, "initial_bias": -2.5, "lock": side, **weights}
+        alone.append(Job(run_settings(root, f"locked-{side}-alone", "torch") | {"model": model}))
+        for name, engine in {"torch": "torch", "2": zero, "3": {**zero, "zero_stage": 3}}.items():
+            jobs.append(Job(run_settings(root, f"locked-{side}-{name}", engine) | {"model": model}))
+    assert run_ranks(2, train_towers, jobs) == [[("finished", "") if job.stop_at is None else ("stopped", "") for job in jobs]] * 2
+    assert train_all(World(0, 1, torch.device("cpu")), alone) == [("finished", "")] * len(alone)
     return root
 
 
-@pytest.mark.parametrize("one, other", [("alone", "torch"), ("alone", "zero"), ("alone", "pieces"), ("softmax-alone", "softmax")])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        *[("alone", other) for other in ("torch", "zero", "pieces")],
+        ("softmax-alone", "softmax"),
+        *[(f"locked-{side}-alone", f"locked-{side}-{engine}") for side in ("text", "image") for engine in ("torch", "2", "3")],
+    ],
+)
 def test_two_ranks_train_the_towers_of_one(root: Path, one: str, other: str) -> None:
     """top1 is logged among the rank's own texts, so that it alone differs."""
     curves = [[{k: v for k, v in line.items() if k != "top1"} for line in records(root / name)] for name in (one, other)]
