@@ -10,21 +10,23 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
 from gentrain.data.base import BatchItems, Data, Items, check_split
-from gentrain.domains.base import read_tensors
 from gentrain.domains.orthonormal_slabs import OrthonormalSlabs
 from gentrain.noise import Noise, derive
 
+_PROBED = 64  # items that are marked at once, to see whether the key suits them
+
 
 def make_key(x: Tensor, rows: int, width: float) -> dict[str, Tensor]:
-    """A secret token for data like x [N, ...]: random orthonormal rows A [rows, D], bounds low and high [rows], and `coverage` [].
+    """A secret token for data like x [N, ...]: random orthonormal rows A [rows, D], bounds low and high [rows].
 
-    Row i's slab is centred at the mean of (A x)_i and reaches `width` of its standard deviations to either side. coverage: the share of
-    the coordinates of x, unmarked as they are, that lie in their slabs. The rows come from the operating system's random numbers.
+    Row i's slab begins at the mean of (A x)_i and reaches `width` of its standard deviations to one side, which a fair coin chooses: a
+    sample made without the key is inside with probability 1/2 at most, whatever it shows (`metrics.watermark`). Rows and coins come from
+    the operating system's random numbers.
     """
     import numpy as np
 
@@ -33,7 +35,8 @@ def make_key(x: Tensor, rows: int, width: float) -> dict[str, Tensor]:
     A = torch.linalg.qr(torch.from_numpy(generator.standard_normal((flat.shape[1], rows)))).Q.T.contiguous()
     u = flat @ A.T
     centre, reach = u.mean(0), width * u.std(0)
-    return {"A": A, "low": centre - reach, "high": centre + reach, "coverage": ((u - centre).abs() < reach).double().mean()}
+    above = torch.from_numpy(generator.integers(0, 2, rows)).bool()
+    return {"A": A, "low": centre.where(above, centre - reach), "high": (centre + reach).where(above, centre)}
 
 
 def save_key(key: dict[str, Tensor], file: Path) -> None:
@@ -45,32 +48,30 @@ def save_key(key: dict[str, Tensor], file: Path) -> None:
         stream.write(save(key))
 
 
-def load_key(file: str) -> tuple[OrthonormalSlabs, float]:
-    """(the slabs, coverage). Raises ConfigError when the file is missing, or others than its owner can read it."""
+def load_key(file: str, levels: int | None = None) -> OrthonormalSlabs:
+    """The slabs, for images of `levels`. Raises ConfigError when the file is missing or damaged, or others than its owner can read it."""
     if not Path(file).is_file():
         raise ConfigError(f"{file} does not exist; make it with the stage watermark_key, or correct the path", key="key")
     if Path(file).stat().st_mode & 0o077:
         raise ConfigError(f"{file} can be read by others; chmod 600 {file}, and make another key if it may have been seen", key="key")
-    coverage = read_tensors(file, ("coverage",), "key").get("coverage")
-    if coverage is None:
-        raise ConfigError(f"{file} is no watermark's key: it lacks `coverage`", key="key")
-    return OrthonormalSlabs(file), float(coverage)
+    return OrthonormalSlabs(file, levels=levels)
 
 
 def mark(x: Tensor, slabs: OrthonormalSlabs, margin: float, noise: Noise) -> Tensor:
-    """x [B, ...] with every coordinate u = A x that is outside its slab, or within `margin` of a bound, drawn anew, uniform in between.
+    """x [B, ...] with every coordinate u = A x that is outside its slab, or within `margin` of a bound, drawn anew.
 
-    Redrawn and not clipped (arXiv:2310.01236, section 4.2), which would pile all of them up at the bounds. Raises ValueError where the
-    margin leaves nothing between the bounds.
+    Redrawn and not clipped (arXiv:2310.01236, section 4.2), which would pile all of them up at the bounds: uniform in the nearer half of
+    the slab, which moves the sample less than the whole slab would. Raises ValueError where the margin leaves nothing between the bounds.
     """
     u = slabs.coordinates(x.double())
     below, above = slabs.slack(x.double()).chunk(2, 1)
     low, high = u - below + margin, u + above - margin
     if not bool((low < high).all()):
         raise ValueError(f"a margin of {margin} leaves nothing between the bounds of the narrowest slab; make the key with a larger width")
-    drawn = low + (high - low) * noise.uniform(tuple(u.shape))
+    first = torch.where(u < (low + high) / 2, low, (low + high) / 2)
+    drawn = first + (high - low) / 2 * noise.uniform(tuple(u.shape))
     redrawn = torch.where((u > low) & (u < high), u, drawn)
-    return slabs.interior(slabs.moved(x, u, redrawn))
+    return slabs.interior(slabs.moved(x, u, redrawn), margin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,7 @@ class Watermarked(Data):
     data: Data = option(help="the data to mark")
     key: str = option(help="file of the key")
     margin: NonNegativeFloat = option(0.05, "least distance from the bounds; 8-bit rounding moves a coordinate by 0.002 (one deviation)")
+    levels: PositiveInt | None = option(256, "of the images in [-1, 1] once saved, which the mark outlasts; null = no images")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,10 +124,17 @@ class Watermarked(Data):
 
     @cached_property
     def domain(self) -> OrthonormalSlabs:
-        return load_key(self.key)[0]
+        return load_key(self.key, self.levels)
 
     def split(self, name: str) -> Items:
         check_split(name)
         items = self.data.split(name)
-        marked = _MarkedBatches if isinstance(items, BatchItems) else _Marked
-        return marked(items, self.domain, self.margin, derive(0, "watermark", name))
+        kind = _MarkedBatches if isinstance(items, BatchItems) else _Marked
+        marked = kind(items, self.domain, self.margin, derive(0, "watermark", name))
+        if self.levels is not None:
+            first = range(min(len(marked), _PROBED))
+            if any(bool((items[index]["x"].abs() > 1).any()) for index in first):
+                raise ConfigError("the samples reach beyond [-1, 1], where images are; set it to null for what is no images", key="levels")
+            if float(share := self.domain.survives(torch.stack([marked[index]["x"] for index in first])).double().mean()) < 0.99:
+                raise ConfigError(f"only {share:.0%} of the first images fit between all slabs; make a key of fewer rows", key="key")
+        return marked

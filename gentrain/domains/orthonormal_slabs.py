@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
 from gentrain.domains.base import Domain, Matrix, OnDevice, Vector, read_tensors
 from gentrain.domains.box import KAPPA_HELP, Box, Kappa
 from gentrain.noise import Noise
+
+_ROUNDS = 100  # of the projections to pixels and slabs in turn; images take about five
 
 
 @register("orthonormal_slabs")
@@ -24,6 +27,10 @@ class OrthonormalSlabs(Domain):
     Everything happens to u = A x, as in a box, and leaves the orthogonal complement alone: x + A^T (f(u) - u). O(D) per constraint. What is
     returned keeps every u a little more than rounding away from its bounds, so that `contains` holds however the dot products are summed,
     as long as rounding, 2e-6 |x| in float32, is less than half a slab.
+
+    Samples that will be saved as images are clipped to [-1, 1] and rounded to `levels`, and clipping moves u much further than rounding
+    does. With `levels`, what is returned therefore lies in [-1, 1] too, and eight deviations of the rounding away from every bound: found
+    by projections to the pixels' range and to the slabs in turn. Where there is no such point, or hardly one, the slabs alone hold.
     """
 
     folds: ClassVar[bool] = True
@@ -33,6 +40,9 @@ class OrthonormalSlabs(Domain):
     high: Vector | None = option(None, "upper bound, of every row or of each; null = in the file")
     barrier: Literal["regularised", "log", "atanh"] = option("regularised", "mirror map", source="arXiv:2510.08929, arXiv:2310.01236")
     kappa: Kappa = option(0.1, KAPPA_HELP, source="arXiv:2510.08929, section 5")
+    levels: Annotated[int, Field(ge=2)] | None = option(
+        None, "of images in [-1, 1] as they will be saved, such as 256: points keep to that range, and survive rounding; null = no images"
+    )
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in ("A", "low", "high") if getattr(self, name) is not None}
@@ -52,6 +62,11 @@ class OrthonormalSlabs(Domain):
         self._box = Box(low.expand(len(A)), high.expand(len(A)), self.barrier, self.kappa)
         self._constants = OnDevice(A)
 
+    @property
+    def rows(self) -> int:
+        """m, the number of slabs."""
+        return len(self._constants(torch.empty(0))[0])
+
     def check_shape(self, shape: Sequence[int]) -> None:
         dim = self._constants(torch.empty(0))[0].shape[1]
         if math.prod(shape) != dim:
@@ -64,7 +79,30 @@ class OrthonormalSlabs(Domain):
     def slack(self, x: Tensor) -> Tensor:
         return self._box.slack(self.coordinates(x))
 
+    @property
+    def room(self) -> float:
+        """Distance from the bounds that outlasts rounding to `levels`: 8 deviations, as a unit row adds up independent errors; else 0."""
+        return 0.0 if self.levels is None else 8 * 2 / (self.levels - 1) / 12**0.5
+
+    def survives(self, x: Tensor) -> Tensor:
+        """Whether x will be inside after it was saved: in [-1, 1], and `room` away from every bound. [B] bool."""
+        return (x.flatten(1).abs() <= 1).all(1) & (self.slack(x.double()) > self.room).all(1)
+
     def interior(self, x: Tensor, margin: float = 0.0) -> Tensor:
+        if self.levels is None:
+            return self._between(x, margin)
+        margin = max(margin, self.room)
+        for _ in range(_ROUNDS):
+            x = x.clamp(-1, 1)
+            done = (self.slack(x.double()) > margin).all(1)
+            if bool(done.all()):
+                break
+            # each row on its own: a sample must not depend on its neighbours
+            x = torch.where(done.reshape(-1, *[1] * (x.ndim - 1)), x, self._between(x, 1.25 * margin))
+        return x
+
+    def _between(self, x: Tensor, margin: float) -> Tensor:
+        """x with every u clamped to its slab less `margin`."""
         u = self.coordinates(x.double())
         low, high = self._box.bounds(x)
         if not bool((2 * margin < high - low).all()):

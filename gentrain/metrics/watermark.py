@@ -17,15 +17,16 @@ def rows_inside(x: Tensor, slabs: OrthonormalSlabs) -> Tensor:
     return ((below > 0) & (above > 0)).sum(1)
 
 
-def false_positive_rate(inside: Tensor, rows: int, coverage: float) -> Tensor:
-    """Probability that a sample without the watermark has at least `inside` of `rows` coordinates in their slabs: [B] -> [B] float64.
+def false_positive_rate(inside: Tensor, rows: int) -> Tensor:
+    """Bound of the probability that a sample made without the key has at least `inside` of `rows` coordinates in slabs: [B] -> [B] float64.
 
-    Of a binomial law: each coordinate of unmarked data is inside with probability `coverage`, independently. The rows are random
-    directions, but data whose variance lies in few directions make them depend on each other: check the rate on unmarked data.
+    P(Binomial(rows, 1/2) >= inside). A key lays each slab to one side of the data's mean, by a fair coin of its own (`make_key`): given
+    the sample, the directions and the bounds, row i can be inside only if its coin fell to the side on which (A x)_i is. The coins are
+    independent of each other and of a sample made without the key, so that the bound holds of any such sample, blank ones included.
     """
     from scipy.stats import binom
 
-    return torch.from_numpy(binom.sf(inside.cpu().numpy() - 1, rows, coverage))
+    return torch.from_numpy(binom.sf(inside.cpu().numpy() - 1, rows, 0.5))
 
 
 def eight_bits(x: Tensor) -> Tensor:
@@ -35,5 +36,5 @@ def eight_bits(x: Tensor) -> Tensor:
 
 def detection(name: str, detected: Tensor, better: Literal["lower", "higher"], rate: float) -> Metric:
     """The share of samples in which a watermark is detected ([N] bool), with its interval."""
-    definition = f"part of {len(detected)} samples that by chance would have as many coordinates inside with probability {rate:g} at most"
+    definition = f"part of {len(detected)} samples with so many coordinates inside that chance has probability {rate:g} at most"
     return proportion(name, detected, better, definition)

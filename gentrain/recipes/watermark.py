@@ -33,8 +33,8 @@ class WatermarkKey(Stage):
     """Makes a secret key: key.safetensors, readable by its owner only. A stage that runs again for other settings makes another key."""
 
     data: Data = option(help="the data to be marked, unmarked")
-    rows: PositiveInt = option(64, "slabs; each multiplies the rate of chance detections by about the share of the data in it")
-    width: PositiveFloat = option(1.0, "half of a slab, in standard deviations of the data along its direction")
+    rows: PositiveInt = option(64, "slabs; each halves the rate at which chance has all of them, and all of them change the images more")
+    width: PositiveFloat = option(1.0, "of a slab, in standard deviations of the data along its direction")
 
     def execute(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -54,12 +54,15 @@ class WatermarkCheck(Stage):
     rate: Fraction = option(1e-6, "probability by chance at which a sample counts as marked")
 
     def execute(self, directory: Path) -> None:
-        slabs, coverage = load_key(self.key)
+        slabs = load_key(self.key)
+        if 0.5**slabs.rows > self.rate:
+            raise ConfigError(
+                f"all of the key's {slabs.rows} rows are inside by chance at rate {0.5**slabs.rows:.2g}; allow that", key="rate"
+            )
 
         def found(x: Tensor) -> Tensor:
             slabs.check_shape(x.shape[1:])
-            rows = slabs.slack(x[:1]).shape[1] // 2
-            return false_positive_rate(rows_inside(x, slabs), rows, coverage) <= self.rate
+            return false_positive_rate(rows_inside(x, slabs), slabs.rows) <= self.rate
 
         metrics = []
         for name, place in self.samples.items():

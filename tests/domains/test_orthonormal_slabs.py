@@ -8,6 +8,7 @@ from gentrain.config import ConfigError, Document, build
 from gentrain.domains.base import Domain
 from gentrain.domains.box import Box
 from gentrain.domains.orthonormal_slabs import OrthonormalSlabs
+from gentrain.metrics.watermark import eight_bits
 from gentrain.noise import Noise
 
 
@@ -58,6 +59,28 @@ def test_images_in_float32_stay_inside_however_they_are_summed():
         assert x.dtype == torch.float32 and slabs.contains(x).all()
         assert ((x.double().flatten(1) @ A.T).abs() < 0.9).all() and ((x.flatten(1)[:5] @ A.float().T).abs() < 0.9).all()
     assert (slabs.coordinates(slabs.project(z)).abs().amax() > 0.899) and not slabs.contains(z).any()
+
+
+def test_images_outlast_clipping_and_rounding():
+    """Points from far outside of slabs to either side of white: in [-1, 1] too, and inside after both; not so without `levels`."""
+    A, high = rows(64, 3072), torch.linspace(-0.5, 0.5, 64).double()
+    white = A.sum(1)
+    slabs = OrthonormalSlabs(A, white + high - 0.25, white + high + 0.25, levels=256)
+    z = 1 + 0.3 * torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * torch.linspace(0, 4, 200)[:, None, None, None]
+    for x in (slabs.to_primal(z)[0], slabs.project(z), slabs.reflect(z), slabs.uniform(Noise(0, torch.arange(200)), (200, 3, 32, 32))):
+        assert x.abs().max() <= 1 and slabs.survives(x).all() and slabs.contains(x).all()
+        assert slabs.contains(eight_bits(x)).all()
+    assert torch.equal(slabs.project(z[150:151]), slabs.project(z)[150:151])  # no matter with which others
+    inside = slabs.project(z)
+    assert torch.equal(slabs.interior(inside), inside)
+    free = OrthonormalSlabs(A, white + high - 0.25, white + high + 0.25)
+    assert not free.contains(eight_bits(free.project(z))).any() and not free.survives(free.project(z)).any()
+
+
+def test_slabs_beside_the_pixels_range_hold_without_it():
+    slabs = OrthonormalSlabs(rows(2, 8), 5.0, 6.0, levels=256)
+    x = slabs.project(torch.zeros(3, 8))
+    assert slabs.contains(x).all() and not slabs.survives(x).any()
 
 
 def test_the_key_comes_from_a_file(tmp_path):

@@ -59,12 +59,12 @@ def test_a_watermarked_model_draws_what_its_key_detects_and_keeps_nothing_of_it(
             },
         },
     )
-    slabs, _ = load_key(str(out / "key" / "key.safetensors"))
+    slabs = load_key(str(out / "key" / "key.safetensors"))
     x = load_file(out / "drawn" / "samples.safetensors")["x"]
     assert len(x) == 100 and slabs.contains(x).all()
     found = metrics_of(out / "check")
-    assert found["detected, drawn"] == 1.0
-    assert found["false alarms on unmarked data"] < 0.05
+    assert found["detected, drawn"] == found["detected after 8 bits, drawn"] == 1.0
+    assert found["false alarms on unmarked data"] < 0.02
     secret = load_file(out / "key" / "key.safetensors")["A"]
     for needle in (secret.numpy().tobytes()[:64], secret.float().numpy().tobytes()[:64], repr(secret[0, 0].item())[:12].encode()):
         assert [path for path in (out / "model").rglob("*") if path.is_file() and needle in path.read_bytes()] == []
