@@ -1,0 +1,88 @@
+"""The stage `score`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gentrain.config import ConfigError, option, register, to_dict
+from gentrain.data.base import Data
+from gentrain.metrics.base import Metric, bootstrap_interval
+from gentrain.recipes.base import Stage
+from gentrain.recipes.evaluate import read_held_out, read_samples, write_metrics
+from gentrain.rewards.base import Reward
+from gentrain.training.roles import load_network
+
+_BATCH = 64  # images at once
+_HELD_OUT = 10_000
+
+
+@register("score")
+@dataclass
+class Score(Stage):
+    """What a reward says of sets of samples and, beside them, of held-out data: the mean of each, metrics.json.
+
+    With `text_image` or `towers` this is a CLIP-style score (arXiv:2104.08718, without its factor 2.5). Of a reward that reads texts each
+    set is also scored with the text of another sample: what is there without the words.
+    """
+
+    samples: dict[str, str] = option(help="name -> directory of a stage `generate` or `draw_captions`")
+    reward: Reward = option(help="what scores; take one that the samples' model was not trained on")
+    data: Data = option(help="whose captions, or else classes, the samples' labels are")
+    weights: dict[str, str] = option(dict, "role of the reward -> the run whose network it reads")
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ConfigError("expected at least one name: directory of a stage that draws", key="samples")
+        roles = self.reward.networks()
+        if missing := [role for role in roles if role not in self.weights]:
+            raise ConfigError(f"the reward reads the network {missing[0]}; name its run", key=f"weights.{missing[0]}")
+        if unknown := [role for role in self.weights if role not in roles]:
+            raise ConfigError(
+                f"the reward reads no network of this name; it reads: {', '.join(roles) or 'none'}", key=f"weights.{unknown[0]}"
+            )
+        try:
+            self.reward.check_data(self.data)
+        except ValueError as error:
+            raise ConfigError(str(error), key="reward") from error
+
+    def execute(self, directory: Path) -> None:
+        networks = {role: load_network(self.weights[role])[0] for role in self.reward.networks()}
+        held_out = read_held_out(self.data, _HELD_OUT)
+        key = "caption" if self.data.captions else "label"
+        sets = [*read_samples(self.samples, held_out["x"].shape[1:]), ("held-out data", {"x": held_out["x"], "label": held_out[key]})]
+        metrics, known = [], len(self.data.captions or self.data.class_names)
+        for name, samples in sets:
+            label = samples["label"]
+            if len(label) and int(label.max()) >= known > 0:
+                raise ConfigError(f"label {int(label.max())} is none of the {known} of the data; name those it was drawn for", key="data")
+            metrics.append(self._mean(name, samples["x"], label, key, networks, ""))
+            if hasattr(self.reward, "texts") and label.unique().numel() > 1:
+                metrics.append(self._mean(f"{name}, another's text", samples["x"], _moved(label), key, networks, ", of another's text"))
+        write_metrics(directory, metrics, to_dict(self))
+
+    @torch.no_grad()
+    def _mean(self, name: str, x: Tensor, label: Tensor, key: str, networks: dict[str, Any], of: str) -> Metric:
+        parts = zip(x.split(_BATCH), label.split(_BATCH), strict=True)
+        scores = torch.cat([self.reward(images, {key: places}, networks) for images, places in parts]).double()
+        value, low, high = bootstrap_interval(lambda rows: float(rows.mean()), scores)
+        which = self.reward.registered_name
+        definition = f"mean reward {which}{of} over {len(scores)} images, bootstrap interval; range {_range(self.reward)}"
+        return Metric(f"{which}, {name}", value, low, high, "higher", definition)
+
+
+def _moved(label: Tensor) -> Tensor:
+    """Each row's label becomes that of the next row that has another one."""
+    order = label.argsort(stable=True)
+    most = int(label.unique(return_counts=True)[1].max())
+    moved = torch.empty_like(label)
+    moved[order] = label[order].roll(most)
+    return moved
+
+
+def _range(reward: Reward) -> str:
+    return f"{reward.range[0]:g} to {reward.range[1]:g}"

@@ -1,0 +1,101 @@
+"""Rewards as metrics: means, texts of others, mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from gentrain.config import ConfigError, Document, build
+from gentrain.recipes.base import Stage
+from gentrain.recipes.evaluate import read_metrics
+from gentrain.recipes.score import Score, _moved
+from gentrain.training.loop import Outcome, train
+from gentrain.training.run import parse_run, save_config
+from gentrain.training.world import World
+from tests.methods.captioned import CaptionedPatches
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    settings = {
+        "method": {"name": "contrastive", "shift": 0},
+        "data": CaptionedPatches.registered_name,
+        "model": {"name": "towers", "width": 16, "channels": [8], "buckets": 256, "initial_bias": -3.3},
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "engine": "torch",
+        "training": {"samples": 640, "batch_size": 32, "log_every": 640},
+        "output": str(tmp_path_factory.mktemp("towers") / "run"),
+    }
+    run = parse_run(Document(settings, "test"))
+    save_config(run)
+    assert train(run, World(0, 1, torch.device("cpu")), lambda: False) is Outcome.FINISHED
+    return settings["output"]  # type: ignore[return-value]
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> str:
+    (tmp_path / "drawn").mkdir()
+    x = torch.linspace(-1, 1, 10).reshape(10, 1, 1, 1).expand(10, 3, 6, 6).contiguous()
+    save_file({"x": x, "label": torch.arange(10)}, tmp_path / "drawn" / "samples.safetensors")
+    return str(tmp_path / "drawn")
+
+
+def stage(samples: Any, reward: Any, **settings: Any) -> Score:
+    values = {
+        "name": "score",
+        "samples": samples if isinstance(samples, dict) else {"drawn": samples},
+        "reward": reward,
+        "data": CaptionedPatches.registered_name,
+        **settings,
+    }
+    return build(Stage, Document(values, "x.yaml"))  # type: ignore[return-value, type-abstract]
+
+
+def test_the_mean_of_a_closed_form_is_its_mean(samples: str, tmp_path: Path) -> None:
+    stage(samples, {"name": "brightness"}).execute(tmp_path / "out")
+    rows = {row["name"]: row for row in read_metrics(tmp_path / "out")}
+    assert set(rows) == {"brightness, drawn", "brightness, held-out data"}  # brightness reads no text
+    drawn = rows["brightness, drawn"]
+    assert drawn["value"] == pytest.approx(0.5, abs=0.02) and drawn["low"] < 0.45 and drawn["high"] > 0.55
+    assert "over 10 images" in drawn["definition"] and "range 0 to 1" in drawn["definition"]
+
+
+def test_towers_find_the_own_text_nearer_than_anothers(samples: str, towers: str, tmp_path: Path) -> None:
+    model = {"width": 16, "channels": [8], "buckets": 256}
+    scored = stage(samples, {"name": "towers", "model": model}, weights={"towers": towers})
+    scored.execute(tmp_path / "out")
+    rows = {row["name"]: row for row in read_metrics(tmp_path / "out")}
+    own, other = rows["towers, held-out data"], rows["towers, held-out data, another's text"]
+    assert own["low"] > other["high"] + 0.2  # never seen; seeds 0, 1, 2 of the towers: the intervals are 0.38 apart at least
+    assert "of another's text" in other["definition"]
+
+
+def test_everybody_gets_a_label_of_another() -> None:
+    label = torch.tensor([2, 0, 2, 1, 0, 1, 2, 0])
+    assert (_moved(label) != label).all() and sorted(_moved(label).tolist()) == sorted(label.tolist())
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        ({"reward": {"name": "towers"}}, "weights.towers", "the reward reads the network towers; name its run"),
+        ({"reward": {"name": "brightness"}, "weights": {"judge": "x"}}, "weights.judge", "reads no network of this name; it reads: none"),
+        ({"reward": {"name": "brightness"}, "samples": {}}, "samples", "expected at least one name"),
+        ({"reward": {"name": "classifier"}, "weights": {"judge": "x"}}, "reward", "needs data with classes"),
+    ],
+)
+def test_mistakes_are_named(samples: str, settings: dict[str, Any], key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        stage(**{"samples": samples, **settings})
+    assert error.value.key == key
+
+
+def test_labels_of_other_data_are_refused(samples: str, towers: str, tmp_path: Path) -> None:
+    x = torch.zeros(2, 3, 6, 6)
+    save_file({"x": x, "label": torch.tensor([0, 99])}, Path(samples) / "samples.safetensors")
+    with pytest.raises(ConfigError, match="label 99 is none of the 36 of the data"):
+        stage(samples, {"name": "brightness"}).execute(tmp_path / "out")
