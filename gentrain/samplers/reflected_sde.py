@@ -30,7 +30,9 @@ def bounds_of(path: Path) -> Domain:
 class ReflectedSDE(Sampler):
     """Reflected Euler-Maruyama steps of the reverse process (arXiv:2304.04740, section 4), each after reflected Langevin steps.
 
-    A step takes variance v = sigma(t)^2 - sigma(t')^2 off the path: x + v score + sqrt(v) z, mirrored at the walls. A Langevin step has
+    A step from sigma to sigma' takes variance v = sigma^2 - sigma'^2 off the path: x + v score + sigma' / sigma sqrt(v) z, mirrored at the
+    walls. The factor sigma' / sigma, which tends to 1 with finer steps, makes the step exact for a known x0 away from the walls: a Brownian
+    bridge. Without it each state would have up to sigma^2 / sigma'^2 times the variance that the network expects. A Langevin step has
     size 2 (snr sigma)^2: that of the paper, 2 (snr |z| / |score|)^2 with norms averaged over a batch, where noise dominates; a sample must
     not depend on its neighbours, and a size that depends on x itself would bias the law. The last step goes to the path's lowest noise
     level, not to clean data: sigma_min is the blur that is left.
@@ -51,8 +53,8 @@ class ReflectedSDE(Sampler):
                 size = 2 * (self.snr * sigma[step]) ** 2
                 x = bounds.reflect(x + size * score + (2 * size) ** 0.5 * z, x)
             variance = sigma[step] ** 2 - sigma[step + 1] ** 2
-            score = self._score(denoiser, x, t, sigma[step], condition)
-            x = bounds.reflect(x + variance * score + variance**0.5 * noise.normal(tuple(x.shape), x.dtype), x)
+            score, z = self._score(denoiser, x, t, sigma[step], condition), noise.normal(tuple(x.shape), x.dtype)
+            x = bounds.reflect(x + variance * score + variance**0.5 * sigma[step + 1] / sigma[step] * z, x)
         return x
 
     def _score(self, denoiser: Denoiser, x: Tensor, t: float, sigma: float, condition: Condition | None) -> Tensor:
