@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from gentrain.config import option, register
+from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.data.preferences import Preferences
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of, part_of
 from gentrain.noise import Noise
-from gentrain.rewards.reading import Read, read_scalar
+from gentrain.rewards.reading import Read, matched, read_scalar
 
 
 def davidson_log_likelihood(first: Tensor, second: Tensor, votes: Tensor, ties: float) -> Tensor:
@@ -39,11 +40,14 @@ def davidson_log_likelihood(first: Tensor, second: Tensor, votes: Tensor, ties: 
 class PreferenceReward(Method):
     """A network whose scalar reading predicts which of two samples annotators prefer, for the reward `learned` or a role `proxy`.
 
-    Any backbone will do: a network that classifies is read at the class asked for, one for denoising by the mean of its output.
-    Differences alone are learnt, per class: no reward of one condition can be compared with another's.
+    Any backbone will do: a network that classifies is read at the class asked for, one for denoising by the mean of its output, towers by
+    how well an image matches the prompt (so PickScore was made, arXiv:2305.01569). Differences alone are learnt, per condition: no reward
+    of one can be compared with another's.
     """
 
-    read: Read = option("class_logit", "how the network becomes a number: see rewards.reading")
+    read: Literal[Read, "match"] = option(
+        "class_logit", "how the network becomes a number: see rewards.reading; match = towers, which compare both images with their prompt"
+    )
     ties: NonNegativeFloat = option(
         0.0, "odds of a tie between equals, halved (Davidson's nu); 0 = Bradley-Terry, a tie being half a vote each",
         source="doi:10.1080/01621459.1970.10481082",
@@ -57,15 +61,24 @@ class PreferenceReward(Method):
     def check_data(self, data: Data) -> None:
         if not isinstance(data, Preferences):
             raise ValueError(f"preference_reward learns from pairs, which {data.registered_name} has not; take the data set preferences")
+        if self.read == "match" and data.prompts is None:
+            raise ConfigError("match compares images with prompts, of which data.prompts names none", key="read")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("reward_model", self.loss)
 
     def loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         rejected, votes = part_of(batch, "rejected"), batch["votes"]
-        condition, other = condition_of(batch), condition_of(rejected)
-        both = None if condition is None or other is None else {key: torch.cat([value, other[key]]) for key, value in condition.items()}
-        first, second = read_scalar(self.read, nets.reward_model, torch.cat([batch["x"], rejected["x"]]), both).chunk(2)
+        both = torch.cat([batch["x"], rejected["x"]])
+        if self.read == "match":
+            values = matched(nets.reward_model, both, torch.cat([batch["tokens"]] * 2))
+        else:
+            condition, other = condition_of(batch), condition_of(rejected)
+            asked = (
+                None if condition is None or other is None else {key: torch.cat([value, other[key]]) for key, value in condition.items()}
+            )
+            values = read_scalar(self.read, nets.reward_model, both, asked)
+        first, second = values.chunk(2)
         loss = -davidson_log_likelihood(first, second, votes, self.ties).mean() + self.centring * (first + second).square().mean()
         margin, majority = (first - second).detach(), (votes[:, 0] - votes[:, 1]).sign()
         logs = {"margin": (margin * majority).mean(), "accuracy": (1 + (margin.sign() * majority).mean()) / 2}
