@@ -40,7 +40,7 @@ class Pairs:
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         label = self.label[indices]
         rejected = {"rejected/x": self.rejected[indices], "rejected/label": label}
-        asked = {} if self.caption is None else {key: self.caption[indices] for key in ("caption", "rejected/caption")}
+        asked = {} if self.caption is None else dict.fromkeys(("caption", "rejected/caption"), self.caption[indices])
         return {"x": self.preferred[indices], "label": label, "votes": self.votes[indices], **rejected, **asked}
 
 
