@@ -105,11 +105,12 @@ def roles_table(name: str, run: RunConfig) -> Table:
     place = f"{sizes} workers under Ray Train" if cluster.place == "ray" else "this process"
     share = run.training.batch_size // (run.training.micro_batches * cluster.most)
     table = Table("role", "network", "parameters", "that learn", "average", "engine", title=f"{name}: {place}, micro-batches of {share}")
+    unknown = any(run.model_of(role).to_come for role in run.method.roles)  # the shape of its latents is, too
     for role, part in run.method.roles.items():
         learns = isinstance(part, Trained)
         engine = ", ".join(f"{key} {value}" for key, value in to_dict(run.engine_of(role)).items() if value) if learns else "frozen"
         average = "yes" if isinstance(part, Trained) and part.ema else ""
-        if run.model_of(role).to_come:
+        if unknown:
             numbers = ("known when its pipeline is written", "")
         else:
             count, learning = count_parameters(run, role)
