@@ -10,8 +10,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from gentrain.config import Component
+from gentrain.config import Component, option
 from gentrain.domains.base import Domain
+from gentrain.noise import Noise
 
 
 class CorruptItem(Exception):
@@ -35,6 +36,19 @@ class BatchItems(Items, Protocol):
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """indices [B] int64 -> the items stacked: {"x": [B, ...], "label": [B]}."""
         ...
+
+
+@runtime_checkable
+class BlockItems(Items, Protocol):
+    """Items that are read a block at a time (the row group of a file): the loader shuffles blocks, and the items of some blocks together.
+
+    Attributes:
+        blocks: [B] int64, how many items each block has, in the order of the items.
+        together: so many blocks, neighbours in the order of an epoch, are shuffled among each other.
+    """
+
+    blocks: Tensor
+    together: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +109,23 @@ class Data(Component, kind="data"):
         return None
 
     @property
+    def weighted(self) -> bool:
+        """Whether items have a "weight" [] float32, by which their part of the loss is multiplied; for methods that weigh."""
+        return False
+
+    @property
     def licence(self) -> str:
         """Where the data come from and under which licence: goes into the model card."""
         raise NotImplementedError
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """What `augment` adds to the condition for networks that denoise, see models.inputs."""
+        return ()
+
+    def augment(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
+        """A batch of the train split [B, ...] as a step sees it, on its device: with changes that are drawn anew each time."""
+        return batch
 
     def fit(self) -> None:
         """Records in the configuration what it takes from the items and a run must know for ever. Raises ValueError if it cannot."""
@@ -105,6 +133,50 @@ class Data(Component, kind="data"):
     def split(self, name: str) -> Items:
         """The fixed split "train" or "held_out". Raises ValueError for another name."""
         raise NotImplementedError
+
+
+@dataclass
+class Wrapped(Data):
+    """A data set made of another one, `data`: what is not said here is as there."""
+
+    data: Data = option(help="the data set")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.data.class_names
+
+    @property
+    def captions(self) -> Sequence[str]:
+        return self.data.captions
+
+    @property
+    def domain(self) -> Domain | None:
+        return self.data.domain
+
+    @property
+    def weighted(self) -> bool:
+        return self.data.weighted
+
+    @property
+    def licence(self) -> str:
+        return self.data.licence
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        return self.data.inputs
+
+    def augment(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
+        return self.data.augment(batch, noise)
+
+    def fit(self) -> None:
+        self.data.fit()
+
+    def split(self, name: str) -> Items:
+        return self.data.split(name)
 
 
 def check_split(name: str) -> None:

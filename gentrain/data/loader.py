@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from gentrain.data.base import BatchItems, CorruptItem, Items
+from gentrain.data.base import BatchItems, BlockItems, CorruptItem, Items
 from gentrain.noise import Noise, derive
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,54 @@ def order(seed: int, count: int, positions: Tensor) -> Tensor:
         item[walking] = high * base + low
         walking = walking[item[walking] >= count]
     return item
+
+
+class BlockOrder:
+    """`order` for items in blocks: each epoch is a permutation of the blocks, and in each stretch of `together` of them one of their items.
+
+    A reader that keeps `together` blocks reads each block once or twice an epoch. Nothing but the blocks' sizes is held, so that
+    resuming is as cheap as with `order`.
+    """
+
+    def __init__(self, seed: int, blocks: Tensor, together: int):
+        self._seed, self._sizes, self._together = seed, blocks, together
+        self._count, self._starts = int(blocks.sum()), blocks.cumsum(0) - blocks
+        self._epoch, self._blocks, self._ends = -1, blocks, blocks
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """positions [B] int64 >= 0 -> items [B] int64."""
+        items = torch.empty_like(positions)
+        epochs = positions // self._count
+        for epoch in epochs.unique().tolist():
+            self._begin(epoch)
+            rows = (epochs == epoch).nonzero()[:, 0]
+            places = positions[rows] % self._count
+            stretches = torch.bucketize(places, self._ends[self._together - 1 :: self._together].contiguous(), right=True)
+            for stretch in stretches.unique().tolist():
+                chosen = stretches == stretch
+                items[rows[chosen]] = self._within(epoch, stretch, places[chosen])
+        return items
+
+    def _begin(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            count = len(self._sizes)
+            self._blocks = order(derive(self._seed, "blocks"), count, epoch * count + torch.arange(count))
+            self._ends, self._epoch = self._sizes[self._blocks].cumsum(0), epoch
+
+    def _within(self, epoch: int, stretch: int, places: Tensor) -> Tensor:
+        first = stretch * self._together
+        blocks = self._blocks[first : first + self._together]
+        start = int(self._ends[first - 1]) if first else 0
+        ends = self._sizes[blocks].cumsum(0)
+        count = int(ends[-1])
+        shuffled = order(derive(self._seed, "stretch", epoch, stretch), count, places - start)
+        block = torch.bucketize(shuffled, ends, right=True)
+        return self._starts[blocks[block]] + shuffled - (ends[block] - self._sizes[blocks[block]])
+
+
+def ordered(seed: int, items: Items) -> Callable[[Tensor], Tensor]:
+    """The order of the items: positions [B] int64 -> items [B] int64."""
+    return BlockOrder(seed, items.blocks, items.together) if isinstance(items, BlockItems) else partial(order, seed, len(items))
 
 
 @dataclass(eq=False)
@@ -84,7 +133,7 @@ class Loader:
             raise ValueError("there are no items to read; check the data set and the size of its split")
 
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
-        reader = _Reader(self.items, self.seed, self._most_corrupt)
+        reader = _Reader(self.items, ordered(self.seed, self.items), self._most_corrupt)
         batches: Iterable[tuple[dict[str, Tensor], Corrupt]]
         if self.workers and not isinstance(self.items, BatchItems):
             batches = DataLoader(reader, batch_size=None, sampler=self._requests(), num_workers=self.workers)
@@ -101,11 +150,12 @@ class Loader:
     def _requests(self) -> Iterator[Request]:
         """What this rank reads, one micro-batch after the other."""
         rows = torch.arange(self.batch_size).reshape(self.micro_batches, self.world_size, -1)[:, self.rank]
-        steps = max(1, _BLOCK // rows.numel())
-        start = self.start
+        at_once = min(_BLOCK, int(self.items.blocks.float().mean() * self.items.together)) if isinstance(self.items, BlockItems) else _BLOCK
+        steps = max(1, at_once // rows.numel())
+        start, order = self.start, ordered(self.seed, self.items)
         while True:
             positions = start + torch.arange(steps)[:, None, None] * self.batch_size + rows
-            items = order(self.seed, len(self.items), positions.flatten()).reshape_as(positions)
+            items = order(positions.flatten()).reshape_as(positions)
             yield from zip(positions.flatten(0, 1), items.flatten(0, 1))
             start += steps * self.batch_size
 
@@ -128,8 +178,8 @@ class Loader:
 class _Reader(Dataset[tuple[dict[str, Tensor], Corrupt]]):
     """Turns a request into a batch, in a worker process or in this one."""
 
-    def __init__(self, items: Items, seed: int, most_corrupt: int):
-        self.items, self.seed, self.most_corrupt = items, seed, most_corrupt
+    def __init__(self, items: Items, order: Callable[[Tensor], Tensor], most_corrupt: int):
+        self.items, self.order, self.most_corrupt = items, order, most_corrupt
 
     def __getitem__(self, request: Request) -> tuple[dict[str, Tensor], Corrupt]:
         positions, indices = request
@@ -154,5 +204,5 @@ class _Reader(Dataset[tuple[dict[str, Tensor], Corrupt]]):
             except CorruptItem as error:
                 corrupt[index] = str(error)
             position = first + (position + 1) % count
-            index = int(order(self.seed, count, torch.tensor([position])))
+            index = int(self.order(torch.tensor([position])))
         return None

@@ -159,6 +159,7 @@ class Method(Component, kind="method"):
             with a loss that may do so in sound training, as that of an adversary, names those that may not.
         predictions: what networks may predict; None = anything.
         dropout: whether units of the networks that learn are dropped while they do.
+        weighs: whether rows count in its loss by the "weight" of the batch, where the data have one.
         forward_mode: the roles whose networks are differentiated in forward mode (jvp).
     """
 
@@ -167,6 +168,7 @@ class Method(Component, kind="method"):
     guarded: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     predictions: ClassVar[tuple[Prediction, ...] | None] = None
     dropout: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False
 
     @property
     def forward_mode(self) -> tuple[str, ...]:
@@ -215,6 +217,11 @@ def condition_of(batch: Batch) -> Condition | None:
     """The batch's condition as denoisers take it."""
     condition = {key.removeprefix("condition/"): value for key, value in batch.items() if key == "label" or key.startswith("condition/")}
     return condition or None
+
+
+def weighed(loss: Tensor, batch: Batch) -> Tensor:
+    """Each row's loss [B] times its weight in the batch, if there are weights; the mean of that estimates the weighted loss of the data."""
+    return loss * batch["weight"].to(loss) if "weight" in batch else loss
 
 
 def part_of(batch: Batch, name: str) -> Batch:

@@ -6,28 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
-import torch
 from pydantic import NonNegativeInt
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from gentrain.config import Fraction, option, register
-from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update
+from gentrain.data.augmented import shift_images as shift_images
+from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, weighed
 from gentrain.noise import Noise
-
-
-def shift_images(x: Tensor, offset: Tensor, reach: int) -> Tensor:
-    """Moves image b of x [B, C, H, W] down by offset[b, 0] and right by offset[b, 1] pixels; borders are repeated.
-
-    Args:
-        offset: [B, 2] int64 in [-reach, reach].
-    """
-    padded = pad(x, (reach,) * 4, mode="replicate")
-    rows = reach - offset[:, :1] + torch.arange(x.shape[2], device=x.device)
-    columns = reach - offset[:, 1:] + torch.arange(x.shape[3], device=x.device)
-    samples = torch.arange(len(x), device=x.device)
-    # the slice between index tensors moves the channels last
-    return padded[samples[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 @register("classifier")
@@ -39,6 +25,7 @@ class ImageClassifier(Method):
     shift: NonNegativeInt = option(2, "images move by up to this much along each axis", unit="pixels")
 
     roles: ClassVar[dict[str, Role]] = {"classifier": Trained(denoiser=False, classifier=True)}
+    weighs: ClassVar[bool] = True
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("classifier", self.loss)
@@ -50,4 +37,5 @@ class ImageClassifier(Method):
             x = shift_images(x, noise.randint(-self.shift, self.shift + 1, (len(x), 2)), self.shift)
         logits = classifier(x).float()
         accuracy = (logits.detach().argmax(1) == label).float().mean()
-        return Loss(cross_entropy(logits, label, label_smoothing=self.label_smoothing), {"accuracy": accuracy})
+        loss = cross_entropy(logits, label, label_smoothing=self.label_smoothing, reduction="none")
+        return Loss(weighed(loss, batch).mean(), {"accuracy": accuracy})

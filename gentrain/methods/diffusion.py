@@ -11,7 +11,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
-from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update
+from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, weighed
 from gentrain.methods.matching import Noised, loss_by_noise_level, noised
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
@@ -68,6 +68,7 @@ class Diffusion(Method):
 
     roles: ClassVar[dict[str, Role]] = {"model": Trained(ema=True)}
     generator: ClassVar[str | None] = "model"
+    weighs: ClassVar[bool] = True
 
     times: TimeLaw = option(Uniform, "law of the training times; log_normal for variance_exploding", source="arXiv:2006.11239")
     weighting: Weighting = option("uniform", "uniform (on the network's output), edm or min_snr (on x0)")
@@ -81,5 +82,5 @@ class Diffusion(Method):
         denoiser, path = nets.model, nets.model.path
         sample = noised(batch, noise, path, self.times, self.label_dropout)
         target, weight = regression(denoiser, sample, self.weighting, self.gamma)
-        loss = denoising_loss(regressed(denoiser, sample, self.weighting), target, weight)
+        loss = weighed(denoising_loss(regressed(denoiser, sample, self.weighting), target, weight), batch)
         return Loss(loss.mean(), loss_by_noise_level(loss, path.log_snr(sample.t)))

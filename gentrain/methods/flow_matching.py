@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
-from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update
+from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, weighed
 from gentrain.methods.matching import loss_by_noise_level, noised
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw
@@ -32,6 +32,7 @@ class FlowMatching(Method):
 
     roles: ClassVar[dict[str, Role]] = {"model": Trained(ema=True)}
     generator: ClassVar[str | None] = "model"
+    weighs: ClassVar[bool] = True
 
     times: TimeLaw = option(LogitNormal, "law of the training times", source="arXiv:2403.03206, section 5.1")
     label_dropout: Fraction = option(0.1, "probability that a label becomes the null class", source="arXiv:2207.12598")
@@ -43,5 +44,5 @@ class FlowMatching(Method):
         path = nets.model.path
         sample = noised(batch, noise, path, self.times, self.label_dropout)
         predicted = nets.model.velocity(sample.x_t, sample.t, sample.condition)
-        loss = flow_matching_loss(predicted, path.velocity(sample.x0, sample.eps, sample.t))
+        loss = weighed(flow_matching_loss(predicted, path.velocity(sample.x0, sample.eps, sample.t)), batch)
         return Loss(loss.mean(), loss_by_noise_level(loss, path.log_snr(sample.t)))

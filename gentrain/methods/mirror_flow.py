@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from gentrain.config import option, register
-from gentrain.methods.base import Batch, Loss, Nets
+from gentrain.methods.base import Batch, Loss, Nets, weighed
 from gentrain.methods.flow_matching import FlowMatching, flow_matching_loss
 from gentrain.methods.matching import loss_by_noise_level, noised
 from gentrain.noise import Noise
@@ -48,7 +48,7 @@ class MirrorFlow(FlowMatching):
         path = nets.model.path
         sample = noised(batch, noise, path, self.times, self.label_dropout)
         predicted = nets.model.velocity(sample.x_t, sample.t, sample.condition)
-        loss = flow_matching_loss(predicted, path.velocity(sample.x0, sample.eps, sample.t))
+        loss = weighed(flow_matching_loss(predicted, path.velocity(sample.x0, sample.eps, sample.t)), batch)
         if self.weighting == "tails" and path.space.degrees <= 4:
             loss = loss * tail_weight(sample.x_t, path.space.degrees)
         # dual_square grows without bound where the barrier throws data far out: the sign of a kappa that is too large

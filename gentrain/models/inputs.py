@@ -1,4 +1,5 @@
-"""Numbers that a network is given beside x, t and the label: the guidance weight it imitates, the time at which a flow map ends."""
+"""Numbers that a network is given beside x, t and the label: the guidance weight it imitates, the time at which a flow map ends, how its
+images were augmented."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gentrain.data.augmented import AUGMENTS
 from gentrain.models.base import Condition
 
 WIDTH = 256  # of the embeddings (arXiv:2310.04378, code release: time_cond_proj_dim)
+_WIDTHS = {"guidance": WIDTH, "end": WIDTH, "augment": AUGMENTS}
 TIME_SCALE = "of the time that the embedding reads; .01 where a method takes derivatives by time (continuous_consistency, mean_flow)"
 _INTERVAL_FREQUENCIES = 32.0  # radians per whole path: a derivative with respect to time passes through these
 
@@ -46,13 +49,14 @@ class Inputs(nn.Module):
     |----------|---------------------------------------------------|------------------------|
     | guidance | [B] weight w of conditional + w (conditional - null) | adds nothing        |
     | end      | [B] network time at which the flow map ends       | t: the velocity itself |
+    | augment  | [B, 9] what was done to the image, see data.augmented | adds nothing: an image as it is |
     """
 
     def __init__(self, names: Sequence[str], width: int):
         super().__init__()
-        if unknown := set(names) - {"guidance", "end"}:
-            raise ValueError(f"unknown input {min(unknown)!r}; there are: guidance, end")
-        self.projections = nn.ModuleDict({name: nn.Linear(WIDTH, width, bias=False) for name in names})
+        if unknown := set(names) - set(_WIDTHS):
+            raise ValueError(f"unknown input {min(unknown)!r}; there are: {', '.join(_WIDTHS)}")
+        self.projections = nn.ModuleDict({name: nn.Linear(_WIDTHS[name], width, bias=False) for name in names})
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -62,9 +66,11 @@ class Inputs(nn.Module):
         for name, projection in self.projections.items():
             if name == "end":
                 embedded = interval_embedding((t - condition.get("end", t)) / 1000, WIDTH)
-            elif name in condition:
-                embedded = guidance_embedding(condition[name], WIDTH)
-            else:
+            elif name not in condition:
                 continue
+            elif name == "augment":
+                embedded = condition[name]
+            else:
+                embedded = guidance_embedding(condition[name], WIDTH)
             added = added + projection(embedded.to(next(self.parameters()).dtype))
         return added

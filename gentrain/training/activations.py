@@ -314,6 +314,7 @@ def _first_batch(run: RunConfig, rows: int) -> Batch:
         batch: Batch = next(iter(Loader(run.data.split("train"), run.seed, rows, 0, 1)))[0]
     except (OSError, ValueError) as error:
         raise ConfigError(str(error), source=run.output, key="data") from error
+    batch = run.data.augment(batch, Noise(0, batch["index"]))
     for name in run.method.pools():
         batch |= {f"{name}/{key}": batch[key] for key in ("x", "label") if key in batch}
     return batch

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from gentrain.data.base import Items
+from gentrain.data.base import Data, Items
 from gentrain.data.loader import Loader
 from gentrain.methods.base import Batch, part_of
 from gentrain.models.base import Codec
@@ -44,11 +44,15 @@ def batches(run: RunConfig, world: World, digests: Mapping[str, str], start: int
         yield step
 
 
-def encoded(batch: Batch, codec: Codec, seed: int, device: torch.device) -> Batch:
-    """A batch as methods see it, on the device: its own rows through the codec, and so those of each part "<part>/x" beside them."""
+def encoded(batch: Batch, data: Data, codec: Codec, seed: int, device: torch.device) -> Batch:
+    """A batch as methods see it, on the device: its own rows augmented and through the codec, those of each part "<part>/x" through it.
+
+    What is drawn for a row belongs to its position, so that it is the same on any number of ranks.
+    """
     batch = {key: value.to(device) for key, value in batch.items()}
     parts = {key.partition("/")[0] for key in batch if "/" in key} - {"condition"}
     own = {key: value for key, value in batch.items() if key.partition("/")[0] not in parts}
+    own = data.augment(own, Noise(derive(seed, "augment"), batch["index"], device))
     found = codec.encode(own, Noise(derive(seed, "codec"), batch["index"], device))
     for part in sorted(parts):
         rows = codec.encode(part_of(batch, part), Noise(derive(seed, "codec", part), batch["index"], device))

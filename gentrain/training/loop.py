@@ -99,7 +99,7 @@ class Trainer:
             begun = time.monotonic()
             portions = next(steps)
             self.waited_s = time.monotonic() - begun
-            self._step([encoded(batch, self.roles.codec, run.seed, self.world.device) for batch in portions])
+            self._step([encoded(batch, run.data, self.roles.codec, run.seed, self.world.device) for batch in portions])
             self._watchdog.expect(SLOW)  # grids and checkpoints
             self._judge_step()
             self.step_s = time.monotonic() - begun

@@ -26,6 +26,9 @@ from gentrain.training.world import RankGroup, World
 from gentrain.training.zero import shard_frozen
 
 
+_AUGMENT = ("inputs.projections.augment.weight",)
+
+
 class RoleNets:
     """See methods.base.Nets."""
 
@@ -199,11 +202,14 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
             what = "classifies" if classifies else "denoises"
             raise ValueError(f"a network that {what} is needed, and {model.registered_name} does not; there are: {fit}")
         network, inputs = model.build(shape, classes), run.method.roles[role].inputs
+        if run.method.roles[role].denoiser:
+            inputs = (*inputs, *run.data.inputs)
         if inputs:
             add_inputs: Callable[[tuple[str, ...]], None] | None = getattr(network, "add_inputs", None)
             if add_inputs is None:
                 raise ValueError(
-                    f"{run.method.registered_name} gives its network further inputs, which {model.registered_name} does not take"
+                    f"{run.method.registered_name} on these data gives its network further inputs ({', '.join(inputs)}), which "
+                    f"{model.registered_name} does not take"
                 )
             add_inputs(inputs)
         return network
@@ -289,7 +295,8 @@ def _first_weights(run: RunConfig, role: str, module: nn.Module) -> State:
 def _load_into(module: nn.Module, weights: State, key: str) -> None:
     # inputs that the weights' network did not have add nothing at first: see models.inputs
     gained = {name: value for name, value in module.state_dict().items() if name.startswith("inputs.") and name not in weights}
-    weights = weights | gained
+    # what a network was told of the augmentation of its images adds nothing where nobody tells it
+    weights = {name: value for name, value in weights.items() if name not in _AUGMENT or name in module.state_dict()} | gained
     mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (module.state_dict(), weights))
     if mine != theirs:
         name = min(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))

@@ -211,6 +211,9 @@ class RunConfig:
             self.method.check(self.path)
         except ValueError as error:
             raise ConfigError(str(error), key="path") from error
+        if self.data.weighted and not self.method.weighs:
+            able = ", ".join(name for name, method in Method.available().items() if method.weighs)
+            raise ConfigError(f"{self.method.registered_name} does not weigh its samples, which have weights; these do: {able}", key="data")
         try:
             self.method.check_data(self.data)
         except ConfigError as error:
