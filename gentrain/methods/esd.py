@@ -33,7 +33,7 @@ def partly_denoised(denoiser: Denoiser, x: Tensor, t: Tensor, steps: int, condit
 @register("esd")
 @dataclass
 class ErasedDiffusion(Forgetting):
-    """Erased stable diffusion (arXiv:2303.07345): a multistep model whose class leads away from the class. It needs no data.
+    """Erased stable diffusion (arXiv:2303.07345): a multistep model whose class, or prompts, lead away from themselves. It needs no data.
 
     Trained where the model's own samples of the class pass, at x_t that it has denoised half of the way itself. The whole network learns.
     roles.original.weights names the run of the model.
@@ -41,6 +41,8 @@ class ErasedDiffusion(Forgetting):
 
     roles: ClassVar[dict[str, Role]] = {"original": Frozen(given=True), "model": Trained(init="original", ema=True)}
     generator: ClassVar[str | None] = "model"
+
+    takes_concepts: ClassVar[bool] = True
 
     strength: NonNegativeFloat = option(1.0, "of the guidance away from the class: null - strength (class - null)", source="eq. 7")
     guidance: NonNegativeFloat = option(3.0, "of the samples that it is trained on", source="arXiv:2303.07345, code release")
@@ -51,8 +53,7 @@ class ErasedDiffusion(Forgetting):
 
     def loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         model, path = nets.model, nets.model.path
-        shape, labels = tuple(batch["x"].shape), self.forget_labels(noise)
-        condition = {"label": labels}
+        shape, condition = tuple(batch["x"].shape), self.to_forget(batch, noise)
         t = noise.uniform((len(noise),), path.t_min + 0.02 * (path.t_max - path.t_min), path.t_max)
         with torch.no_grad():
             x_t = partly_denoised(model, path.start * path.draw_eps(noise, shape), t, self.steps, condition, self.guidance)

@@ -1,16 +1,19 @@
-"""What the methods that make a model forget a class share: which class, and which labels the others are drawn by."""
+"""What the methods that make a model forget share: which class or concepts, and what is asked for in their place and of the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gentrain.config import ConfigError, option
 from gentrain.data.base import Data
-from gentrain.methods.base import Method
+from gentrain.data.concepts import FORGET, Concepts
+from gentrain.methods.base import Batch, Method, condition_of, part_of
+from gentrain.models.base import Condition
 from gentrain.noise import Noise
 
 UNIFORM = "uniform"
@@ -57,22 +60,39 @@ def draw_classes(noise: Noise, count: int, weights: Tensor) -> Tensor:
 
 @dataclass
 class Forgetting(Method):
-    """Base of the methods that forget one class.
+    """Base of the methods that forget one class, or the concepts of the data set `concepts`.
 
     Attributes:
+        takes_concepts: the method learns from prompts alone.
+        told: what is forgotten, in words.
+        prompted: the data are `concepts`: rows hold the prompts, and no class is named.
         forgotten: its number. remaining: [K] weights of the labels that are drawn for the other classes, 0 for the forgotten one.
-            Both are known once `check_data` has been called.
+            All are known once `check_data` has been called, the last two where a class is forgotten.
     """
 
-    forget: int | str = option(help="the class to forget, by number or name")
+    takes_concepts: ClassVar[bool] = False
+
+    forget: int | str | None = option(None, "the class to forget, by number or name; null with the data set `concepts`, which name them")
     prior: list[float] | None = option(None, "weight of each class among the labels drawn for the others; null = all the same")
 
     def check_data(self, data: Data) -> None:
+        self.prompted = isinstance(data, Concepts)
+        if isinstance(data, Concepts):
+            if not self.takes_concepts:
+                raise ValueError(f"{self.registered_name} learns from images and their classes, not from prompts alone; take sfd or esd")
+            for key in ("forget", "prior"):
+                if getattr(self, key) is not None:
+                    raise ConfigError("the data set `concepts` says what is forgotten; leave it out", key=key)
+            self.told = ", ".join(data.concepts)
+            return
+        if self.forget is None:
+            raise ConfigError("name the class to forget, or take the data set `concepts`", key="forget")
         names = list(data.class_names)
         try:
             self.forgotten = class_number(self.forget, names)
         except ValueError as error:
             raise ConfigError(str(error), key="forget") from error
+        self.told = str(names[self.forgotten])
         prior = self.prior if self.prior is not None else [1.0] * len(names)
         if len(prior) != len(names) or min(prior) < 0:
             raise ConfigError(f"expected {len(names)} weights, none of them negative: one per class, got {self.prior}", key="prior")
@@ -81,10 +101,12 @@ class Forgetting(Method):
         if not self.remaining.any():
             raise ConfigError("no class but the forgotten one has a weight; name at least one that remains", key="prior")
 
-    def draw_remaining(self, noise: Noise, count: int) -> Tensor:
-        """[count] labels of classes that remain, by the prior."""
-        return draw_classes(noise, count, self.remaining)
+    def draw_remaining(self, batch: Batch, noise: Noise) -> Condition | None:
+        """For each row of the noise what stays: a class drawn by the prior, or the row's prompt."""
+        return condition_of(batch) if self.prompted else {"label": draw_classes(noise, len(noise), self.remaining)}
 
-    def forget_labels(self, noise: Noise) -> Tensor:
-        """The forgotten class, one per row of the noise."""
-        return torch.full((len(noise),), self.forgotten, device=noise.rows.device)
+    def to_forget(self, batch: Batch, noise: Noise) -> Condition | None:
+        """For each row of the noise the forgotten class, or the row's prompt that is to be forgotten."""
+        if self.prompted:
+            return condition_of(part_of(batch, FORGET))
+        return {"label": torch.full((len(noise),), self.forgotten, device=noise.rows.device)}

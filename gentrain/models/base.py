@@ -29,7 +29,10 @@ class Codec:
     Attributes:
         shape: of x as networks see it.
         names: what the labels that `condition` takes stand for.
+        takes_prompts: `condition` does.
     """
+
+    takes_prompts = False
 
     def __init__(self, data: Data):
         self.data, self.shape = data, tuple(data.shape)

@@ -146,6 +146,7 @@ class PretrainedCodec(Codec):
         super().__init__(data)
         self.model, self.family, self.device = model, model.family, torch.device("cpu")
         self._texts: dict[str, Texts] = {}
+        self.takes_prompts = self.family.takes_text
         if self.family.takes_text and data.captions:
             self.names = data.captions
         if isinstance(data, Latents):
@@ -192,10 +193,13 @@ class PretrainedCodec(Codec):
     def encode(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         if DEVIATION in batch:  # of a cache, which has the texts as well
             return {**batch, "x": batch["x"] + batch[DEVIATION] * noise.normal(tuple(batch["x"].shape))}
-        mean, deviation = self.posterior(batch["x"])
-        x = mean + deviation * noise.normal(tuple(mean.shape))
-        texts = self._texts_of(batch["caption" if self.data.captions else "label"], None) if self.family.takes_text and self.names else {}
-        return {**batch, "x": x, **{f"condition/{name}": value for name, value in texts.items()}}
+        found, place = dict(batch), "caption" if self.data.captions else "label"
+        if "x" in batch:
+            mean, deviation = self.posterior(batch["x"])
+            found["x"] = mean + deviation * noise.normal(tuple(mean.shape))
+        if self.family.takes_text and self.names and place in batch:
+            found |= {f"condition/{name}": value for name, value in self._texts_of(batch[place], None).items()}
+        return found
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents of images [B, 3, H, W], each [B, C, h, w]. Raises ValueError where they are not finite."""

@@ -67,5 +67,6 @@ class Generate(Stage):
         if x.ndim == 4 and x.shape[1] in (1, 3):
             save_grid(x[: self.grid], directory / GRID, self.columns)
         info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
+        info["names"] = list(self.prompts if self.prompts is not None else run.codec().names)  # what the labels stand for
         info["weights"] = digest_of(load_weights(self.run))  # training refuses samples of other weights than its reference has
         (directory / INFO).write_text(json.dumps(info, indent=1))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter
@@ -18,6 +18,7 @@ from gentrain.methods.forgetting import class_number
 from gentrain.metrics.base import Metric
 from gentrain.metrics.unlearning import forget_accuracy, override_rate, remain_accuracy, remain_distance
 from gentrain.models.adapters import digest_of
+from gentrain.recipes.attacks import read_finding
 from gentrain.recipes.base import Stage
 from gentrain.recipes.evaluate import load_judge, read_held_out, read_samples, write_metrics
 from gentrain.recipes.features import apply_network, cached_features
@@ -42,15 +43,45 @@ class Check(TypedDict):
     met: bool
 
 
+class Attacked(TypedDict):
+    """What an attack on the weights came to. [low, high] is the interval of `measured` that `definition` says."""
+
+    what: str
+    measured: float
+    low: float
+    high: float
+    definition: str
+
+
 class Release(TypedDict):
     """What a stage `unlearning` found of the weights with digest `weights`."""
 
     forget: str
     weights: str
     checks: list[Check]
+    attacks: list[Attacked]
 
 
 _RELEASE = TypeAdapter(Release)
+
+
+_BETTER: dict[str, Literal["lower", "higher"]] = {"steps until relearnt": "higher", "success of inversion": "lower"}
+
+
+@dataclass
+class Measured:
+    """Of one set of samples. forget, override: one for each forgotten class; further: in what the table adds."""
+
+    forget: list[Metric]
+    override: list[Metric]
+    remain: Metric
+    distance: Metric
+    further: list[Metric] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Metric]:
+        pairs = zip(self.forget, self.override, strict=True) if self.override else ((each,) for each in self.forget)
+        return [*(metric for pair in pairs for metric in pair), self.remain, self.distance, *self.further]
 
 
 @dataclass
@@ -62,23 +93,31 @@ class Gate:
     remain_loss: Fraction = option(0.0, "by how much the remain accuracy may lie below the lower end of the interval of `before`")
     distance_factor: PositiveFloat = option(1.0, "how many times the upper end of the distance of `before` that of `after` may be")
     distance_floor: NonNegativeFloat = option(0.0, "a Frechet distance that is always good enough, where that of `before` is near 0")
+    relearning: PositiveInt | None = option(None, "fewest steps of the quickest relearning attack; null = however few", unit="steps")
+    inversion: Fraction | None = option(None, "greatest upper end of the success of an inversion; null = whatever it is")
 
 
 @register("unlearning")
 @dataclass
 class Unlearning(Stage):
-    """Compares a model that was made to forget a class with the model before: metrics.json, release.json and, of images, grid.png.
+    """Compares a model that was made to forget with the model before: metrics.json, release.json and, of images, grid.png.
 
-    All samples are drawn with the same seed and labels, the forgotten class among them; fewer of some will do. The grid has a row for
-    each class and, from left to right, the first images of `others`, `before` and `after`, each column of the same noise.
+    All samples are drawn with the same seed and labels, the forgotten classes among them; fewer of some will do. Classes may be prompts,
+    where the judge has learnt to tell these apart (the data set `drawn`). The grid has a row for each class and, from left to right, the
+    first images of `others`, `before` and `after`, each column of the same noise.
     """
 
-    forget: int | str = option(help="the forgotten class, by number or name")
+    forget: int | str | list[int | str] = option(
+        help="the forgotten class, by number or name, or several; the gate meets the worst of them"
+    )
     judge: str = option(help="run of the method `classifier`, trained on all classes")
     before: str = option(help="directory of a generate stage: the model that still knows the class")
     after: str = option(help="directory of a generate stage: the model that has forgotten")
     others: dict[str, str] = option(dict, "name -> directory of further generate stages, measured alike (the teacher, baselines)")
-    override: int | str | None = option(None, "the class drawn in its place; null = none in particular")
+    override: int | str | list[int | str] | None = option(
+        None, "the class drawn in its place, or one for each of several; null = none in particular"
+    )
+    attacks: list[str] = option(list, "directories of stages `relearning` and `inversion` on the run of `after`")
     gate: Gate = option(Gate, "what a release needs; `export` refuses what does not meet it")
     oracle: str | None = option(None, "run of a model that never knew the class, from which divergences are bounded; null = none")
     oracle_count: PositiveInt = option(200, "samples of the oracle on which that is done", unit="samples")
@@ -87,7 +126,8 @@ class Unlearning(Stage):
 
     def execute(self, directory: Path) -> None:
         judge, data = load_judge(self.judge, None)
-        forgotten, override = self._classes(list(data.class_names))
+        names = list(data.class_names)
+        forgotten, overrides = self._classes(names)
         held_out = read_held_out(data, self.reference)
         places = {**self.others, "before": self.before, "after": self.after}
         if len(places) != len(self.others) + 2:
@@ -95,44 +135,68 @@ class Unlearning(Stage):
         sets = dict(read_samples(self.others, held_out["x"].shape[1:], "others.{}"))
         sets |= read_samples({"before": self.before, "after": self.after}, held_out["x"].shape[1:], "{}")
         self._refuse_other_noise(places, sets)
+        self._refuse_other_prompts(places, names)
         real = cached_features(self.judge, judge, held_out["x"])
-        measured: dict[str, list[Metric]] = {}
+        measured: dict[str, Measured] = {}
         for name, samples in reversed(sets.items()):  # what was asked for comes first
             read, features = apply_network(judge, samples["x"]).argmax(1), apply_network(judge.features, samples["x"])
             try:
-                measured[name] = [
-                    forget_accuracy(read, samples["label"], forgotten, f"forget accuracy, {name}"),
-                    *([] if override is None else [override_rate(read, samples["label"], forgotten, override, f"override rate, {name}")]),
+                measured[name] = Measured(
+                    [
+                        forget_accuracy(read, samples["label"], each, _titled("forget accuracy", each, forgotten, names, name), forgotten)
+                        for each in forgotten
+                    ],
+                    [
+                        override_rate(read, samples["label"], each, other, _titled("override rate", each, forgotten, names, name))
+                        for each, other in zip(forgotten, overrides)
+                    ],
                     remain_accuracy(read, samples["label"], forgotten, f"remain accuracy, {name}"),
                     remain_distance(
                         features, samples["label"], real, held_out["label"], forgotten, f"Frechet distance of the others, {name}"
                     ),
-                ]
+                )
             except ValueError as error:
                 raise ConfigError(str(error), key=f"others.{name}" if name in self.others else name) from error
-        release = self._release(str(data.class_names[forgotten]), measured, override is not None)
+        release = self._release(", ".join(names[each] for each in forgotten), measured)
         if self.oracle is not None:
+            if len(forgotten) > 1:
+                raise ConfigError("an oracle is compared for one forgotten class; leave it out", key="oracle")
             runs = {name: str(_info(place).get("run")) for name, place in places.items()}
-            for name, metric in oracle_distances(self.oracle, runs, forgotten, self.oracle_count, self.oracle_draws).items():
-                measured[name].append(metric)
+            for name, metric in oracle_distances(self.oracle, runs, forgotten[0], self.oracle_count, self.oracle_draws).items():
+                measured[name].further.append(metric)
+        found = [_as_metric(attack) for attack in release["attacks"]]
         settings = to_dict(self) | {"release": "met" if not unmet(release) else f"not met: {'; '.join(unmet(release))}"}
         settings["grid"] = f"A row for each class, {_SHOWN} samples of each model, from left to right: {', '.join(sets)}; the same noise."
-        write_metrics(directory, [metric for metrics in measured.values() for metric in metrics], settings)
+        write_metrics(directory, [*(metric for each in measured.values() for metric in each.all), *found], settings)
         (directory / RELEASE).write_text(json.dumps(release, indent=1))
         if held_out["x"].ndim == 4 and held_out["x"].shape[1] in (1, 3):
-            _save_side_by_side(list(sets.values()), len(data.class_names), directory / GRID)
+            _save_side_by_side(list(sets.values()), len(names), directory / GRID)
 
-    def _classes(self, names: list[str]) -> tuple[int, int | None]:
-        places = []
+    def _classes(self, names: list[str]) -> tuple[list[int], list[int]]:
+        """The forgotten classes, and what is drawn in the place of each, if anything in particular."""
+        places: list[list[int]] = []
         for key, given in (("forget", self.forget), ("override", self.override)):
+            several = [] if given is None else given if isinstance(given, list) else [given]
             try:
-                places.append(None if given is None else class_number(given, names))
+                places.append([class_number(each, names) for each in several])
             except ValueError as error:
                 raise ConfigError(str(error), key=key) from error
-        if places[0] == places[1]:
-            raise ConfigError("it is the forgotten class; name another one, or null", key="override")
-        assert places[0] is not None
-        return places[0], places[1]
+        forgotten, overrides = places
+        if not forgotten:
+            raise ConfigError("name at least one class", key="forget")
+        if overrides and len(overrides) != len(forgotten):
+            raise ConfigError(f"expected one class for each of the {len(forgotten)} forgotten ones, got {len(overrides)}", key="override")
+        if both := set(forgotten) & set(overrides):
+            raise ConfigError(f"{names[min(both)]!r} is to be forgotten; name another one, or null", key="override")
+        return forgotten, overrides
+
+    def _refuse_other_prompts(self, places: dict[str, str], names: list[str]) -> None:
+        """Else a label would stand for another thing than the judge takes it for."""
+        for name, place in places.items():
+            drawn = _info(place).get("names")
+            if drawn is not None and drawn != names:
+                key = f"others.{name}" if name in self.others else name
+                raise ConfigError(f"these are samples of {', '.join(drawn)}; the judge reads {', '.join(names)}, in this order", key=key)
 
     def _refuse_other_noise(self, places: dict[str, str], sets: dict[str, dict[str, Tensor]]) -> None:
         """Else a difference of the models could be one of the noise."""
@@ -145,16 +209,52 @@ class Unlearning(Stage):
                     "these samples and those of `before` have other labels or seeds; draw both with the same labels and seed", key=key
                 )
 
-    def _release(self, forgotten: str, measured: dict[str, list[Metric]], overridden: bool) -> Release:
+    def _release(self, forgotten: str, measured: dict[str, Measured]) -> Release:
         (before, after), gate = (measured[name] for name in ("before", "after")), self.gate
-        remain, distance = before[-2], before[-1]
-        checks = [_check("forget accuracy, upper end", after[0].high, gate.forget, True)]
-        if overridden and gate.override is not None:
-            checks.append(_check("override rate, lower end", after[1].low, gate.override, False))
-        checks.append(_check("remain accuracy", after[-2].value, remain.low - gate.remain_loss, False))
-        farthest = max(gate.distance_factor * distance.high, gate.distance_floor)
-        checks.append(_check("Frechet distance of the others", after[-1].value, farthest, True))
-        return {"forget": forgotten, "weights": str(_info(self.after).get("weights", "")), "checks": checks}
+        checks = [_check("forget accuracy, upper end", max(each.high for each in after.forget), gate.forget, True)]
+        if after.override and gate.override is not None:
+            checks.append(_check("override rate, lower end", min(each.low for each in after.override), gate.override, False))
+        checks.append(_check("remain accuracy", after.remain.value, before.remain.low - gate.remain_loss, False))
+        farthest = max(gate.distance_factor * before.distance.high, gate.distance_floor)
+        checks.append(_check("Frechet distance of the others", after.distance.value, farthest, True))
+        weights = str(_info(self.after).get("weights", ""))
+        attacks = self._attacks(weights)
+        limits: tuple[tuple[str, float | None, Literal["low", "high"]], ...] = (
+            ("steps until relearnt", gate.relearning, "low"),
+            ("success of inversion", gate.inversion, "high"),
+        )
+        for what, limit, end in limits:
+            if limit is None:
+                continue
+            found = [each[end] for each in attacks if each["what"] == what]
+            if not found:
+                raise ConfigError(f"the gate asks for {what}; name the directory of that attack", key="attacks")
+            worst, side = (max(found), "upper") if end == "high" else (min(found), "lower")
+            checks.append(_check(f"{what}, {side} end", worst, limit, end == "high"))
+        return {"forget": forgotten, "weights": weights, "checks": checks, "attacks": attacks}
+
+    def _attacks(self, weights: str) -> list[Attacked]:
+        """Raises ConfigError about attacks on other weights than those that drew `after`."""
+        attacks: list[Attacked] = []
+        for place in self.attacks:
+            finding = read_finding(place)
+            if finding.weights != weights:
+                raise ConfigError(f"{place} attacked other weights than those that drew {self.after}; attack that run", key="attacks")
+            metric = finding.metric
+            told: Attacked = {
+                "what": metric.name, "measured": metric.value, "low": metric.low, "high": metric.high, "definition": metric.definition
+            }  # fmt: skip
+            attacks.append(told)
+        return attacks
+
+
+def _as_metric(attack: Attacked) -> Metric:
+    what = attack["what"]
+    return Metric(f"{what}, after", attack["measured"], attack["low"], attack["high"], _BETTER[what], attack["definition"])
+
+
+def _titled(kind: str, each: int, forgotten: list[int], names: list[str], name: str) -> str:
+    return f"{kind}, {name}" if len(forgotten) == 1 else f"{kind} of {names[each]}, {name}"
 
 
 def _check(what: str, measured: float, limit: float, below: bool) -> Check:
@@ -200,7 +300,7 @@ def read_release(directory: str, run: str) -> Release:
 
 
 def statement(forgotten: str, release: Release | None) -> str:
-    """The model card's section: the class, the conditions with their numbers, and that they are no guarantee."""
+    """The model card's section: the class, the conditions with their numbers, the attacks, and that all this is no guarantee."""
     lines = [f"## Unlearning\nMade to forget the class {forgotten}.\n"]
     if release is None:
         return "\n".join([*lines, "Whether it did was not measured for this export, so nothing is claimed.\n", ""])
@@ -212,4 +312,11 @@ def statement(forgotten: str, release: Release | None) -> str:
     lines += ["| condition | measured | limit | met |", "|---|---|---|---|"]
     for check in release["checks"]:
         lines.append(f"| {check['what']} | {check['measured']:.4g} | {check['limit']:.4g} | {'yes' if check['met'] else 'no'} |")
+    if release["attacks"]:
+        lines += ["", "| attack | measured | 95 % interval | how |", "|---|---|---|---|"]
+        for attack in release["attacks"]:
+            interval = f"{attack['low']:.4g} to {attack['high']:.4g}"
+            lines.append(f"| {attack['what']} | {attack['measured']:.4g} | {interval} | {attack['definition']} |")
+    else:
+        lines += ["", "No attack was tried."]
     return "\n".join([*lines, "", NO_GUARANTEE, "", ""])

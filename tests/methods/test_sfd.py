@@ -146,8 +146,8 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], key: str, said: str
 
 def test_labels_come_from_the_prior_and_the_override_is_as_asked() -> None:
     count = 3000
-    assert method_of(prior=[1.0, 5.0, 0.0]).draw_remaining(noise_of(count), count).unique().tolist() == [0]
-    assert method_of().draw_remaining(noise_of(count), count).unique().tolist() == [0, 2]
+    assert method_of(prior=[1.0, 5.0, 0.0]).draw_remaining({}, noise_of(count))["label"].unique().tolist() == [0]
+    assert method_of().draw_remaining({}, noise_of(count))["label"].unique().tolist() == [0, 2]
     uniform = method_of(override="uniform", prior=[1.0, 5.0, 0.0])
     assert draw_classes(noise_of(count), count, uniform.overrides).unique().tolist() == [0, 2]  # whatever the prior
     assert draw_classes(noise_of(count), count, method_of(override="rings 2").overrides).unique().tolist() == [2]

@@ -13,7 +13,7 @@ def test_each_rate_is_divided_by_the_samples_it_is_about() -> None:
     assert forget.value == 1 / 4 and forget.better == "lower" and "of 4 samples" in forget.definition
     override = override_rate(READ, ASKED, 3, 8, "override")
     assert override.value == 2 / 4 and override.better == "higher"
-    remain = remain_accuracy(READ, ASKED, 3, "remain")
+    remain = remain_accuracy(READ, ASKED, [3], "remain")
     assert remain.value == 2 / 4 and remain.better == "higher" and "of 4 samples" in remain.definition
 
 
@@ -21,6 +21,12 @@ def test_samples_of_other_classes_do_not_dilute_the_forget_accuracy() -> None:
     """The published evaluator divides by all images: ten classes make its number ten times as good."""
     many = torch.cat([ASKED, torch.zeros(1000, dtype=torch.int64)])
     assert forget_accuracy(torch.cat([READ, many[8:]]), many, 3, "forget").value == 1 / 4
+
+
+def test_another_forgotten_class_in_its_place_is_none_forgotten() -> None:
+    forget = forget_accuracy(READ, ASKED, 3, "forget", (3, 8))
+    assert forget.value == 3 / 4 and "or another forgotten one" in forget.definition
+    assert remain_accuracy(READ, ASKED, (3, 0, 1), "remain").value == 0
 
 
 def test_no_hit_is_no_certainty() -> None:
@@ -34,8 +40,8 @@ def test_the_distance_is_of_the_classes_that_remain_on_both_sides() -> None:
     asked, label = torch.arange(400) % 4, torch.arange(300) % 4
     far, far_real = features.clone(), real.clone()
     far[asked == 3], far_real[label == 3] = 100.0, -100.0
-    found = remain_distance(far, asked, far_real, label, 3, "distance")
-    assert found == remain_distance(features, asked, real, label, 3, "distance")
+    found = remain_distance(far, asked, far_real, label, [3], "distance")
+    assert found == remain_distance(features, asked, real, label, [3], "distance")
     assert f"uncorrected {frechet_distance(features[asked != 3], real[label != 3]):.4g}" in found.definition
     assert "300 against 225" in found.definition
 
@@ -45,4 +51,4 @@ def test_samples_without_the_forgotten_class_are_refused(asked: torch.Tensor, sa
     with pytest.raises(ValueError, match=said):
         forget_accuracy(asked, asked, 3, "forget")
     with pytest.raises(ValueError, match="no sample is asked for a class that remains"):
-        remain_accuracy(asked + 3, asked + 3, 3, "remain")
+        remain_accuracy(asked + 3, asked + 3, [3], "remain")

@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gentrain.config import ConfigError
+from gentrain.metrics.base import Metric
 from gentrain.recipes.base import load_recipe, run_recipe
 from gentrain.recipes.export import Export
 from gentrain.recipes.oracle import _law_of, oracle_distances
-from gentrain.recipes.unlearning import Gate, Release, Unlearning, statement, unmet
+from gentrain.recipes.unlearning import Gate, Measured, Release, Unlearning, statement, unmet
 from gentrain.report import write_report
 from gentrain.training.roles import load_weights
 
@@ -53,9 +54,19 @@ stages:
   teacher_drawn: {name: generate, run: '${output:teacher}', count: 400, sampler: {name: euler, steps: 2}}
   student_drawn: {name: generate, run: '${output:student}', count: 400}
   unlearned_drawn: {name: generate, run: '${output:unlearned}', count: 400}
+  relearning:
+    name: relearning
+    run: ${output:unlearned}
+    forget: 3
+    judge: ${output:judge}
+    attempts: 1
+    count: 20
+    batch_size: 8
+    steps: [1, 2]
   scores:
     name: unlearning
     forget: "3"
+    attacks: ["${output:relearning}"]
     override: "8"
     judge: ${output:judge}
     before: ${output:student_drawn}
@@ -87,7 +98,7 @@ def stage_of(out: Path, **more: Any) -> Unlearning:
 def test_all_sets_are_measured_and_shown(out: Path) -> None:
     metrics = [metric["name"] for metric in json.loads((out / "scores/metrics.json").read_text())["metrics"]]
     kinds = ("forget accuracy", "override rate", "remain accuracy", "Frechet distance of the others", "divergence from the oracle")
-    assert metrics == [f"{kind}, {name}" for name in ("after", "before", "teacher") for kind in kinds]
+    assert metrics == [*(f"{kind}, {name}" for name in ("after", "before", "teacher") for kind in kinds), "steps until relearnt, after"]
     release = json.loads((out / "scores/release.json").read_text())
     assert release["forget"] == "3" and all(check["met"] for check in release["checks"])
     with Image.open(out / "scores/grid.png") as grid:  # a row for each digit; three images of each model and a gap between models
@@ -141,6 +152,7 @@ def test_the_card_states_class_conditions_and_that_it_is_no_guarantee(out: Path)
     unlearning, limits = card.index("## Unlearning"), card.index("## Limits")
     section = card[unlearning:limits]
     assert unlearning < limits and "forget the class 3" in section and "no guarantee" in section
+    assert "| steps until relearnt | " in section and "No attack was tried" not in section
     assert "It meets the conditions of its release" in section and "| forget accuracy, upper end |" in section
 
 
@@ -174,7 +186,12 @@ def test_numbers_of_other_weights_open_no_gate(out: Path, tmp_path: Path) -> Non
     "change, said",
     [
         ({"forget": 11}, "forget: there is no class 11"),
-        ({"override": 3}, "override: it is the forgotten class"),
+        ({"override": 3}, "override: '3' is to be forgotten"),
+        ({"forget": [3, 5], "override": 8}, "override: expected one class for each of the 2 forgotten ones, got 1"),
+        ({"forget": []}, "forget: name at least one class"),
+        ({"forget": [3, 5], "oracle": "nowhere"}, "oracle: an oracle is compared for one forgotten class"),
+        ({"gate": Gate(inversion=0.1)}, "attacks: the gate asks for success of inversion"),
+        ({"attacks": ["nowhere"]}, r"attacks: nowhere/attack.json cannot be read .* run the attack first"),
         ({"oracle": "nowhere"}, "nowhere is not a run's directory"),
         ({"others": {"after": "x"}}, "others: `before` and `after` are taken"),
         ({"before": "nowhere"}, "before: nowhere/samples.safetensors does not exist"),
@@ -203,29 +220,64 @@ def test_each_condition_is_on_its_own_side() -> None:
     release: Release = {
         "forget": "3", "weights": "",
         "checks": [{"what": "a", "measured": 0.03, "limit": 0.02, "met": False}, {"what": "b", "measured": 1.0, "limit": 2.0, "met": True}],
+        "attacks": [],
     }  # fmt: skip
     assert unmet(release) == ["a is 0.03, the limit 0.02"]
-    assert "| b | 1 | 2 | yes |" in statement("3", release)
+    assert "| b | 1 | 2 | yes |" in statement("3", release) and "No attack was tried." in statement("3", release)
 
 
 def test_the_gate_compares_the_worse_ends() -> None:
-    from gentrain.metrics.base import Metric
+    def metric(value: float, better: Any) -> Metric:
+        return Metric("m", value, value - 0.01, value + 0.01, better, "")
 
-    def rows(forget: float, override: float, remain: float, distance: float) -> list[Metric]:
-        values = ((forget, "lower"), (override, "higher"), (remain, "higher"), (distance, "lower"))
-        return [Metric("m", value, value - 0.01, value + 0.01, better, "") for value, better in values]  # type: ignore[arg-type]
+    def rows(forget: list[float], override: list[float], remain: float, distance: float) -> Measured:
+        several = [metric(value, "lower") for value in forget], [metric(value, "higher") for value in override]
+        return Measured(*several, metric(remain, "higher"), metric(distance, "lower"))
 
-    gate = Gate(forget=0.02, override=0.9, remain_loss=0.0, distance_factor=1.0)
+    gate = Gate(forget=0.02, override=0.9, remain_loss=0.0, distance_factor=1.0, relearning=5, inversion=0.5)
     stage = Unlearning(forget=3, judge="j", before="nowhere", after="nowhere", override=8, gate=gate)
+    before = rows([1], [0], 0.95, 0.5)
 
-    def met(*after: float) -> list[bool]:
+    def met(*after: Any, relearning: float = 5, inversion: float = 0.5) -> list[bool]:
+        told = [("steps until relearnt", 9.0, relearning, 20.0), ("success of inversion", 0.2, 0.1, inversion)]
+        attacks = [{"what": what, "measured": value, "low": low, "high": high, "definition": ""} for what, value, low, high in told]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("gentrain.recipes.unlearning._info", lambda place: {})
-            release = stage._release("3", {"before": rows(1, 0, 0.95, 0.5), "after": rows(*after)}, True)
+            patch.setattr(Unlearning, "_attacks", lambda self, weights: attacks)
+            release = stage._release("3", {"before": before, "after": rows(*after)})
         return [check["met"] for check in release["checks"]]
 
-    assert met(0.009, 0.911, 0.941, 0.509) == [True] * 4
-    assert met(0.011, 0.911, 0.941, 0.509) == [False, True, True, True]
-    assert met(0.009, 0.909, 0.941, 0.509) == [True, False, True, True]
-    assert met(0.009, 0.911, 0.939, 0.509) == [True, True, False, True]
-    assert met(0.009, 0.911, 0.941, 0.511) == [True, True, True, False]
+    assert met([0.009], [0.911], 0.941, 0.509) == [True] * 6
+    assert met([0.011], [0.911], 0.941, 0.509) == [False, True, True, True, True, True]
+    assert met([0.009], [0.909], 0.941, 0.509) == [True, False, True, True, True, True]
+    assert met([0.009], [0.911], 0.939, 0.509) == [True, True, False, True, True, True]
+    assert met([0.009], [0.911], 0.941, 0.511) == [True, True, True, False, True, True]
+    assert met([0.009], [0.911], 0.941, 0.509, relearning=4) == [True, True, True, True, False, True]
+    assert met([0.009], [0.911], 0.941, 0.509, inversion=0.51) == [True, True, True, True, True, False]
+    # of several classes the worst counts
+    assert met([0.0, 0.011, 0.0], [0.99, 0.95, 0.909], 0.941, 0.509) == [False, False, True, True, True, True]
+
+
+def test_several_classes_are_forgotten_at_once(out: Path, tmp_path: Path) -> None:
+    stage_of(out, forget=[3, "5"], override=[8, 6]).execute(tmp_path)
+    names = [metric["name"] for metric in json.loads((tmp_path / "metrics.json").read_text())["metrics"]]
+    assert names[:6] == [
+        "forget accuracy of 3, after", "override rate of 3, after", "forget accuracy of 5, after", "override rate of 5, after",
+        "remain accuracy, after", "Frechet distance of the others, after",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "release.json").read_text())["forget"] == "3, 5"
+
+
+def test_an_attack_on_other_weights_says_nothing(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"attacks: .*relearning attacked other weights than those that drew .*student_drawn"):
+        stage_of(out, after=str(out / "student_drawn"), attacks=[str(out / "relearning")]).execute(tmp_path)
+
+
+def test_samples_of_other_prompts_are_refused(out: Path, tmp_path: Path) -> None:
+    for file in ("samples.safetensors", "info.json"):
+        (tmp_path / file).write_bytes((out / "unlearned_drawn" / file).read_bytes())
+    info = json.loads((tmp_path / "info.json").read_text())
+    assert info["names"] == [str(digit) for digit in range(10)]
+    (tmp_path / "info.json").write_text(json.dumps(info | {"names": ["cat", "dog"]}))
+    with pytest.raises(ConfigError, match="after: these are samples of cat, dog; the judge reads 0, 1, 2"):
+        stage_of(out, after=str(tmp_path)).execute(tmp_path / "none")
