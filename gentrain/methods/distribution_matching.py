@@ -12,13 +12,16 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from gentrain.config import ConfigError, option, register
+from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Frozen, Group, Loss, Method, Nets, Role, Trained, Update, condition_of
 from gentrain.methods.jdm import decoupled_guidance
+from gentrain.methods.prompt_critic import PromptCritic, prompt_critic_loss, prompt_student_loss
 from gentrain.methods.sfd import score_identity_loss
 from gentrain.models.base import Condition
 from gentrain.noise import Noise
 from gentrain.paths.base import Path, TimeLaw, expand
 from gentrain.paths.times import LogNormal
+from gentrain.rewards.base import Texts
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.guidance import guided_x0
 from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
@@ -156,6 +159,9 @@ class DistributionMatching(Method):
     critic_weight: NonNegativeFloat = option(
         0.0, "of the adversarial term, for which a role critic learns to tell noised data from samples; 0 = none", source="arXiv:2405.14867"
     )
+    prompt_critic: PromptCritic | None = option(
+        None, "an adversary that looks at pictures with their prompts, for which a role prompt_critic learns; null = none"
+    )
     student_every: PositiveInt = option(1, "the student learns in each such step, the others in all", source="arXiv:2405.14867: 5")
     guidance: NonNegativeFloat = option(
         1.0, "of the teacher, learnt by the student: null + w (conditional - null)", source="arXiv:2207.12598"
@@ -169,8 +175,13 @@ class DistributionMatching(Method):
     def __post_init__(self) -> None:
         if self.guidance_times is not None and self.generator_loss == "sid":
             raise ConfigError("the loss sid has its guidance in its teacher; leave guidance_times out", key="guidance_times")
+        roles: dict[str, Role] = {}
         if self._has_critic:
-            vars(self)["roles"] = {**type(self).roles, "critic": Trained(init="teacher")}
+            roles["critic"] = Trained(init="teacher")
+        if self.prompt_critic is not None:
+            roles["prompt_critic"] = Trained(denoiser=False, model=self.prompt_critic.towers)
+        if roles:
+            vars(self)["roles"] = {**type(self).roles, **roles}
 
     @property
     def _divergence(self) -> Divergence | None:
@@ -186,6 +197,17 @@ class DistributionMatching(Method):
         if path.space.bounds is not None:
             raise ValueError("distribution_matching needs samples that may move freely, not a space with walls; take free or dual")
 
+    def check_data(self, data: Data) -> None:
+        if self.prompt_critic is not None:
+            if len(data.shape) != 3:
+                raise ConfigError(
+                    f"the critic looks at images, {data.registered_name} has samples of shape {data.shape}", key="prompt_critic"
+                )
+            try:
+                self._texts = Texts(data, self.prompt_critic.template)
+            except ValueError as error:
+                raise ConfigError(str(error), key="prompt_critic") from error
+
     def own_sampler(self) -> Sampler:
         return OneStep(sigma=self.sigma)
 
@@ -196,6 +218,8 @@ class DistributionMatching(Method):
         yield Update("fake_score", self.fake_score_loss)
         if self._has_critic:
             yield Update("critic", self.critic_loss)
+        if self.prompt_critic is not None:
+            yield Update("prompt_critic", self.prompt_critic_loss)
         if (clock.step + 1) % self.student_every == 0:  # after the others, which lead from the first step on
             yield Update("student", self.student_loss)
 
@@ -221,6 +245,24 @@ class DistributionMatching(Method):
         right = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
         return Loss(gan_critic_loss(real_logits, fake_logits), {"critic_right": right})
 
+    def prompt_critic_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        """Data, and samples of the same prompts, as pictures."""
+        with torch.no_grad():
+            drawn = self._pictures(nets, self._draw(nets, batch, noise))
+            real = nets.decode(batch["x"])
+        place = batch[self._texts.key]
+        value, right = prompt_critic_loss(nets.prompt_critic, real, drawn, self._tokens(batch), place, nets.group)
+        return Loss(value, {"prompt_critic_right": right})
+
+    def _pictures(self, nets: Nets, x_g: Tensor) -> Tensor:
+        return nets.decode(nets.student.path.space.decode(x_g))
+
+    def _tokens(self, batch: Batch) -> Tensor:
+        """Of each row's prompt, as the critic's towers read it."""
+        assert self.prompt_critic is not None
+        texts, rows = self._texts(batch)
+        return self.prompt_critic.towers.read(texts, batch["x"].device)[rows]
+
     def student_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         condition = condition_of(batch)
         x_g = self._draw(nets, batch, noise)
@@ -243,6 +285,9 @@ class DistributionMatching(Method):
         if logits is not None and self.critic_weight > 0:
             adversarial = gan_generator_loss(logits)
             value, logs["adversarial"] = value + self.critic_weight * adversarial, adversarial.detach()
+        if self.prompt_critic is not None:
+            adversarial = prompt_student_loss(nets.prompt_critic, self._pictures(nets, x_g), self._tokens(batch))
+            value, logs["prompt_adversarial"] = value + self.prompt_critic.weight * adversarial, adversarial.detach()
         return Loss(value, logs)
 
     def _weight(self, nets: Nets, x_g: Tensor, teacher_x0: Tensor, t: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.data.preferences import Preferences
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of, part_of
+from gentrain.models.towers import matches, unpack
 from gentrain.noise import Noise
-from gentrain.rewards.reading import Read, matched, read_scalar
+from gentrain.rewards.reading import Read, read_scalar
 
 
 def davidson_log_likelihood(first: Tensor, second: Tensor, votes: Tensor, ties: float) -> Tensor:
@@ -71,7 +72,7 @@ class PreferenceReward(Method):
         rejected, votes = part_of(batch, "rejected"), batch["votes"]
         both = torch.cat([batch["x"], rejected["x"]])
         if self.read == "match":
-            values = matched(nets.reward_model, both, torch.cat([batch["tokens"]] * 2))
+            values = matches(unpack(nets.reward_model(both, torch.cat([batch["tokens"]] * 2))))  # b cancels
         else:
             condition, other = condition_of(batch), condition_of(rejected)
             asked = (

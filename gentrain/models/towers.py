@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import cosine_similarity, normalize, pad
 from torch.utils.checkpoint import checkpoint
 
 from gentrain.config import ConfigError, option, register
@@ -41,6 +41,12 @@ def unpack(output: Tensor) -> Embeddings:
     """What the forward of the towers gives, [B, 2 D + 2]: engines hand on one tensor."""
     image, text, scalars = output.split([(output.shape[1] - 2) // 2] * 2 + [2], 1)
     return Embeddings(image, text, scalars[0, :1], scalars[0, 1:])
+
+
+def matches(found: Embeddings) -> Tensor:
+    """How well each image matches its text: exp(min(t', ln 100)) cosine, [B] float32: the sigmoid loss's logit without b."""
+    scale = found.logit_scale.clamp(max=math.log(100)).exp()
+    return scale * cosine_similarity(found.image, found.text, dim=1)
 
 
 def pieces(caption: str, buckets: int) -> list[int]:

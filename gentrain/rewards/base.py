@@ -83,7 +83,7 @@ class Texts:
         self.key = "caption" if data.captions else "label"
         self.texts = [template.replace("{}", text) for text in data.captions or data.class_names]
         if not self.texts:
-            raise ValueError(f"the reward compares images with texts, and {data.registered_name} has neither captions nor classes")
+            raise ValueError(f"images are to be compared with texts, and {data.registered_name} has neither captions nor classes")
 
     def __call__(self, asked: Asked) -> tuple[list[str], Tensor]:
         """(the different texts of the batch, [B] int64 which of them each row has). A label of -1 stands for an empty text."""

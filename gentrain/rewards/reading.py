@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from gentrain.models.base import Condition
-from gentrain.models.towers import unpack
 
 Read = Literal["class_logit", "mean_output"]
-
-
-def matched(towers: Callable[..., Tensor], images: Tensor, tokens: Tensor) -> Tensor:
-    """How well images [B, C, H, W] match their texts, tokens as `Towers.read` gives them: exp(min(t', ln 100)) cosine, [B] float32.
-
-    The logit of the sigmoid loss without its bias, which cancels between images of one text.
-    """
-    found = unpack(towers(images, tokens))
-    scale = found.logit_scale.clamp(max=math.log(100)).exp()
-    return scale * cosine_similarity(found.image, found.text, dim=1)
 
 
 def read_scalar(read: Read, network: Callable[..., Tensor], x: Tensor, condition: Condition | None) -> Tensor:

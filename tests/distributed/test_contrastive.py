@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gentrain.methods.contrastive_loss import sigmoid_contrastive_loss, softmax_contrastive_loss
+from gentrain.methods.prompt_critic import prompt_critic_loss
 from gentrain.training.world import RankGroup, World
 from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all, values
 from tests.methods.captioned import CaptionedPatches
@@ -55,11 +56,30 @@ def losses(world: World) -> dict[Any, list[Tensor]]:
     of = [part(value.detach(), world).clone().requires_grad_() if value.ndim == 2 else value for value in inputs(PAIRS)[:3]]
     value = softmax_contrastive_loss(of[0], of[1], of[2], group, chunk_size=2)
     found["softmax"] = [value.detach(), *torch.autograd.grad(value, of)]
+    found["prompt critic"] = prompt_critic(world)
     return found
+
+
+PLACES = torch.tensor([0, 1, 0, 2, 3, 4, 5, 1, 6, 7, 8, 9])  # of prompts: two of them twice
+
+
+def prompt_critic(world: World) -> list[Tensor]:
+    """Of pictures that are their own embeddings: the loss and its gradients by the real, the drawn ones, the prompts, t' and b."""
+    image, text, scale, bias = (value.detach() for value in inputs(PAIRS))
+    of = [part(value, world).clone().requires_grad_() for value in (image, image.flip(0) + 0.5, text)]
+    of += [value.clone().requires_grad_() for value in (scale, bias)]
+
+    def towers(x: Tensor, tokens: Tensor) -> Tensor:
+        return torch.cat([x, tokens, torch.cat(of[3:]).expand(len(x), 2)], 1)
+
+    value, _ = prompt_critic_loss(towers, *of[:3], part(PLACES, world), RankGroup(world.size))
+    return [value.detach(), *torch.autograd.grad(value, of)]
 
 
 def single(case: Any) -> list[Tensor]:
     of = inputs(PAIRS)
+    if case == "prompt critic":
+        return prompt_critic(World(0, 1, torch.device("cpu")))
     if case == "softmax":
         value = softmax_contrastive_loss(of[0], of[1], of[2])
         return [value.detach(), *torch.autograd.grad(value, of[:3])]
@@ -92,7 +112,8 @@ def test_data_parallel_averages_are_the_loss_and_gradients_of_one_process(ranks:
         expected = single(case)
         each = [result[case] for result in results]
         averaged = [torch.stack([values[k] for values in each]).mean(0) for k in range(len(expected))]
-        averaged[1:3] = [torch.cat([values[k] for values in each]) / ranks for k in (1, 2)]
+        rows = (1, 2, 3) if case == "prompt critic" else (1, 2)
+        averaged[1 : 1 + len(rows)] = [torch.cat([values[k] for values in each]) / ranks for k in rows]
         for found, right in zip(averaged, expected, strict=True):
             torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12, msg=lambda text, case=case: f"{case}: {text}")
 
