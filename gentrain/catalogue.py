@@ -26,6 +26,7 @@ from gentrain.training.memory import GIB, Memory, Part, Planner
 from gentrain.training.optimizers import Optimizer, Schedule
 from gentrain.training.roles import count_parameters
 from gentrain.training.run import RunConfig
+from gentrain.training.trackers import Tracker
 
 _KINDS: tuple[type[Component], ...] = (
     Method,
@@ -40,6 +41,7 @@ _KINDS: tuple[type[Component], ...] = (
     Optimizer,
     Schedule,
     Engine,
+    Tracker,
     Stage,
     Place,
 )

@@ -19,13 +19,13 @@ from gentrain.training.run import (
     ENVIRONMENT,
     METRICS,
     SAMPLES,
-    TENSORBOARD,
     RunConfig,
     changed_keys,
     open_run,
     weight_settings,
 )
 from gentrain.training.storage import LATEST, OWNER, LocalStorage, Storage, replace_file
+from gentrain.training.trackers import TENSORBOARD
 from gentrain.training.watchdog import STACKS
 
 IDENTITY = "identity.json"
@@ -54,6 +54,11 @@ def claim(run: RunConfig, storage: Storage) -> None:
     storage.claim(mine["run"], str(run.directory.resolve()))
     if storage.names():
         note_published(run)
+
+
+def identity_of(run: RunConfig) -> str:
+    """What no other run has; empty where none was claimed."""
+    return _identity(run).get("run", "")
 
 
 def note_published(run: RunConfig) -> None:

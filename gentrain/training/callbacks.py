@@ -1,21 +1,26 @@
-"""What happens beside the steps: lines of metrics, TensorBoard, sample grids."""
+"""What happens beside the steps: lines of metrics, sample grids, trackers."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from gentrain.config import ConfigError, to_dict
 from gentrain.images import save_grid
 from gentrain.methods.base import Clock, Trained
 from gentrain.noise import Noise, derive
-from gentrain.training.run import METRICS, SAMPLES, TENSORBOARD
+from gentrain.training.beginning import identity_of
+from gentrain.training.run import METRICS, SAMPLES, RunConfig
 from gentrain.training.storage import replace_file
+from gentrain.training.trackers import Tracked, Tracking
 
 if TYPE_CHECKING:
     from gentrain.training.loop import Trainer
@@ -27,6 +32,11 @@ log = logging.getLogger(__name__)
 def due(clock: Clock, every: int) -> bool:
     """Whether the step that ended at `clock` passed a multiple of `every` samples."""
     return every > 0 and clock.samples // every > (clock.samples - clock.batch_size) // every
+
+
+def preview_file(run: RunConfig, samples: int) -> Path:
+    """The sample grid that is drawn when so many samples are seen."""
+    return run.directory / SAMPLES / f"{samples:012d}.png"
 
 
 def sayable(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,25 +94,6 @@ def _samples_of(line: str) -> float | None:
         return None
 
 
-class TensorBoard(Callback):
-    """Writes every number of a record to <run>/tensorboard."""
-
-    def __init__(self, trainer: Trainer):
-        if trainer.world.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(trainer.run.directory / TENSORBOARD), purge_step=trainer.clock.samples + 1)
-
-    def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
-        if trainer.world.is_main:
-            for key, value in record.items():
-                self._writer.add_scalar(key, value, record["samples"])
-
-    def on_end(self, trainer: Trainer) -> None:
-        if trainer.world.is_main:
-            self._writer.close()
-
-
 class Previews(Callback):
     """Draws a grid of images with the averaged weights: the same noise and labels each time, shared by the ranks."""
 
@@ -129,4 +120,48 @@ class Previews(Callback):
             images = codec.decode(run.sampler.sample(trainer.roles.as_seen(role, self._network), (share, *codec.shape), noise, condition))
         images = trainer.roles.group.gather(images)[: run.training.preview_count]
         if world.is_main:
-            save_grid(images.cpu(), run.directory / SAMPLES / f"{trainer.clock.samples:012d}.png", columns=min(classes or 8, 16))
+            save_grid(images.cpu(), preview_file(run, trainer.clock.samples), columns=min(classes or 8, 16))
+
+
+class Trackers(Callback):
+    """Tells the run's trackers records, sample grids and the configuration. One that fails is left alone: the run goes on."""
+
+    def __init__(self, trainer: Trainer):
+        run = trainer.run
+        for number, tracker in enumerate(run.trackers):
+            if tracker.package is not None and importlib.util.find_spec(tracker.package[0]) is None:
+                raise ConfigError(
+                    f"the package {tracker.package[0]} is not installed; pip install 'gentrain[{tracker.package[1]}]'",
+                    key=f"trackers[{number}]",
+                )
+        self._working: dict[str, Tracking] = {}
+        if trainer.world.is_main:
+            told = Tracked(run.directory, identity_of(run), to_dict(run), trainer.clock.samples)
+            for number, tracker in enumerate(run.trackers):
+                name = f"{tracker.registered_name} (trackers[{number}])"
+                self._safely(name, lambda name=name, tracker=tracker: self._working.update({name: tracker.start(told)}))
+
+    def _safely(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # services, and the libraries that reach them, raise whatever they like
+            self._working.pop(name, None)
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            log.warning("%s is out of use for the rest of this attempt: %s", name, what)
+
+    def _tell(self, what: Callable[[Tracking], None]) -> None:
+        for name, tracking in list(self._working.items()):
+            self._safely(name, lambda tracking=tracking: what(tracking))
+
+    def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
+        values = {key: float(value) for key, value in record.items() if key != "samples" and math.isfinite(value)}
+        self._tell(lambda tracking: tracking.scalars(values, record["samples"]))
+
+    def after_step(self, trainer: Trainer) -> None:
+        samples = trainer.clock.samples
+        grid = preview_file(trainer.run, samples)
+        if due(trainer.clock, trainer.run.training.preview_every) and grid.is_file():
+            self._tell(lambda tracking: tracking.image(grid, samples))
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._tell(lambda tracking: tracking.close())

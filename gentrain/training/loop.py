@@ -20,7 +20,7 @@ from gentrain.methods.base import Batch, Clock, Follow, Update
 from gentrain.noise import Noise, derive
 from gentrain.training.batches import batches, encoded
 from gentrain.training.beginning import claim, note_published
-from gentrain.training.callbacks import Callback, MetricsFile, Previews, TensorBoard, due, sayable
+from gentrain.training.callbacks import Callback, MetricsFile, Previews, Trackers, due, sayable
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError
 from gentrain.training.lock import hold
 from gentrain.training.logs import logged
@@ -33,7 +33,7 @@ from gentrain.training.world import RankGroup, World
 
 log = logging.getLogger(__name__)
 
-CALLBACKS: tuple[Callable[[Trainer], Callback], ...] = (MetricsFile, TensorBoard, Previews)
+CALLBACKS: tuple[Callable[[Trainer], Callback], ...] = (MetricsFile, Previews, Trackers)  # trackers show what was drawn
 
 
 class Outcome(Enum):

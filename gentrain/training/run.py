@@ -29,6 +29,7 @@ from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
 from gentrain.training.remedies import refuse_url
 from gentrain.training.spikes import SpikeGuard
 from gentrain.training.storage import Storage, check_storage, open_storage, replace_file
+from gentrain.training.trackers import TensorBoard, Tracker
 from gentrain.training.zero import DeepSpeedEngine
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,6 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
-TENSORBOARD = "tensorboard"
 
 _UNNAMED = Euler()  # stands for the sampler of a configuration that names none
 
@@ -118,6 +118,7 @@ class RunConfig:
     schedule: Schedule = option(Constant, "learning-rate schedule")
     engine: Engine = option(DeepSpeedEngine, "what holds the networks that learn")
     roles: dict[str, RoleSettings] = option(dict, "what single roles do otherwise")
+    trackers: list[Tracker] = option(lambda: [TensorBoard()], "where numbers, sample grids and settings are shown, beside metrics.jsonl")
     cluster: Cluster = option(Cluster, "where processes live")
     seed: NonNegativeInt = option(0, "of weights, data order and noise")
     plugins: list[str] = option(list, "the user's own modules: .py files or importable names")
@@ -323,7 +324,7 @@ def open_run(directory: str | FilePath, key: str = "") -> RunConfig:
 def weight_settings(run: RunConfig) -> dict[str, Any]:
     """What a run's weights depend on: not where it runs and lies, nor what is logged."""
     values: dict[str, Any] = to_dict(run)
-    for key in ("cluster", "output", "plugins"):
+    for key in ("cluster", "output", "plugins", "trackers"):
         del values[key]
     for key in (
         "log_every",

@@ -9,10 +9,10 @@ import torch
 
 from gentrain.methods.base import Clock
 from gentrain.training import callbacks
-from gentrain.training.callbacks import MetricsFile, Previews, TensorBoard, due
+from gentrain.training.callbacks import Previews, due
 from gentrain.training.loop import train
 from gentrain.training.world import World
-from tests.distributed.cases import records, run_of, values
+from tests.distributed.cases import run_of, values
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -21,17 +21,6 @@ def test_due_once_per_multiple_whatever_the_batch() -> None:
     assert [samples for samples in range(12, 97, 12) if due(Clock(samples, 12, 96), 30)] == [36, 60, 96]
     assert [samples for samples in range(12, 37, 12) if due(Clock(samples, 12, 36), 5)] == [12, 24, 36]
     assert not due(Clock(12, 12, 12), 0)
-
-
-def test_tensorboard_gets_every_number_of_every_record(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(run_of(values(tmp_path, "flow_matching", log_every=24)), ALONE, lambda: False, [MetricsFile, TensorBoard])
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    for line in records(tmp_path):
-        for key in line.keys() - {"samples"}:
-            assert any(event.step == line["samples"] and abs(event.value - line[key]) < 1e-6 for event in events.Scalars(key))
 
 
 def test_previews_draw_the_average_from_the_same_noise_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
