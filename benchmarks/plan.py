@@ -88,7 +88,7 @@ def measure(world: World, run: RunConfig, steps: int = 2) -> Found:
             passes = [(loss, batch) for loss in update.losses for batch in micro_batches]
             with roles.stepping(role) as nets:
                 for place, (loss, rows) in enumerate(passes):
-                    batch = encoded(rows, roles.codec, run.seed, world.device)
+                    batch = encoded(rows, run.data, roles.codec, run.seed, world.device)
                     with SavedTensors({*there, *map(storage_of, batch.values())}) as hooks:
                         value = loss(nets, batch, Noise(place, batch["index"])).value
                         saved[role] = max(saved.get(role, 0), hooks.bytes()) if looked_at else 0

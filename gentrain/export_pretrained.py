@@ -12,13 +12,14 @@ import yaml
 from torch import Tensor, nn
 
 from gentrain.export import METRICS, appearing, cell, refuse_present
-from gentrain.models.adapters import Adapted
+from gentrain.models.adapters import Adapted, OnBase
 from gentrain.models.families.base import Family
 from gentrain.models.pretrained import PretrainedNetwork
 from gentrain.paths.base import convert_time
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.lcm import LCM, lcm_sampling_timesteps
+from gentrain.samplers.one_step import OneStep, time_at
 
 Form = Literal["pipeline", "adapter"]
 
@@ -45,6 +46,20 @@ from diffusers import FlowMatchLCMScheduler
 pipeline.scheduler = FlowMatchLCMScheduler()
 pipeline.scheduler.init_noise_sigma = 1.0  # which StableDiffusionPipeline asks for
 images = pipeline(prompt, sigmas={sigmas}, guidance_scale=1).images  # the guidance is built in"""
+
+_ONE_STEP_USE = """
+from diffusers import DDPMScheduler
+
+pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+pipeline.scheduler.init_noise_sigma = {start}  # the noise that its one call reads
+images = pipeline(prompt, timesteps=[{timestep}], guidance_scale=1).images  # the guidance is built in"""
+
+_FLOW_ONE_STEP_USE = """
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+pipeline.scheduler.init_noise_sigma = {start}  # the noise that its one call reads
+images = pipeline(prompt, sigmas=[{start}], guidance_scale=1).images  # the guidance is built in"""
 
 _PEFT_USE = """from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -85,7 +100,7 @@ Replace `{{ name }}` by the path of this directory. Needs diffusers (written by 
 
 def pretrained_network(network: Any) -> PretrainedNetwork | None:
     """The pipeline's network in one as `load_network` gives it; None when it came from no pipeline."""
-    inner = network.base.network if isinstance(network, Adapted) else network
+    inner = network.base.network if isinstance(network, OnBase) else network
     return inner if isinstance(inner, PretrainedNetwork) else None
 
 
@@ -103,7 +118,7 @@ def export_pretrained(
 
     Args:
         out: must not exist, or be an empty directory; it appears whole or not at all.
-        network: a `PretrainedNetwork`, or an adapter on one.
+        network: a `PretrainedNetwork`, or what was learnt on one.
         form: "pipeline": all components, an adapter merged in. "adapter": the adapter alone, in diffusers' LoRA format where the
             pipeline has `load_lora_weights`, else as a directory of peft.
         licence, config, metrics: as for `export`.
@@ -119,12 +134,12 @@ def export_pretrained(
     family = inner.family
     if form == "adapter":
         if not isinstance(network, Adapted):
-            raise ValueError("the run learnt its whole network, there is no adapter to export; export the pipeline")
+            raise ValueError("the run learnt no adapter; export the pipeline")
         with appearing(out) as partial:
             use = _write_adapter(partial, network, family) + how_to_draw(sampler, family)
             _write_card(partial, out.name, use, "An adapter", family, licence, config, metrics)
         return out
-    if isinstance(network, Adapted):
+    if isinstance(network, OnBase):
         network.fold()
     pipeline = family.source.pipeline(**{family.denoiser: inner.backbone})
     with appearing(out) as partial:
@@ -135,10 +150,13 @@ def export_pretrained(
 
 
 def how_to_draw(sampler: Sampler | None, family: Family) -> str:
-    """Code that draws with a student of `latent_consistency` as `sampler` does, to follow what loads it; empty for other samplers."""
+    """Code that draws with a student of few steps or one as `sampler` does, to follow what loads it; empty for other samplers."""
+    path = family.law()[0]
+    if isinstance(sampler, OneStep):
+        use = _ONE_STEP_USE if isinstance(path, VariancePreserving) else _FLOW_ONE_STEP_USE
+        return use.format(start=round(sampler.start(path), 5), timestep=round(time_at(path, sampler.sigma)))
     if not isinstance(sampler, LCM):
         return ""
-    path = family.law()[0]
     if isinstance(path, VariancePreserving):
         return _LCM_USE.format(count=sampler.count, steps=sampler.steps)
     timesteps = lcm_sampling_timesteps(sampler.steps, sampler.count, sampler.stride).double()

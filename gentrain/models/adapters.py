@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,19 +104,53 @@ class Base:
         return add
 
 
-class Adapted(nn.Module):
-    """A shared network with one adapter on. Its parameters and its state are the adapter's alone.
+class OnBase(nn.Module):
+    """What a role learns on a frozen network that several share. Its parameters and its state are that alone.
 
     Args:
         base: stays as it is, in evaluation mode; moved along by `to`.
+    """
+
+    def __init__(self, base: Base):
+        super().__init__()
+        self._base = (base,)  # in a tuple: not a part of this module, whose parameters an engine shares out and saves
+
+    @property
+    def base(self) -> Base:
+        return self._base[0]
+
+    def merged(self) -> dict[str, Tensor]:
+        """The weights of a network of its own that does the same, float32."""
+        raise NotImplementedError
+
+    def fold(self) -> nn.Module:
+        """The base with its weights replaced by `merged`: for a base that nothing else shares."""
+        self.base.network.load_state_dict(self.merged())
+        return self.base.network
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OnBase:
+        if not any(hasattr(p, "ds_id") for p in self.base.network.parameters()):  # ZeRO-3 places what it has shared out
+            self.base.network._apply(fn)
+        super()._apply(fn, recurse)
+        return self
+
+    def _below(self) -> dict[str, Tensor]:
+        """A copy of the base's state, float32."""
+        state = self.base.network.state_dict()
+        return {name: value.detach().float().clone() if value.is_floating_point() else value for name, value in state.items()}
+
+
+class Adapted(OnBase):
+    """A shared network with one adapter on.
+
+    Args:
         adapter: of rank 1 or more. A is drawn from torch's global generator, B is zero, so that at first nothing changes.
 
     Raises ValueError when a target names no layer.
     """
 
     def __init__(self, base: Base, adapter: Adapter):
-        super().__init__()
-        self._base = (base,)  # in a tuple: not a part of this module, whose parameters an engine shares out and saves
+        super().__init__(base)
         self.settings = adapter
         self.adapter = nn.Module()
         self._changes: dict[str, _Change] = {}
@@ -124,11 +158,8 @@ class Adapted(nn.Module):
             layer: Any = base.network.get_submodule(name)
             base.hook(name)
             self._changes[name] = change = _Change(layer, adapter.rank, adapter.scale).to(layer.weight)
-            _place(self.adapter, name, change)
-
-    @property
-    def base(self) -> Base:
-        return self._base[0]
+            *parents, last = name.split(".")
+            inner(self.adapter, parents).add_module(last, change)
 
     @property
     def targets(self) -> list[str]:
@@ -143,23 +174,11 @@ class Adapted(nn.Module):
             output: Tensor = self.base.network(x, *args, **kwargs)
         return output
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
-        if not any(hasattr(p, "ds_id") for p in self.base.network.parameters()):  # ZeRO-3 places what it has shared out
-            self.base.network._apply(fn)
-        super()._apply(fn, recurse)
-        return self
-
     def merged(self) -> dict[str, Tensor]:
-        """The weights of a network of its own that does the same: W + alpha / rank * B A, float32."""
-        state = {name: value.detach().float().clone() if value.is_floating_point() else value for name, value in _state(self.base).items()}
-        for name, change in self._changes.items():
+        state = self._below()
+        for name, change in self._changes.items():  # W + alpha / rank * B A
             state[f"{name}.weight"] += change.delta()
         return state
-
-    def fold(self) -> nn.Module:
-        """The base with its weights replaced by `merged`: for a base that nothing else shares."""
-        self.base.network.load_state_dict(self.merged())
-        return self.base.network
 
 
 class _Change(nn.Module):
@@ -193,19 +212,13 @@ class _Change(nn.Module):
         return product * self.scale
 
 
-def _place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Makes `module` the submodule of `root` with a dotted name."""
-    *parents, last = name.split(".")
-    for part in parents:
+def inner(root: nn.Module, parts: Sequence[str]) -> nn.Module:
+    """The submodule of `root` with a dotted name, in its parts; made where it is not there."""
+    for part in parts:
         if part not in root._modules:
             root.add_module(part, nn.Module())
         root = root._modules[part]  # type: ignore[assignment]
-    root.add_module(last, module)
-
-
-def _state(base: Base) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = base.network.state_dict()
-    return state
+    return root
 
 
 def digest_of(state: dict[str, Tensor]) -> str:

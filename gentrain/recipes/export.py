@@ -12,7 +12,7 @@ from gentrain.export import export
 from gentrain.export_pretrained import Form, export_pretrained, pretrained_network
 from gentrain.export_towers import export_towers
 from gentrain.methods.forgetting import Forgetting
-from gentrain.models.adapters import Adapted
+from gentrain.models.adapters import OnBase
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.towers import TwoTowers
 from gentrain.recipes.base import Stage
@@ -68,7 +68,7 @@ class Export(Stage):
             return export_pretrained(out, network, self.form, sampler=run.drawn_with(self.sampler), **about)
         if self.form == "adapter":
             raise ConfigError("the network came from no pipeline of diffusers; its adapter goes with it: form=pipeline", key="form")
-        if isinstance(network, Adapted):
+        if isinstance(network, OnBase):
             denoiser = Denoiser(network.fold(), denoiser.path, denoiser.prediction)
         return export(
             out,

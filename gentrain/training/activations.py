@@ -19,12 +19,12 @@ from gentrain.config import ConfigError
 from gentrain.data.latents import DEVIATION
 from gentrain.data.loader import Loader
 from gentrain.methods.base import Batch, Clock, Loss, LossFunction, Trained, Update, condition_of
-from gentrain.models.adapters import Adapted, Base
+from gentrain.models.adapters import Base, OnBase
 from gentrain.models.base import Codec
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.training.engine import frozen
-from gentrain.training.roles import RoleNets, adapted_network, build_network, place_of
+from gentrain.training.roles import RoleNets, build_network, network_above, place_of
 from gentrain.training.run import RunConfig
 from gentrain.training.world import RankGroup
 from gentrain.training.zero import WHOLE
@@ -125,7 +125,7 @@ class Networks:
     """Every role's network without numbers, sharing what `Roles` shares.
 
     Attributes:
-        modules: role -> network, an `Adapted` for one with an adapter.
+        modules: role -> network, an `OnBase` for one that learns a part of it.
         held: what is there once -> its parameters: of each role that has some of its own, and of each network "below" several.
         below: name of such a network -> the roles that share it.
     """
@@ -134,18 +134,18 @@ class Networks:
         self.run = run
         self.modules: dict[str, nn.Module] = {}
         self.held: dict[str, list[nn.Parameter]] = {}
-        adapted = [role for role in run.method.roles if run.adapter_of(role) is not None]
+        above = [role for role in run.method.roles if run.part_of(role) is not None]
         places = {role: place_of(run, role) for role in run.method.roles}
-        shared = {places[role] for role in adapted}
-        sharing = [role for role, part in run.method.roles.items() if places[role] in shared and (role in adapted or not trains(run, role))]
+        shared = {places[role] for role in above}
+        sharing = [role for role, part in run.method.roles.items() if places[role] in shared and (role in above or not trains(run, role))]
         self.below = {f"below {', '.join(found)}": found for found in _grouped(sharing, places)}
         self._bases: dict[str, Base] = {}
         with torch.device("meta"):
             for roles in self.below.values():
                 self._bases |= dict.fromkeys(roles, Base(build_network(run, roles[0])))
             for role in run.method.roles:
-                if role in adapted:
-                    self.modules[role] = adapted_network(run, role, self._bases[role])
+                if role in above:
+                    self.modules[role] = network_above(run, role, self._bases[role])
                 else:
                     self.modules[role] = self._bases[role].network if role in self._bases else build_network(run, role)
 
@@ -156,7 +156,7 @@ class Networks:
             base = _faked(self._bases[roles[0]].network, run.engine_of(roles[0]).live_dtype).eval().requires_grad_(False)
             self.held[name] = list(base.parameters())
         for role, module in self.modules.items():
-            if role not in self._bases or isinstance(module, Adapted):
+            if role not in self._bases or isinstance(module, OnBase):
                 _faked(module, run.engine_of(role).live_dtype).train(trains(run, role)).requires_grad_(trains(run, role))
                 self.held[role] = list(module.parameters())
 
@@ -302,7 +302,7 @@ def _drop(p: Tensor) -> None:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    inner = module.base.network if isinstance(module, Adapted) else module
+    inner = module.base.network if isinstance(module, OnBase) else module
     for each in {module, inner}:
         yield from each.parameters()
         yield from each.buffers()

@@ -83,7 +83,7 @@ class Planner:
         """Raises ConfigError when a network does not fit its data."""
         rows = run.training.batch_size // (run.training.micro_batches * run.cluster.most)
         matters = {
-            role: (run.engine_of(role).precision, run.engine_of(role).live_dtype, run.adapter_of(role), run.role_settings(role).placement)
+            role: (run.engine_of(role).precision, run.engine_of(role).live_dtype, run.part_of(role), run.role_settings(role).placement)
             for role in run.method.roles
         }
         key = repr((rows, matters))
@@ -138,6 +138,7 @@ def _memory(run: RunConfig, measured: Measured) -> Memory:
             activations = measured.activations.get(role)
             passes = run.training.micro_batches * measured.losses.get(role, 1)
             held = run.engine_of(role).held(parameters, run.optimizer_of(role), ranks, passes)
+            held = replace(held, average=held.average * (1 + len(run.training.power_ema)))
             gathered = _gathered(run, measured, activations) if activations is not None else 0
             parts.append(Part(name, held=held, averaged=part.ema, activations=activations, gathered=gathered))
         elif placement == "offloaded":
@@ -224,7 +225,7 @@ def _stages(run: RunConfig, stages: Iterable[int] = ()) -> Changes:
 
 def _placements(run: RunConfig) -> Changes:
     """Weights that never change, shared out over the ranks."""
-    frozen = [role for role, part in run.method.roles.items() if not isinstance(part, Trained) or run.adapter_of(role) is not None]
+    frozen = [role for role, part in run.method.roles.items() if not isinstance(part, Trained) or isinstance(run.part_of(role), Adapter)]
     if run.cluster.most > 1 and any(run.role_settings(role).placement == "plain" for role in frozen):
         changed = copy.copy(run)
         changed.roles = run.roles | {role: replace(run.role_settings(role), placement="sharded") for role in frozen}
@@ -240,13 +241,17 @@ def _adapters(run: RunConfig) -> Changes:
     """For a run whose roles start from weights that know something; the other way round where it has one."""
     learning = [role for role, part in run.method.roles.items() if isinstance(part, Trained)]
     changed = copy.copy(run)
-    if any(run.adapter_of(role) is not None for role in learning):
-        changed.adapter = None
-        changed.roles = {name: replace(settings, adapter=None) for name, settings in run.roles.items()}
-        yield "adapter=null", changed
+    if any(run.part_of(role) is not None for role in learning):
+        changed.adapter = changed.trainable = None
+        changed.roles = {name: replace(settings, adapter=None, trainable=None) for name, settings in run.roles.items()}
+        yield " ".join(f"{key}=null" for key in ("adapter", "trainable") if _names(run, key)), changed
     elif all(_knows(run, role) for role in learning):
         changed.adapter = Adapter(rank=16)
         yield "adapter={rank: 16}", changed
+
+
+def _names(run: RunConfig, key: str) -> bool:
+    return any(getattr(each, key) is not None for each in (run, *run.roles.values()))
 
 
 def _knows(run: RunConfig, role: str) -> bool:

@@ -14,9 +14,10 @@ from torch.func import functional_call
 
 from gentrain.config import ConfigError, to_dict
 from gentrain.methods.base import Nets, Trained
-from gentrain.models.adapters import Adapted, Base, digest_of
+from gentrain.models.adapters import Adapted, Adapter, Base, OnBase, digest_of
 from gentrain.models.base import Model
 from gentrain.models.denoiser import Denoiser
+from gentrain.models.partial import Partial
 from gentrain.noise import derive
 from gentrain.training.checkpoint import Checkpoint, CheckpointError
 from gentrain.training.engine import RoleEngine, State, frozen
@@ -44,8 +45,8 @@ class RoleNets:
 class Roles:
     """Every role's network: an engine for those that learn, a plain frozen module for the others.
 
-    A role with an adapter gives its engine the adapter alone. What lies below it is held once for all roles that begin with the same
-    weights; a frozen role among them is what it is with adapters off.
+    A role that learns an adapter, or some parameters, gives its engine these alone. What lies below them is held once for all roles that
+    begin with the same weights; a frozen role among them is that network as it is.
 
     Args:
         resume: a checkpoint to continue from, None for a fresh start.
@@ -63,13 +64,13 @@ class Roles:
         self.frozen: dict[str, nn.Module] = {}
         self.codec = run.codec().to(world.device)
         self._shared: dict[str, Base] = {}
-        adapted = {name for name in run.method.roles if run.adapter_of(name) is not None}
-        places = {place_of(run, name) for name in adapted}
+        above = {name for name in run.method.roles if run.part_of(name) is not None}
+        places = {place_of(run, name) for name in above}
         drawing = {pool.role for pool in run.method.pools().values()}
         self.digests: dict[str, str] = {}
         for name, role in run.method.roles.items():
-            if name in adapted:
-                module: nn.Module = self._adapted(name)
+            if name in above:
+                module: nn.Module = self._above(name)
             elif not isinstance(role, Trained) and place_of(run, name) in places:
                 self.frozen[name] = self._base(name).network
                 self.digests[name] = self._base(name).digest
@@ -89,7 +90,7 @@ class Roles:
                     self.engines[name].start_ema()
             else:
                 self.frozen[name] = module.eval().requires_grad_(False)
-        self.bases = {name: self._base(name).digest for name in adapted}
+        self.bases = {name: self._base(name).digest for name in above}
         if resume is not None:
             _refuse_other_bases(resume, self.bases)
         calls = {name: self._frozen_call(name, module) for name, module in self.frozen.items()}
@@ -119,12 +120,12 @@ class Roles:
             self._shared[place] = base
         return self._shared[place]
 
-    def _adapted(self, name: str) -> Adapted:
-        return adapted_network(self.run, name, self._base(name))
+    def _above(self, name: str) -> OnBase:
+        return network_above(self.run, name, self._base(name))
 
     def spare(self, name: str) -> nn.Module:
-        """A network like the role's, in evaluation mode, for weights of another time; below an adapter it is the role's own."""
-        module = self._adapted(name) if name in self.bases else build_network(self.run, name)
+        """A network like the role's, in evaluation mode, for weights of another time; what a role shares stays shared."""
+        module = self._above(name) if name in self.bases else build_network(self.run, name)
         return module.to(self.world.device).eval().requires_grad_(False)
 
     def _view(self, stepped: str, frozen_calls: dict[str, Callable[..., Tensor]]) -> Nets:
@@ -225,28 +226,31 @@ def count_parameters(run: RunConfig, role: str) -> tuple[int, int]:
         count = sum(p.numel() for p in network.parameters())
         if not isinstance(run.method.roles[role], Trained):
             return count, 0
-        if run.adapter_of(role) is None:
+        if run.part_of(role) is None:
             return count, count
-        return count, sum(p.numel() for p in adapted_network(run, role, Base(network)).parameters())
+        return count, sum(p.numel() for p in network_above(run, role, Base(network)).parameters())
 
 
-def adapted_network(run: RunConfig, role: str, base: Base) -> Adapted:
-    """The role's adapter on `base`, with the random weights that (seed, role) give, or those of the role whose copy it is.
+def network_above(run: RunConfig, role: str, base: Base) -> OnBase:
+    """What the role learns, on `base`: an adapter has the random weights that (seed, role) give, or those of the role whose copy it is.
 
     Raises ConfigError when it does not fit.
     """
-    adapter, copied = run.adapter_of(role), run.method.roles[role].init
-    assert adapter is not None
-    torch.manual_seed(derive(run.seed, "adapter", copied if copied is not None and run.adapter_of(copied) == adapter else role))
+    part, copied, settings = run.part_of(role), run.method.roles[role].init, run.role_settings(role)
+    torch.manual_seed(derive(run.seed, "adapter", copied if copied is not None and run.part_of(copied) == part else role))
     try:
-        return Adapted(base, adapter)
+        if isinstance(part, Adapter):
+            key = "adapter.targets" if settings.adapter is None else f"roles.{role}.adapter.targets"
+            return Adapted(base, part)
+        key = "trainable" if settings.trainable is None else f"roles.{role}.trainable"
+        return Partial(base, str(part))
     except ValueError as error:
         key = "adapter.targets" if run.role_settings(role).adapter is None else f"roles.{role}.adapter.targets"
         raise ConfigError(str(error), source=run.output, key=key) from error
 
 
 def _first_base(run: RunConfig, role: str) -> Base:
-    """What lies below the role's adapter, on the host."""
+    """What lies below what the role learns, on the host."""
     network = build_network(run, role)
     _load_into(network, _first_weights(run, role, network), f"roles.{role}.weights")
     base = Base(network)
@@ -279,7 +283,7 @@ def _refuse_other_bases(resume: Checkpoint, bases: dict[str, str]) -> None:
     for role, digest in bases.items():
         if saved.get(role) != digest:
             raise CheckpointError(
-                f"the adapter of role {role!r} in {resume.where} was trained on other weights than those below it now; "
+                f"what role {role!r} learnt in {resume.where} was trained on other weights than those below it now; "
                 "restore the pipeline or the run that they came from"
             )
 
@@ -326,8 +330,8 @@ def load_weights(directory: str, key: str = "", role: str = "") -> State:
     newest = storage.latest()
     if newest is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first", key=key)
-    if run.adapter_of(role) is not None:
-        return _load_adapted(run, role).merged()
+    if run.part_of(role) is not None:
+        return _load_above(run, role).merged()
     with storage.open(newest) as checkpoint:
         return _saved(checkpoint, run, role)
 
@@ -337,10 +341,10 @@ def _saved(checkpoint: Checkpoint, run: RunConfig, role: str) -> State:
     return checkpoint.shards(f"{role}.ema" if isinstance(trained, Trained) and trained.ema else f"{role}.weights").whole()
 
 
-def _load_adapted(run: RunConfig, role: str) -> Adapted:
-    """The role's adapter in the newest checkpoint on its base, on the host."""
+def _load_above(run: RunConfig, role: str) -> OnBase:
+    """What the role has learnt by the newest checkpoint on its base, on the host."""
     base = _first_base(run, role)
-    module = adapted_network(run, role, base)
+    module = network_above(run, role, base)
     newest = run.storage.latest()
     assert newest is not None
     with run.storage.open(newest) as checkpoint:
@@ -357,9 +361,9 @@ def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
     run = open_run(directory)
     names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
     role = run.method.generator or names[0]
-    weights = load_weights(str(directory)) if run.adapter_of(role) is None or run.storage.latest() is None else None
+    weights = load_weights(str(directory)) if run.part_of(role) is None or run.storage.latest() is None else None
     if weights is None:
-        module: nn.Module = _load_adapted(run, role)
+        module: nn.Module = _load_above(run, role)
     else:
         module = build_network(run, role)
         _load_into(module, weights, "model")

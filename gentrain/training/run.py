@@ -19,6 +19,7 @@ from gentrain.methods.base import Method, Trained
 from gentrain.models.adapters import Adapter
 from gentrain.models.base import Codec, Model
 from gentrain.models.denoiser import Prediction
+from gentrain.models.partial import check_pattern
 from gentrain.paths.base import Path, same_law
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.base import Sampler
@@ -96,6 +97,7 @@ class RoleSettings:
     placement: Literal["plain", "sharded", "offloaded"] = option(
         "plain",
         "of weights that never change, a frozen role's or those below an adapter: on every rank, shared out over the ranks "
+    trainable: str | None = option(None, "regular expression: it learns only the parameters in whose names this is found")
         "(ZeRO-3), or on the host until they are used (not below an adapter)",
     )
 
@@ -117,6 +119,7 @@ class RunConfig:
     optimizer: Optimizer = option(AdamW, "optimiser")
     schedule: Schedule = option(Constant, "learning-rate schedule")
     engine: Engine = option(DeepSpeedEngine, "what holds the networks that learn")
+    trainable: str | None = option(None, "regular expression: every role learns only the parameters in whose names this is found")
     roles: dict[str, RoleSettings] = option(dict, "what single roles do otherwise")
     trackers: list[Tracker] = option(lambda: [TensorBoard()], "where numbers, sample grids and settings are shown, beside metrics.jsonl")
     cluster: Cluster = option(Cluster, "where processes live")
@@ -135,7 +138,8 @@ class RunConfig:
         for name, settings in self.roles.items():
             if settings.placement == "plain" or not isinstance(self.method.roles[name], Trained):
                 continue
-            if self.adapter_of(name) is None:
+            part = self.part_of(name)
+            if part is None:
                 raise ConfigError(
                     f"role {name!r} learns, so its engine places it; set roles.{name}.engine.zero_stage", key=f"roles.{name}.placement"
                 )
@@ -147,6 +151,8 @@ class RunConfig:
             raise ConfigError("workers are Ray's: set cluster.place=ray, or start ranks with torchrun", key="cluster.workers")
         portions = training.micro_batches * math.lcm(*range(cluster.fewest, cluster.most + 1))
         if training.batch_size % portions:
+            if isinstance(part, str):
+                raise ConfigError("parameters that learn need those of the others whole; set it to plain", key=f"roles.{name}.placement")
             remedy = training.batch_size - training.batch_size % portions or portions
             sizes = f"{cluster.most}" if cluster.fewest == cluster.most else f"each size from {cluster.fewest} to {cluster.most}"
             raise ConfigError(
@@ -179,6 +185,19 @@ class RunConfig:
         self.path, self.prediction = self.path or path, self.prediction or prediction
         for key, each in {"": self.model.law(), **laws}.items():
             if each is None:
+    def _check_parts(self) -> None:
+        for name, given in {"": self, **{f"roles.{name}.": settings for name, settings in self.roles.items()}}.items():
+            if given.trainable is None:
+                continue
+            if given.adapter is not None:
+                raise ConfigError("a role learns an adapter or some of its parameters, not both; leave one out", key=f"{name}trainable")
+            if name and not isinstance(self.method.roles[name.split(".")[1]], Trained):
+                raise ConfigError("this role does not learn; leave it out", key=f"{name}trainable")
+            try:
+                check_pattern(given.trainable)
+            except ValueError as error:
+                raise ConfigError(str(error), key=f"{name}trainable") from error
+
                 continue
             if not same_law(self.path, each[0]):
                 remedy = "leave `path` out" if given else "name pipelines of one path"
@@ -260,12 +279,13 @@ class RunConfig:
     def model_of(self, role: str) -> Model:
         return self.role_settings(role).model or self.method.roles[role].model or self.model
 
-    def adapter_of(self, role: str) -> Adapter | None:
-        """Of a role that learns; None = it learns its whole network."""
+    def part_of(self, role: str) -> Adapter | str | None:
+        """What a role that learns does so with: an adapter, or the parameters that a regular expression names; None = its whole network."""
         if not isinstance(self.method.roles[role], Trained):
             return None
-        adapter = self.role_settings(role).adapter or self.adapter
-        return adapter if adapter is not None and adapter.rank else None
+        own = self.role_settings(role)
+        part = own.adapter or own.trainable or self.adapter or self.trainable
+        return None if isinstance(part, Adapter) and not part.rank else part
 
     def codec(self) -> Codec:
         """What stands between the data and the networks. Raises ConfigError when they do not fit."""

@@ -34,3 +34,8 @@ def adapted(output: Path, engine: dict[str, Any] | str = "torch", method: dict[s
 def train_adapted(world: World, jobs: list[Job]) -> list[tuple[str, str]]:
     """`train_all`, where importing this module has registered the method."""
     return train_all(world, jobs)
+
+
+def partial(output: Path, engine: dict[str, Any] | str = "torch", method: dict[str, Any] | str = "duet", **training: Any) -> dict[str, Any]:
+    """A run whose roles learn some parameters alone."""
+    return values(output, method, engine, **training) | {"trainable": "hidden|output", "model": {"name": "dropout_mlp", "dropout": 0}}

@@ -195,9 +195,9 @@ def test_an_adapter_is_refused_on_other_weights(tmp_path: Path) -> None:
     assert all("lora" in name or name.endswith("/step") for name in state_of(run))
     shutil.rmtree(source)
     _trained(values(source, "flow_matching", samples=24))
-    with pytest.raises(CheckpointError, match=r"adapter of role 'model' .* was trained on other weights .* restore"):
+    with pytest.raises(CheckpointError, match=r"role .model. learnt .* was trained on other weights .* restore"):
         load_network(run)
-    with pytest.raises(CheckpointError, match=r"adapter of role 'model' .* was trained on other weights"):
+    with pytest.raises(CheckpointError, match=r"role .model. learnt .* was trained on other weights"):
         train(run_of(settings | {"training": {**settings["training"], "samples": 144}}), ALONE, lambda: False)
 
 

@@ -52,7 +52,7 @@ def run_settings(pipeline: Path, data: Any, **more: Any) -> dict[str, Any]:
 
 def rows(run: RunConfig, split: str, indices: Tensor) -> dict[str, Tensor]:
     batch = run.data.split(split).batch(indices) | {"index": torch.arange(len(indices))}  # type: ignore[attr-defined]
-    return encoded(batch, run.codec(), 3, torch.device("cpu"))
+    return encoded(batch, run.data, run.codec(), 3, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -175,7 +175,7 @@ def test_classes_stay_classes_and_unreadable_images_are_left_out(tmp_path: Path,
     assert len(split) == len(items) - 1 and list(found.class_names) == list(stage.data.class_names)
     assert [int(split[i]["label"]) for i in range(len(split))] == [int(items[i + 1]["label"]) for i in range(len(split))]
     run = run_of(run_settings(pipeline, {"name": "latents", "directory": str(tmp_path / "cache")}))
-    batch = encoded(split.batch(torch.arange(2)) | {"index": torch.arange(2)}, run.codec(), 0, torch.device("cpu"))
+    batch = encoded(split.batch(torch.arange(2)) | {"index": torch.arange(2)}, run.data, run.codec(), 0, torch.device("cpu"))
     direct = (
         run_of(run_settings(pipeline, data))
         .codec()
