@@ -53,7 +53,7 @@ class Roles:
 
     Attributes:
         codec: what stands between data and networks.
-        bases: role with an adapter -> digest of the weights below it.
+        bases: role on a network that it shares -> digest of the weights below it.
         digests: frozen role whose samples the method's pools hold -> digest of its weights.
     """
 
@@ -349,7 +349,7 @@ def _load_above(run: RunConfig, role: str) -> OnBase:
     assert newest is not None
     with run.storage.open(newest) as checkpoint:
         _refuse_other_bases(checkpoint, {role: base.digest})
-        _load_into(module, _saved(checkpoint, run, role), f"roles.{role}.adapter")
+        _load_into(module, _saved(checkpoint, run, role), f"roles.{role}")
     return module
 
 
