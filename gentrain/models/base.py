@@ -88,6 +88,11 @@ class Model(Component, kind="model"):
         raise NotImplementedError
 
     @property
+    def awaited(self) -> bool:
+        """Whether an earlier stage of the recipe writes what `build` reads, be it there or not."""
+        return False
+
+    @property
     def to_come(self) -> bool:
         """Whether an earlier stage of the recipe has still to write what `build` reads."""
         return False

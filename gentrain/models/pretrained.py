@@ -49,15 +49,19 @@ class Pretrained(Model):
     )
 
     def __post_init__(self) -> None:
-        self._expected = is_to_come(self.directory)
+        self._awaited = is_to_come(self.directory)
         if self.to_come or FilePath(self.directory).is_dir():
             self.directory = str(FilePath(self.directory).absolute())
         if not self.to_come:
             _ = self.family
 
     @property
+    def awaited(self) -> bool:
+        return self._awaited
+
+    @property
     def to_come(self) -> bool:
-        return self._expected and not FilePath(self.directory).exists()
+        return self.awaited and not FilePath(self.directory).exists()
 
     @cached_property
     def family(self) -> Family:

@@ -25,11 +25,15 @@ class Train(Stage):
 
     def settings(self) -> dict[str, Any]:
         values = super().settings()
-        values["run"] = weight_settings(self.run)
+        values["run"] = self._without_law(weight_settings(self.run))
         return values
 
     def execute(self, directory: Path) -> None:
-        # read again: a pipeline that an earlier stage wrote says only now which path and prediction are its own
-        run = build(RunConfig, Document(to_dict(self.run), f"{directory} as the recipe has it"))
+        run = build(RunConfig, Document(self._without_law(to_dict(self.run)), f"{directory} as the recipe has it"))
         if launch(run) is Outcome.STOPPED:
             raise Stopped
+
+    def _without_law(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Without the path and prediction of a pipeline that an earlier stage writes: until it is there nobody knows them."""
+        awaited = any(self.run.model_of(role).awaited for role in self.run.method.roles)
+        return {key: value for key, value in values.items() if not (awaited and key in self.run.left_out)}

@@ -182,6 +182,7 @@ class RunConfig:
         law = self.model.law() or next((each for each in laws.values() if each is not None), None)
         path, prediction = law or (RectifiedFlow(), "velocity")
         given = self.path is not None or self.prediction is not None
+        self.left_out = [key for key in ("path", "prediction") if getattr(self, key) is None]
         self.path, self.prediction = self.path or path, self.prediction or prediction
         for key, each in {"": self.model.law(), **laws}.items():
             if each is None:
@@ -235,7 +236,8 @@ class RunConfig:
             able = ", ".join(name for name, method in Method.available().items() if method.weighs)
             raise ConfigError(f"{self.method.registered_name} does not weigh its samples, which have weights; these do: {able}", key="data")
         try:
-            self.method.check_data(self.data)
+            if not any(self.model_of(role).to_come for role in self.method.roles):  # nor perhaps are its latents there
+                self.method.check_data(self.data)
         except ConfigError as error:
             raise ConfigError(error.message, key=f"method.{error.key}") from error
         except ValueError as error:

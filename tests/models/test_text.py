@@ -128,7 +128,7 @@ def test_mistakes_of_the_stage(tmp_path: Path) -> None:
             build(Assemble, Document({"autoencoder": "runs/a", **settings}, "stage"))
 
 
-def test_a_pipeline_that_an_earlier_stage_writes_is_looked_at_when_it_is_there(tmp_path: Path) -> None:
+def test_a_pipeline_that_an_earlier_stage_writes_is_looked_at_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"name": "pretrained", "directory": str(tmp_path / "pipeline")}
     run = {
         "method": "flow_matching",
@@ -146,6 +146,10 @@ def test_a_pipeline_that_an_earlier_stage_writes_is_looked_at_when_it_is_there(t
 
     stable_diffusion(tmp_path / "pipeline")
     assert not stage.run.model.to_come and stage.run.model.law() is not None
+    seen = []
+    monkeypatch.setattr("gentrain.recipes.train.launch", lambda run: seen.append(run))
     stage.place(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"run\.?.*trained on another path|another path"):
-        stage.execute(tmp_path / "run")  # the recipe said rectified flow by leaving `path` out
+    stage.execute(tmp_path / "run")
+    assert (seen[0].path.registered_name, seen[0].prediction) == ("variance_preserving", "eps")  # though the recipe could not know them
+    with outputs_to_come([tmp_path / "pipeline"]), pytest.raises(ConfigError, match="trained on another path"):
+        build(Train, Document({"run": {**run, "path": "rectified_flow"}}, "stage"))

@@ -33,7 +33,7 @@ def test_stages_know_what_they_read_before_and_after_it_is_there(tmp_path: Path,
     stable_diffusion(tmp_path / "out" / "pipeline")
     after = load_recipe(RECIPE, [f"output={output}"])
     assert {name: _dependencies(after, stage) for name, stage in after.stages.items()} == read
-    for name in ("pipeline", "latents", "seen", "scores"):
+    for name in ("pipeline", "latents", "model", "seen", "scores"):
         assert before.stages[name].settings() == after.stages[name].settings()
 
 
