@@ -64,6 +64,7 @@ class RoleEngine:
         self.role, self.module, self.world, self.clipping = role, module, world, gradient_clipping
         self.shapes = {name: p.shape for name, p in module.named_parameters()}
         self.ema: list[Tensor] | None = None
+        self.powers: list[list[Tensor]] = []
         self._forwards = 0
         self._complete = False  # whether all gradients of the next step are there
 
@@ -112,6 +113,12 @@ class RoleEngine:
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.partitions], 1 - decay)
 
+    def update_powers(self, decays: list[float]) -> None:
+        """As `update_ema`, of the averages that `start_ema` began beside it."""
+        with torch.no_grad():
+            for average, decay in zip(self.powers, decays, strict=True):
+                torch._foreach_lerp_(average, [p.detach() for p in self.partitions], 1 - decay)
+
     def follow(self, other: RoleEngine, decay: float) -> None:
         """Weights <- decay * weights + (1 - decay) * other's, on this rank's masters. Raises EngineMisuse for an engine of another kind."""
         if self.fragments != other.fragments:
@@ -119,9 +126,14 @@ class RoleEngine:
         torch._foreach_lerp_([p.detach() for p in self.partitions], [p.detach() for p in other.partitions], 1 - decay)
         self._refresh()
 
-    def start_ema(self) -> None:
-        """Starts from the master weights themselves (under bf16 they are not the weights the module was built with)."""
+    def start_ema(self, powers: int = 0) -> None:
+        """Starts from the master weights themselves (under bf16 they are not the weights the module was built with).
+
+        Args:
+            powers: how many more averages there are, `powers`: see training.averages.
+        """
         self.ema = [p.detach().clone() for p in self.partitions]
+        self.powers = [[p.detach().clone() for p in self.partitions] for _ in range(powers)]
 
     # --- what all ranks hold, whole: collective ---
 
@@ -150,7 +162,8 @@ class RoleEngine:
     # --- what this rank holds, to be saved and restored ---
 
     def shards(self) -> Iterator[tuple[str, Shard]]:
-        """This rank's part of the state: `weights` and `ema`, with the module's buffers, and `optimizer`. Views where they are on the host.
+        """This rank's part of the state: `weights` and `ema`, with the module's buffers, `power<n>` and `optimizer`. Views where they are on the
+        host.
 
         Over all ranks each element of a parameter is there once. Buffers, and numbers that all parameters share, are in every part.
         """
@@ -158,6 +171,8 @@ class RoleEngine:
         yield "weights", self._pieces(self.partitions) | buffers
         if self.ema is not None:
             yield "ema", self._pieces(self.ema) | buffers
+        for number, average in enumerate(self.powers):
+            yield f"power{number}", self._pieces(average)
         entries = [self.optimizer.state.get(p, {}) for p in self.partitions]
         optimizer: Shard = {}
         for key in sorted({key for entry in entries for key in entry}):
@@ -187,6 +202,8 @@ class RoleEngine:
                     buffer.copy_(weights.read(name, 0, buffer.numel(), tuple(buffer.shape)).reshape(buffer.shape))
             if self.ema is not None:
                 self._fill(self.ema, shards("ema"))
+            for number, average in enumerate(self.powers):
+                self._fill(average, shards(f"power{number}"))
             for key, per_parameter in optimizer.keys().items():
                 if per_parameter:
                     values = [torch.zeros_like(p) for p in self.partitions]

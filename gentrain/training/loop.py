@@ -18,6 +18,7 @@ from torch import Tensor
 from gentrain.config import ConfigError
 from gentrain.methods.base import Batch, Clock, Follow, Update
 from gentrain.noise import Noise, derive
+from gentrain.training.averages import power_decay
 from gentrain.training.batches import batches, encoded
 from gentrain.training.beginning import claim, note_published
 from gentrain.training.callbacks import Callback, MetricsFile, Previews, Trackers, due, sayable
@@ -194,6 +195,7 @@ class Trainer:
             self._accumulate({f"grad_norm/{role}": torch.tensor(result.grad_norm)}, 1.0)
             if engine.ema is not None:
                 engine.update_ema(_ema_decay(self.run, self.clock))
+                engine.update_powers([power_decay(length, self.clock.step + 1) for length in run.training.power_ema])
 
     def _accumulate(self, values: dict[str, Tensor], weight: float) -> None:
         """Sums on the device: only logging steps wait for it."""

@@ -87,7 +87,7 @@ class Roles:
                 _hold_the_rest(run, name, module)
                 self.engines[name] = run.engine_of(name).build(name, module, run.optimizer_of(name), world)
                 if role.ema:
-                    self.engines[name].start_ema()
+                    self.engines[name].start_ema(len(run.training.power_ema))
             else:
                 self.frozen[name] = module.eval().requires_grad_(False)
         self.bases = {name: self._base(name).digest for name in above}

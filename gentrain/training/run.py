@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gentrain.config import ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.data.base import Data
@@ -24,6 +24,7 @@ from gentrain.paths.base import Path, same_law
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.euler import Euler
+from gentrain.training.averages import LONGEST
 from gentrain.training.cluster import Cluster
 from gentrain.training.engine import Engine
 from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
@@ -66,6 +67,11 @@ class Training:
     ema_half_life: PositiveInt = option(32_000, "of the average of the weights", unit="samples", source="EDM (Karras et al. 2022), F.2")
     ema_warmup: NonNegativeFloat = option(
         0.05, "the half-life is at most this share of the samples seen", source="EDM code release, ema_rampup_ratio"
+    )
+    power_ema: list[Annotated[float, Field(gt=0, le=LONGEST)]] = option(
+        list,
+        "further averages, by their relative lengths, two of them: from their checkpoints the stage `average` makes one of any length",
+        source="arXiv:2312.02696, section 3: [0.05, 0.1]",
     )
     max_skipped: NonNegativeInt = option(10, "optimiser steps of a role in a row that may be skipped for a gradient that is not finite")
     spike_guard: SpikeGuard | None = option(
