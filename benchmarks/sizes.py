@@ -1,6 +1,6 @@
 """Pipelines of the published sizes without weights: configurations alone, which are all that `gentrain plan` reads.
 
-    python benchmarks/sizes.py DIRECTORY      # DIRECTORY/sd15, DIRECTORY/flux, and a run's configuration for each
+    python benchmarks/sizes.py DIRECTORY      # DIRECTORY/sd15, DIRECTORY/flux, and runs' configurations
     gentrain plan DIRECTORY/sd15.yaml --memory 24
 
 Sizes are those of Stable Diffusion 1.5 and FLUX.1 dev, typed in; the classes are diffusers' and transformers' own.
@@ -25,6 +25,29 @@ engine: {{name: deepspeed, zero_stage: {stage}, precision: bf16}}
 {more}training: {{samples: 100_000, batch_size: {batch}, micro_batches: 1}}
 cluster: {{place: ray, workers: 8, gpus_per_worker: 1}}
 """
+
+FORGET = """\
+# {what}
+model: {{name: pretrained, directory: {directory}}}
+method: {method}
+data:
+  name: concepts
+  prompts: {{name: prompts, path: {prompts}, size: 512}}
+  concepts: {{cat: {{words: [cat, kitten], replace: dog}}}}
+adapter: {{rank: 64, targets: [attention, feed_forward]}}
+optimizer: {{name: adamw, lr: 1.0e-5, beta1: 0.0, weight_decay: 0.0}}
+engine: {{name: deepspeed, zero_stage: 2, precision: bf16}}
+training: {{samples: 100_000, batch_size: 8, micro_batches: {portions}}}
+cluster: {{place: ray, workers: 1, gpus_per_worker: 1}}
+"""
+FORGETTING = {  # run -> what it makes, its method, its micro-batches
+    "sd15-sfd": (
+        "A one-step pipeline that has forgotten a concept (sfd).",
+        "{name: sfd, alpha: 1.0, lam: 1, mu: 1, guidance: 4.5, fake_guidance: 4.5, condition_dropout: 0.1}",
+        2,
+    ),
+    "sd15-esd": ("A LoRA patch that makes the deployed pipeline forget a concept (esd).", "{name: esd}", 1),
+}
 
 
 def _autoencoder(**config: Any) -> Any:
@@ -85,7 +108,7 @@ def _index(directory: Path, pipeline: str, components: dict[str, str]) -> None:
 
 
 def write(directory: Path) -> None:
-    """Both pipelines and a run's configuration for each."""
+    """Both pipelines, a run's configuration for each, and for the smaller one those of two that forget."""
     directory.mkdir(parents=True, exist_ok=True)
     prompts = directory / "prompts.txt"
     prompts.write_text("".join(f"a photo of {what}\n" for what in ("a rose", "a cat", "a house", "a boat")))
@@ -96,6 +119,9 @@ def write(directory: Path) -> None:
     ):
         make(directory / name)
         (directory / f"{name}.yaml").write_text(RUN.format(directory=directory / name, prompts=prompts, **settings))
+    for name, (what, method, portions) in FORGETTING.items():
+        told = FORGET.format(what=what, method=method, portions=portions, directory=directory / "sd15", prompts=prompts)
+        (directory / f"{name}.yaml").write_text(told)
 
 
 if __name__ == "__main__":

@@ -25,3 +25,13 @@ def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> None:
     picture = Image.fromarray(sheet.squeeze(-1).numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Writes [C, H, W] in [-1, 1] (C = 1 or 3) as a PNG, as it is. Raises ValueError for another number of channels."""
+    from PIL import Image
+
+    if len(image) not in (1, 3):
+        raise ValueError(f"only grey and RGB images can be written, got {len(image)} channels")
+    pixels = ((image.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).contiguous().numpy()).save(path)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gentrain.cluster import session
 from gentrain.cluster.progress import shown
 from gentrain.config import ConfigError, Document, build, to_dict
+from gentrain.methods.base import Trained
 from gentrain.noise import Noise, derive
 from gentrain.samplers.base import Sampler
 from gentrain.training.roles import load_network
@@ -60,7 +61,7 @@ def generate(
     run = open_run(directory)  # what a user can mend is told here, not by an actor that dies
     if run.method.generator is None:
         raise ConfigError(f"{directory} holds a {run.method.registered_name}, which generates nothing")
-    if run.storage.latest() is None:
+    if isinstance(run.method.roles[run.method.generator], Trained) and run.storage.latest() is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
     chunks = [(first, labels[first : first + CHUNK], prompts) for first in range(0, len(labels), CHUNK)]
     if actors == 0:

@@ -126,6 +126,8 @@ class PretrainedNetwork(nn.Module):
         """x [B, C, H, W], t [B] in diffusers' timesteps, condition as the codec's -> [B, C, H, W] in the weights' dtype."""
         dtype = next(self.backbone.parameters()).dtype
         if self.family.takes_text:
+            if condition is not None and "null" not in condition and "label" in condition and bool((condition["label"] >= 0).any()):
+                raise ValueError("the network takes prompts, not classes; take the data set `concepts` to have it forget")
             given = {name: self._filled(name, condition, len(x)) for name in self._null}
         else:
             given = {"label": class_index(condition, x, self.family.num_classes)}
@@ -192,7 +194,9 @@ class PretrainedCodec(Codec):
         texts = self.family.text_shapes() if self.family.takes_text and self.names else {}
         given = {name: torch.zeros((rows, *value.shape[1:]), dtype=value.dtype) for name, value in texts.items()}
         null = {"null": torch.zeros(rows, dtype=torch.bool)} if texts else {}
-        return {**batch, "x": torch.zeros(rows, *self.shape), **{f"condition/{name}": value for name, value in {**given, **null}.items()}}
+        parts = ("", *(key.removesuffix("caption") for key in batch if key.endswith("/caption")))  # that have texts of their own
+        conditions = {f"{part}condition/{name}": value for part in parts for name, value in {**given, **null}.items()}
+        return {**batch, "x": torch.zeros(rows, *self.shape), **conditions}
 
     def encode(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
         if DEVIATION in batch:  # of a cache, which has the texts as well

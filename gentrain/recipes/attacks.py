@@ -22,7 +22,7 @@ from gentrain.images import save_grid
 from gentrain.methods.forgetting import class_number
 from gentrain.methods.matching import Noised, output_error
 from gentrain.metrics.base import Metric, proportion
-from gentrain.models.adapters import Adapted, digest_of
+from gentrain.models.adapters import OnBase, digest_of
 from gentrain.models.base import Codec, Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise, derive
@@ -132,7 +132,7 @@ class Attack(Stage):
         codec, names = run.codec().to(device), list(known.class_names)
         if not codec.takes_prompts and list(codec.names) != names:
             raise ConfigError(f"{self.run} and {self.judge} know other classes", key="run")
-        if isinstance(denoiser.network, Adapted):
+        if isinstance(denoiser.network, OnBase):
             denoiser = Denoiser(denoiser.network.fold(), denoiser.path, denoiser.prediction)
         denoiser.network.to(device)  # type: ignore[attr-defined]
         items = Chosen(known, classes=[forgotten], count=self.images).split("train")

@@ -54,7 +54,7 @@ class Export(Stage):
             raise ConfigError(f"not released: {'; '.join(unmet(release))}; train on, or set force=true", key="gate")
         self._write(out, denoiser, run)
         if release is not None or isinstance(run.method, Forgetting):
-            forgotten = release["forget"] if release is not None else str(run.method.forget)  # type: ignore[attr-defined]
+            forgotten = release["forget"] if release is not None else run.method.told  # type: ignore[attr-defined]
             card = out / CARD
             before, limits, after = card.read_text(encoding="utf-8").partition("\n## Limits")
             card.write_text(f"{before}\n{statement(forgotten, release)}{limits.lstrip()}{after}", encoding="utf-8")

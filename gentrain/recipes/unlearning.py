@@ -161,7 +161,7 @@ class Unlearning(Stage):
         if self.oracle is not None:
             if len(forgotten) > 1:
                 raise ConfigError("an oracle is compared for one forgotten class; leave it out", key="oracle")
-            runs = {name: str(_info(place).get("run")) for name, place in places.items()}
+            runs = {name: str(read_info(place).get("run")) for name, place in places.items()}
             for name, metric in oracle_distances(self.oracle, runs, forgotten[0], self.oracle_count, self.oracle_draws).items():
                 measured[name].further.append(metric)
         found = [_as_metric(attack) for attack in release["attacks"]]
@@ -193,14 +193,14 @@ class Unlearning(Stage):
     def _refuse_other_prompts(self, places: dict[str, str], names: list[str]) -> None:
         """Else a label would stand for another thing than the judge takes it for."""
         for name, place in places.items():
-            drawn = _info(place).get("names")
+            drawn = read_info(place).get("names")
             if drawn is not None and drawn != names:
                 key = f"others.{name}" if name in self.others else name
                 raise ConfigError(f"these are samples of {', '.join(drawn)}; the judge reads {', '.join(names)}, in this order", key=key)
 
     def _refuse_other_noise(self, places: dict[str, str], sets: dict[str, dict[str, Tensor]]) -> None:
         """Else a difference of the models could be one of the noise."""
-        seeds = {name: _info(place).get("seed") for name, place in places.items()}
+        seeds = {name: read_info(place).get("seed") for name, place in places.items()}
         for name, samples in sets.items():
             common = min(len(samples["label"]), len(sets["before"]["label"]))
             if not torch.equal(samples["label"][:common], sets["before"]["label"][:common]) or seeds[name] != seeds["before"]:
@@ -217,7 +217,7 @@ class Unlearning(Stage):
         checks.append(_check("remain accuracy", after.remain.value, before.remain.low - gate.remain_loss, False))
         farthest = max(gate.distance_factor * before.distance.high, gate.distance_floor)
         checks.append(_check("Frechet distance of the others", after.distance.value, farthest, True))
-        weights = str(_info(self.after).get("weights", ""))
+        weights = str(read_info(self.after).get("weights", ""))
         attacks = self._attacks(weights)
         limits: tuple[tuple[str, float | None, Literal["low", "high"]], ...] = (
             ("steps until relearnt", gate.relearning, "low"),
@@ -261,7 +261,8 @@ def _check(what: str, measured: float, limit: float, below: bool) -> Check:
     return {"what": what, "measured": measured, "limit": limit, "met": measured <= limit if below else measured >= limit}
 
 
-def _info(place: str) -> dict[str, Any]:
+def read_info(place: str) -> dict[str, Any]:
+    """How a stage `generate` drew its samples. Raises ConfigError when that is not recorded."""
     try:
         return dict(json.loads((Path(place) / INFO).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
@@ -301,7 +302,7 @@ def read_release(directory: str, run: str) -> Release:
 
 def statement(forgotten: str, release: Release | None) -> str:
     """The model card's section: the class, the conditions with their numbers, the attacks, and that all this is no guarantee."""
-    lines = [f"## Unlearning\nMade to forget the class {forgotten}.\n"]
+    lines = [f"## Unlearning\nMade to forget {forgotten}.\n"]
     if release is None:
         return "\n".join([*lines, "Whether it did was not measured for this export, so nothing is claimed.\n", ""])
     missed = unmet(release)

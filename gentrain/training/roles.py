@@ -326,6 +326,8 @@ def load_weights(directory: str, key: str = "", role: str = "") -> State:
     """
     run = open_run(directory, key)
     role = _source(run, role)
+    if not isinstance(run.method.roles[role], Trained):  # a pipeline as it was adopted
+        return _first_weights(run, role, build_network(run, role))
     storage = run.storage
     newest = storage.latest()
     if newest is None:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from gentrain.config import ConfigError, Document
+from gentrain.data.concepts import Concept, Concepts
 from gentrain.data.toys import Rings
 from gentrain.methods.base import Clock, Frozen
 from gentrain.methods.forgetting import class_number, draw_classes
+from gentrain.methods.npo import NegativePreference
 from gentrain.methods.sfd import ScoreForgetting, fake_score_loss, score_identity_loss
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.base import Path
@@ -16,6 +18,7 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.one_step import OneStep
 from gentrain.training.run import RunConfig, parse_run
+from tests.methods.captioned import CaptionedPatches
 from tests.methods.toy import TinyNetwork, batch_of, noise_of
 
 
@@ -187,6 +190,10 @@ class Recorder:
         self.draws.append(self._noise.uniform(shape, low, high).double())
         return self.draws[-1]
 
+    def bernoulli(self, probability: float, shape: tuple[int, ...]) -> Tensor:
+        self.draws.append(self._noise.bernoulli(probability, shape))
+        return self.draws[-1]
+
 
 def alpha_bar() -> Tensor:
     return (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
@@ -225,15 +232,18 @@ def gradients(nets: SimpleNamespace, role: str) -> list[Tensor | None]:
     return [p.grad for p in getattr(nets, role).network.parameters()]
 
 
-def run_update(method: ScoreForgetting, nets: SimpleNamespace, index: int, count: int) -> list[list[Tensor]]:
-    """The losses of one update, backward each; what each has drawn. Only the update's role learns."""
+def run_update(
+    method: ScoreForgetting, nets: SimpleNamespace, index: int, count: int, rows: dict[str, Tensor] | None = None
+) -> list[list[Tensor]]:
+    """The losses of one update, backward each; what each has drawn. Only the update's role learns. rows: of the batch, beside x."""
     update = list(method.updates(Clock(0, count, count)))[index]
     for role in ("teacher", "fake_score", "student"):
         getattr(nets, role).network.requires_grad_(role == update.role)
     recorders = []
     for loss in update.losses:
         recorders.append(Recorder(count))
-        loss(nets, {"x": torch.zeros(count, 2, dtype=torch.float64)}, recorders[-1]).value.backward()  # type: ignore[arg-type]
+        batch = {"x": torch.zeros(count, 2, dtype=torch.float64), **(rows or {})}
+        loss(nets, batch, recorders[-1]).value.backward()  # type: ignore[arg-type]
     return [recorder.draws for recorder in recorders]
 
 
@@ -304,6 +314,98 @@ def test_the_student_step_is_the_one_computed_by_hand(alpha: float, guidance: fl
     total.backward()
     for ours, theirs in zip(found, gradients(nets, "student"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------------
+
+
+def prompted(**settings: Any) -> ScoreForgetting:
+    method = ScoreForgetting(**settings)
+    method.check_data(Concepts(CaptionedPatches(), {"red": Concept(["red"], replace="blue")}))
+    return method
+
+
+def rows_of(count: int, **parts: int) -> dict[str, Tensor]:
+    """What stays is 0 and 2 in turn; the entry of the condition that the tiny network reads is called label."""
+    stays = {"condition/label": 2 * (torch.arange(count) % 2)}
+    return stays | {f"{part}/condition/label": torch.full((count,), value) for part, value in parts.items()}
+
+
+def guided_by_hand(network: torch.nn.Module, x_t: Tensor, t: Tensor, label: Tensor, weight: float, null: int = -1) -> Tensor:
+    without = x0_by_hand(network, x_t, t, torch.full_like(label, null))
+    return without + weight * (x0_by_hand(network, x_t, t, label) - without)
+
+
+@pytest.mark.parametrize("negative", [None, 2])
+def test_the_student_step_on_prompts_is_the_one_computed_by_hand(negative: int | None) -> None:
+    """Teacher and fake score guided; a negative prompt stands for the teacher's empty one in the forget term alone."""
+    count, method, nets = 32, prompted(lam=0.7, guidance=3.0, fake_guidance=2.0, condition_dropout=0.1), nets_of()
+    rows = rows_of(count, forget=1, override=0, **({} if negative is None else {"negative": negative}))
+    remain, forget = run_update(method, nets, 1, count, rows)
+    found = gradients(nets, "student")
+    nets.student.network.zero_grad(set_to_none=True)
+    teacher, fake, student = (nets.__dict__[role].network for role in ("teacher", "fake_score", "student"))
+    total = torch.zeros((), dtype=torch.float64)
+    kept, lost = rows["condition/label"], torch.ones(count, dtype=torch.int64)
+    for weight, label, asked, null, (z, t, eps) in (
+        (1.0, kept, kept, -1, remain),
+        (0.7, lost, torch.zeros_like(lost), -1 if negative is None else negative, forget),
+    ):
+        a, s = at_time(t)
+        x_g = generated(student, z, label)
+        x_t = a * x_g + s * eps
+        y = guided_by_hand(teacher, x_t, t, asked, 3.0, null)
+        d = y - guided_by_hand(fake, x_t, t, label, 2.0)
+        omega = (y - x_g).abs().mean(1, keepdim=True).detach()
+        total = total + weight * (d * (y - x_g - 1.2 * d) / omega).sum(1).mean()
+    total.backward()
+    for ours, theirs in zip(found, gradients(nets, "student"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_the_fake_score_step_on_prompts_learns_through_its_guidance() -> None:
+    """Rows that are dropped are drawn for their prompt and denoised without it."""
+    count, method, nets = 32, prompted(mu=0.3, guidance=3.0, fake_guidance=2.0, condition_dropout=0.4), nets_of()
+    rows = rows_of(count, forget=1, override=0)
+    drawn = run_update(method, nets, 0, count, rows)
+    found = gradients(nets, "fake_score")
+    nets.fake_score.network.zero_grad(set_to_none=True)
+    fake, student = nets.fake_score.network, nets.student.network
+    total = torch.zeros((), dtype=torch.float64)
+    for weight, label, (z, t, eps, dropped) in zip((1.0, 0.3), (rows["condition/label"], torch.ones(count, dtype=torch.int64)), drawn):
+        assert 0 < dropped.sum() < count
+        a, s = at_time(t)
+        x_t = a * generated(student, z, label).detach() + s * eps
+        guided = guided_by_hand(fake, x_t, t, label.where(~dropped, -1), 2.0)
+        total = total + weight * ((x_t - a * guided) / s - eps).square().sum(1).mean()
+    total.backward()
+    for ours, theirs in zip(found, gradients(nets, "fake_score"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "settings, key, said",
+    [
+        ({"forget": 1}, "forget", "the data set `concepts` says what is forgotten"),
+        ({"prior": [1.0]}, "prior", "the data set `concepts` says what is forgotten"),
+        ({"override": 2}, "override", "the rules of the data set `concepts` say what is drawn instead"),
+        ({"fake_guidance": 2.0}, "condition_dropout", "a guided fake score needs rows without condition"),
+    ],
+)
+def test_what_prompts_say_already_is_refused(settings: dict[str, Any], key: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        prompted(**settings)
+    assert raised.value.key == key
+
+
+def test_without_prompts_the_class_is_named_and_images_are_needed_by_others() -> None:
+    with pytest.raises(ConfigError, match="name the class to forget, or take the data set `concepts`"):
+        ScoreForgetting().check_data(Rings())
+    with pytest.raises(ValueError, match="npo learns from images and their classes, not from prompts alone; take sfd or esd"):
+        NegativePreference().check_data(Concepts(CaptionedPatches(), {"red": Concept(["red"], replace="blue")}))
+
+
+# --- order and roles --------------------------------------------------------------------------------------------------------
 
 
 def test_the_fake_score_goes_first_and_terms_are_apart() -> None:

@@ -151,7 +151,7 @@ def test_the_card_states_class_conditions_and_that_it_is_no_guarantee(out: Path)
     card = (out / "pipeline/README.md").read_text()
     unlearning, limits = card.index("## Unlearning"), card.index("## Limits")
     section = card[unlearning:limits]
-    assert unlearning < limits and "forget the class 3" in section and "no guarantee" in section
+    assert unlearning < limits and "Made to forget 3." in section and "no guarantee" in section
     assert "| steps until relearnt | " in section and "No attack was tried" not in section
     assert "It meets the conditions of its release" in section and "| forget accuracy, upper end |" in section
 
@@ -169,7 +169,7 @@ def test_what_does_not_meet_the_gate_is_not_exported_unless_forced(out: Path, tm
 
 def test_without_a_gate_the_card_claims_nothing(out: Path, tmp_path: Path) -> None:
     card = (Export(run=str(out / "unlearned")).write(tmp_path / "pipeline") / "README.md").read_text()
-    assert "forget the class 3" in card and "nothing is claimed" in card
+    assert "Made to forget 3." in card and "nothing is claimed" in card
     plain = (Export(run=str(out / "student")).write(tmp_path / "plain") / "README.md").read_text()
     assert "Unlearning" not in plain
 
@@ -242,7 +242,7 @@ def test_the_gate_compares_the_worse_ends() -> None:
         told = [("steps until relearnt", 9.0, relearning, 20.0), ("success of inversion", 0.2, 0.1, inversion)]
         attacks = [{"what": what, "measured": value, "low": low, "high": high, "definition": ""} for what, value, low, high in told]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("gentrain.recipes.unlearning._info", lambda place: {})
+            patch.setattr("gentrain.recipes.unlearning.read_info", lambda place: {})
             patch.setattr(Unlearning, "_attacks", lambda self, weights: attacks)
             release = stage._release("3", {"before": before, "after": rows(*after)})
         return [check["met"] for check in release["checks"]]
