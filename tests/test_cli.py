@@ -220,6 +220,24 @@ def test_export(gentrain: Command, folder: Path) -> None:
     assert status == 2 and "pipeline exists and is not an empty directory; name another" in printed
 
 
+def test_numbers_of_former_weights_are_not_exported(gentrain: Command, folder: Path) -> None:
+    """Trained on since: neither are the former samples measured, nor do the former numbers reach a model card."""
+    assert gentrain("train", "digits.yaml")[0] == 0
+    assert gentrain("sample", "runs/digits", "count=60", "sampler.steps=2")[0] == 0
+    assert gentrain("evaluate", "runs/digits")[0] == 0
+    assert gentrain("train", "digits.yaml", "training.samples=64")[0] == 0
+    for command in (("evaluate", "runs/digits"), ("export", "runs/digits", "pipeline")):
+        status, printed = gentrain(*command)
+        assert (
+            status == 2
+            and "of other weights than the run's newest checkpoint; draw and measure anew: gentrain sample runs/digits" in printed
+        )
+    assert not (folder / "pipeline").exists()
+    assert gentrain("sample", "runs/digits", "count=60", "sampler.steps=2")[0] == 0
+    assert gentrain("evaluate", "runs/digits")[0] == 0
+    assert gentrain("export", "runs/digits", "pipeline", "sampler={name: euler, steps: 3}") == (0, "exported: pipeline\n")
+
+
 def test_a_recipe_is_run_once(gentrain: Command, folder: Path) -> None:
     status, printed = gentrain("run", "recipe.yaml")
     assert status == 0

@@ -222,10 +222,11 @@ def evaluate(run: Path, overrides: JudgeOverrides = None) -> int:
 
     Example: gentrain evaluate runs/quickstart/generator judge=runs/quickstart/judge
     """
-    from gentrain.recipes.evaluate import Evaluate
+    from gentrain.recipes.evaluate import Evaluate, refuse_former_weights, weights_of
     from gentrain.training.run import open_run
 
     samples = {GENERATED: str(run / GENERATED)}
+    refuse_former_weights(run, weights_of(run / GENERATED), f"{run / GENERATED} holds samples")
     _execute(Evaluate, {"samples": samples, "data": _plain(open_run(run).data)}, overrides, run / EVALUATION)
     _print_metrics(run / EVALUATION)
     return 0
@@ -238,10 +239,13 @@ def export(run: Path, out: Path, overrides: ExportOverrides = None) -> int:
     Example: gentrain export runs/quickstart/generator digits-pipeline sampler.guidance=3
     """
     from gentrain.config import ConfigError
+    from gentrain.recipes.evaluate import measured_weights, refuse_former_weights
     from gentrain.recipes.export import Export
     from gentrain.training.run import open_run
 
     scores = run / EVALUATION
+    if scores.is_dir():
+        refuse_former_weights(run, measured_weights(scores).get(GENERATED), f"{scores} holds numbers")
     values = {"run": str(run), "sampler": _plain(open_run(run).sampler), "scores": str(scores) if scores.is_dir() else None}
     stage = _stage(Export, values, overrides)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -20,10 +21,11 @@ _ENDS = ("finished", "stopped", "abandoned", "failed")
 
 
 def note(directory: Path, event: str, **details: Any) -> None:
-    """Appends a line to attempts.jsonl; lines of several processes do not mix."""
+    """Appends a line to attempts.jsonl, behind one that a kill or a full disk has cut; lines of several processes do not mix."""
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "host": socket.gethostname(), **details}
-    with (directory / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with (directory / ATTEMPTS).open("a+b") as file:
+        cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+        file.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
 
 
 class Started(Callback):
@@ -60,15 +62,18 @@ def short(text: str) -> str:
 
 
 def _lines(directory: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in (directory / ATTEMPTS).read_text().splitlines()]
-    except (OSError, ValueError):
-        return []
+    """Those that are whole."""
+    found = []
+    with suppress(OSError):
+        for line in (directory / ATTEMPTS).read_text(errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def last_failure(directory: Path) -> str:
     """Why the newest attempt that failed did so, with where the stacks of its ranks are if it hung; empty if none has failed."""
-    return next((line["reason"] for line in reversed(_lines(directory)) if line["event"] == "failed"), "")
+    return next((line["reason"] for line in reversed(_lines(directory)) if line.get("event") == "failed"), "")
 
 
 def stacks_of(directory: Path) -> set[str]:

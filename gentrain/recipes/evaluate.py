@@ -20,10 +20,11 @@ from gentrain.metrics.accuracy import class_accuracy
 from gentrain.metrics.base import Metric
 from gentrain.metrics.distances import distance_metric, energy_distance, frechet_distance, kernel_metric, sliced_wasserstein
 from gentrain.metrics.neighbours import neighbour_metrics
+from gentrain.models.adapters import digest_of
 from gentrain.recipes.base import Stage
 from gentrain.recipes.features import apply_network, cached_features
 from gentrain.recipes.generate import INFO, SAMPLES
-from gentrain.training.roles import load_network
+from gentrain.training.roles import load_network, load_weights
 from gentrain.training.run import open_run
 
 METRICS = "metrics.json"
@@ -57,6 +58,7 @@ class Evaluate(Stage):
         metrics = self._with_judge(held_out) if self.judge is not None else self._without_judge(held_out)
         settings = {key: value for key, value in to_dict(self).items() if key in ("judge", "samples")}
         settings |= {"reference": f"{len(held_out['x'])} held-out items"}
+        settings |= {"weights": {name: digest for name, place in self.samples.items() if (digest := weights_of(place)) is not None}}
         write_metrics(directory, [self._told(metric) for metric in metrics], settings)
 
     def _told(self, metric: Metric) -> Metric:
@@ -98,6 +100,34 @@ class Evaluate(Stage):
             if min(len(x), len(real)) > NEIGHBOURS:
                 metrics += neighbour_metrics(x, real, name, "of the samples", NEIGHBOURS)
         return metrics
+
+
+def weights_of(samples: str | Path) -> str | None:
+    """The digest of the weights that drew the samples in a directory, None where it is not told."""
+    path = Path(samples) / INFO
+    if not path.is_file():
+        return None
+    try:
+        digest = json.loads(path.read_bytes()).get("weights")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"damaged ({error}); draw the samples again", source=str(path)) from error
+    return digest if isinstance(digest, str) else None
+
+
+def measured_weights(directory: str | Path) -> dict[str, str]:
+    """Name of each set of samples that an evaluate stage measured -> the digest of the weights that drew it, where that was told."""
+    try:
+        told = json.loads((Path(directory) / METRICS).read_bytes())["settings"].get("weights", {})
+        return {name: digest for name, digest in told.items() if isinstance(digest, str)}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"no table of metrics ({error}); evaluate again", source=str(Path(directory) / METRICS)) from error
+
+
+def refuse_former_weights(run: Path, drew: str | None, what: str) -> None:
+    """Raises ConfigError where weights of the digest `drew` are not those of the run's newest checkpoint."""
+    if drew is not None and drew != digest_of(load_weights(run)):
+        remedy = f"draw and measure anew: gentrain sample {run}, gentrain evaluate {run}"
+        raise ConfigError(f"{what} of other weights than the run's newest checkpoint; {remedy}", source=str(run))
 
 
 def load_judge(directory: str, data: Data | None) -> tuple[Any, Data]:

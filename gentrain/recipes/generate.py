@@ -63,6 +63,7 @@ class Generate(Stage):
         sampler = run.drawn_with(self.sampler)
         x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts)
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / INFO).unlink(missing_ok=True)  # whatever is killed here, it never tells of other samples
         save_file({"x": x, "label": labels}, directory / SAMPLES)
         if x.ndim == 4 and x.shape[1] in (1, 3):
             save_grid(x[: self.grid], directory / GRID, self.columns)

@@ -18,6 +18,7 @@ from gentrain.images import save_grid
 from gentrain.methods.base import Clock, Trained
 from gentrain.noise import Noise, derive
 from gentrain.training.beginning import identity_of
+from gentrain.training.remedies import remedy
 from gentrain.training.run import METRICS, SAMPLES, RunConfig
 from gentrain.training.storage import replace_file
 from gentrain.training.trackers import Tracked, Tracking
@@ -82,8 +83,13 @@ class MetricsFile(Callback):
             samples, seconds = self._last
             self._last = (record["samples"], record["seconds"])
             speed = (record["samples"] - samples) / max(record["seconds"] - seconds, 1e-9)
-            with self._path.open("a") as file:
-                file.write(json.dumps({**sayable(record), "samples_per_second": round(speed, 1)}) + "\n")
+            line = json.dumps({**sayable(record), "samples_per_second": round(speed, 1)}) + "\n"
+            try:
+                with self._path.open("a") as file:
+                    file.write(line)
+            except OSError as error:
+                what = remedy(error.errno) or "was the run's directory moved or removed? Stop the run before that"
+                raise OSError(f"{self._path} cannot be written ({error.strerror}); {what}") from error
 
 
 def _samples_of(line: str) -> float | None:

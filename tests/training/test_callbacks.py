@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gentrain.methods.base import Clock
 from gentrain.training import callbacks
-from gentrain.training.callbacks import Previews, due
+from gentrain.training.callbacks import MetricsFile, Previews, due
 from gentrain.training.loop import train
 from gentrain.training.world import World
 from tests.distributed.cases import run_of, values
@@ -35,3 +39,23 @@ def test_previews_draw_the_average_from_the_same_noise_each_time(tmp_path: Path,
     first, *rest = grids.values()
     assert len(first) == 7 and first.std(0).max() > 0
     assert all(torch.equal(grid, first) for grid in rest)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (errno.ENOSPC, "the disk is full: free some space"),
+        (errno.ENOENT, "was the run's directory moved or removed? Stop the run before that"),
+    ],
+)
+def test_metrics_that_cannot_be_written_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, told: str) -> None:
+    run = run_of(values(tmp_path, "flow_matching", samples=12))
+    run.directory.mkdir(parents=True, exist_ok=True)
+    metrics = MetricsFile(SimpleNamespace(run=run, clock=Clock(0, 12, 12), seconds=0.0, world=ALONE))  # type: ignore[arg-type]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(OSError, match=re.escape(f"metrics.jsonl cannot be written ({os.strerror(code)}); {told}")):
+        metrics.on_log(SimpleNamespace(world=ALONE), {"samples": 12, "seconds": 1.0})  # type: ignore[arg-type]
