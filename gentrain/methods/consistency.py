@@ -46,6 +46,17 @@ def row_huber(a: Tensor, b: Tensor) -> Tensor:
     return (difference.square().sum(1) + c**2).sqrt() - c
 
 
+def row_square(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|^2 of each row, summed over C, H, W: [B, ...], [B, ...] -> [B]."""
+    return (a - b).flatten(1).square().sum(1)
+
+
+# Between a student and a target that has noise of its own only the square has the mean of targets as its optimum. A norm has their
+# geometric median: all but the mean in an image's many coordinates, and far from it in one.
+Distance = Literal["huber", "l2"]
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {"huber": row_huber, "l2": row_square}
+
+
 def noise_ratio(path: Path, t: Tensor) -> Tensor:
     """sigma / alpha, EDM's noise level of x_t / alpha, at times t of any shape."""
     return (-path.log_snr(t) / 2).exp()

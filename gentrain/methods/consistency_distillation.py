@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from gentrain.config import option, register
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import BOUNDED, flow_step, row_huber, same_dropout
+from gentrain.methods.consistency import BOUNDED, DISTANCES, Distance, flow_step, same_dropout
 from gentrain.models.denoiser import Prediction
 from gentrain.noise import Noise
 from gentrain.samplers.base import Sampler
@@ -36,6 +36,7 @@ class ConsistencyDistillation(Method):
     predictions: ClassVar[tuple[Prediction, ...] | None] = BOUNDED
 
     intervals: PositiveInt = option(40, "steps of the teacher from noise to data", source="arXiv:2303.01469, section 6")
+    distance: Distance = option("huber", "pseudo-Huber norm of a row, or its square, whose optimum is the mean in few coordinates, too")
     guidance: NonNegativeFloat = option(
         1.0, "of the teacher, learnt by the student: null + w (conditional - null)", source="arXiv:2310.04378"
     )
@@ -56,5 +57,5 @@ class ConsistencyDistillation(Method):
         with torch.no_grad(), same_dropout(x_t):
             x_s = flow_step(path, x_t, guided_x0(nets.teacher, x_t, t, condition, self.guidance), t, s)
             target = student.x0(x_s, s, condition)
-        loss = row_huber(student.x0(x_t, t, condition), target)
+        loss = DISTANCES[self.distance](student.x0(x_t, t, condition), target)
         return Loss(loss.mean(), {"last_interval": (loss.detach() * (index == self.intervals - 1)).mean()})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gentrain.config import Fraction, option, register
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import BOUNDED, doubling_intervals, row_huber, same_dropout, time_of_ratio
+from gentrain.methods.consistency import BOUNDED, DISTANCES, Distance, doubling_intervals, same_dropout, time_of_ratio
 from gentrain.models.denoiser import Prediction, drop_condition
 from gentrain.noise import Noise
 from gentrain.samplers.base import Sampler
@@ -55,6 +55,7 @@ class ConsistencyTraining(Method):
     highest: PositiveFloat = option(80.0, "noise level", source="arXiv:2310.14189, table 1")
     mean: float = option(-1.1, "of the log-normal law of levels", source="arXiv:2310.14189, section 3.5")
     std: PositiveFloat = option(2.0, "of the log-normal law of levels", source="arXiv:2310.14189, section 3.5")
+    distance: Distance = option("huber", "pseudo-Huber norm of a row, or its square, whose optimum is the mean in few coordinates, too")
     label_dropout: Fraction = option(0.0, "probability that a label becomes the null class")
 
     def __post_init__(self) -> None:
@@ -84,5 +85,5 @@ class ConsistencyTraining(Method):
         x_s, x_t = path.perturb(x0, eps, s), path.perturb(x0, eps, t)
         with torch.no_grad(), same_dropout(x0):
             target = nets.model.x0(x_s, s, condition)
-        loss = row_huber(nets.model.x0(x_t, t, condition), target) / levels.diff()[index].to(x0)
+        loss = DISTANCES[self.distance](nets.model.x0(x_t, t, condition), target) / levels.diff()[index].to(x0)
         return Loss(loss.mean(), {"intervals": torch.tensor(float(intervals))})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gentrain.config import Fraction, option, register
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import BOUNDED, noise_ratio, row_huber, same_dropout, time_of_ratio
+from gentrain.methods.consistency import BOUNDED, DISTANCES, Distance, noise_ratio, same_dropout, time_of_ratio
 from gentrain.models.denoiser import Prediction, drop_condition
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw, expand
@@ -57,6 +57,7 @@ class EasyConsistencyTuning(Method):
     stages: PositiveInt = option(8, "equal parts of the run", source="arXiv:2406.14548, code release")
     closest: NonNegativeFloat = option(0.001, "t - r falls no further than to this share of t", source="arXiv:2406.14548, code release")
     weighting: Literal["interval", "root_interval", "level"] = option("interval", "1 / (t - r), (t - r)^(-1/2) or t^-2")
+    distance: Distance = option("huber", "pseudo-Huber norm of a row, or its square, whose optimum is the mean in few coordinates, too")
     label_dropout: Fraction = option(0.1, "probability that a label becomes the null class", source="arXiv:2207.12598")
 
     def shrink(self, progress: float) -> float:
@@ -83,5 +84,5 @@ class EasyConsistencyTuning(Method):
         x_t, x_r = path.perturb(x0, eps, t), path.perturb(x0, eps, r)
         with torch.no_grad(), same_dropout(x0):
             target = torch.where(expand(before > 0, x0), nets.model.x0(x_r, r, condition), x0)
-        loss = level_weight(self.weighting, level, before) * row_huber(nets.model.x0(x_t, t, condition), target)
+        loss = level_weight(self.weighting, level, before) * DISTANCES[self.distance](nets.model.x0(x_t, t, condition), target)
         return Loss(loss.mean(), {"diffusion_share": (before == 0).float().mean()})

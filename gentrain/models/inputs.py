@@ -15,7 +15,7 @@ from gentrain.models.base import Condition
 WIDTH = 256  # of the embeddings (arXiv:2310.04378, code release: time_cond_proj_dim)
 _WIDTHS = {"guidance": WIDTH, "end": WIDTH, "augment": AUGMENTS}
 TIME_SCALE = "of the time that the embedding reads; .01 where a method takes derivatives by time (continuous_consistency, mean_flow)"
-_INTERVAL_FREQUENCIES = 32.0  # radians per whole path: a derivative with respect to time passes through these
+_INTERVAL_FREQUENCIES = 4.0  # radians per whole path: few, for a derivative by time passes through these
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
@@ -35,7 +35,7 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
 
 
 def interval_embedding(length: Tensor, dim: int) -> Tensor:
-    """sin and cos of a length in [0, 1] (share of the path) at frequencies from 1/2 to 32, [B] -> [B, dim] float32 or more; smooth."""
+    """sin and cos of a length in [0, 1] (share of the path) at frequencies from 1/2 to 4, [B] -> [B, dim] float32 or more; smooth."""
     length = length.to(torch.promote_types(length.dtype, torch.float32))
     frequencies = torch.logspace(-1, math.log2(_INTERVAL_FREQUENCIES), dim // 2, base=2, dtype=length.dtype, device=length.device)
     phase = length[:, None] * frequencies

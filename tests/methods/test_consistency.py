@@ -17,6 +17,7 @@ from gentrain.methods.consistency import (
     noise_ratio,
     pseudo_huber,
     row_huber,
+    row_square,
     same_dropout,
     time_of_ratio,
 )
@@ -80,6 +81,10 @@ def test_row_huber_is_the_norm_of_a_row_that_is_smooth_at_zero() -> None:
     values = row_huber(torch.tensor([[[3.0], [4.0]], [[0.0], [0.0]]]), torch.zeros(2, 2, 1))
     c = 0.00054 * 2**0.5
     assert values.tolist() == pytest.approx([math.sqrt(25 + c**2) - c, 0.0])
+
+
+def test_row_square_is_the_squared_norm_of_a_row() -> None:
+    assert row_square(torch.tensor([[[3.0], [4.0]], [[0.0], [1.0]]]), torch.zeros(2, 2, 1)).tolist() == [25.0, 1.0]
 
 
 def test_lcm_timesteps_are_those_of_the_code_release() -> None:

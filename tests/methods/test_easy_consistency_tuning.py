@@ -10,6 +10,7 @@ from gentrain.methods.consistency import row_huber
 from gentrain.methods.easy_consistency_tuning import EasyConsistencyTuning, earlier_level, level_weight
 from gentrain.models.base import Condition
 from gentrain.paths.rectified_flow import RectifiedFlow
+from gentrain.paths.times import LogNormal
 from gentrain.paths.variance_exploding import VarianceExploding
 from tests.methods.few_step import gradients_hold_calls_fixed
 from tests.methods.toy import TinyNetwork, batch_of, nets_with, noise_of
@@ -69,6 +70,30 @@ def test_with_r_at_zero_the_target_is_the_data_point() -> None:
     x0 = nets_with(network, path, "edm").model.x0(x_t, t, {"label": batch["label"]})
     expected = (row_huber(x0, batch["x"]) / t).mean()
     assert found.value.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+class Constant(nn.Module):
+    """An x0 prediction that is one number everywhere."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        return self.value.expand_as(x)
+
+
+def test_the_square_has_the_mean_of_noisy_targets_as_its_optimum_and_the_norm_their_median() -> None:
+    """Targets that are 1 in three quarters of the rows and 0 in the others, in one coordinate."""
+    count, found = 40_000, {}
+    batch = {"x": (torch.arange(count) % 4 > 0).float()[:, None]}
+    for distance in ("l2", "huber"):
+        network = Constant(0.75)
+        method = EasyConsistencyTuning(distance=distance, weighting="root_interval", times=LogNormal(std=0.3))  # type: ignore[arg-type]
+        method.loss(1.0, nets_with(network, VarianceExploding(), "x0"), batch, noise_of(count)).value.backward()
+        assert network.value.grad is not None
+        found[distance] = network.value.grad.item()
+    assert abs(found["l2"]) < 0.05 < 0.5 < -found["huber"]  # towards 1
 
 
 def test_the_target_is_held_fixed() -> None:
