@@ -97,13 +97,13 @@ class RoleSettings:
     )
     model: Model | None = option(None, "network")
     adapter: Adapter | None = option(None, "what it learns in place of the whole network; rank 0 = the whole network")
+    trainable: str | None = option(None, "regular expression: it learns only the parameters in whose names this is found")
     optimizer: Optimizer | None = option(None, "optimiser")
     schedule: Schedule | None = option(None, "learning-rate schedule")
     engine: Engine | None = option(None, "engine")
     placement: Literal["plain", "sharded", "offloaded"] = option(
         "plain",
         "of weights that never change, a frozen role's or those below an adapter: on every rank, shared out over the ranks "
-    trainable: str | None = option(None, "regular expression: it learns only the parameters in whose names this is found")
         "(ZeRO-3), or on the host until they are used (not below an adapter)",
     )
 
