@@ -19,7 +19,7 @@ from gentrain.config import ConfigError
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError, Shard, manifest, shard_file, write_shard
 from gentrain.training.remedies import StoreError, remedy
 from gentrain.training.run import Training
-from gentrain.training.storage import Storage
+from gentrain.training.storage import LATEST, Storage
 from gentrain.training.world import RankGroup, World
 
 log = logging.getLogger(__name__)
@@ -173,30 +173,46 @@ class Saver:
     def _publish(self, samples: int, state: Mapping[str, Any], write: Callable[[], dict[str, str]]) -> None:
         name = _name(samples)
 
-        def publish(written: list[dict[str, str]]) -> None:
+        def complete(written: list[dict[str, str]]) -> None:
             hashes = {file: digest for each in written for file, digest in each.items()}
             hashes[STATE] = self._storage.put(name, STATE, lambda path: path.write_text(json.dumps(dict(state), indent=1)))
-            self._storage.publish(name, manifest(hashes))
+            self._storage.complete(name, manifest(hashes))
+
+        def after() -> None:
             self._published()
             self._retire(name)
 
+        def main(act: Callable[[], None], failed: str) -> None:
+            together(self._world, lambda: act() if self._world.is_main else None, failed)
+
+        where = f"{self._storage.where}/{name}"
         try:
             written = together(self._world, write, self._failed)
-            together(self._world, lambda: publish(written) if self._world.is_main else None, self._failed)
+            main(lambda: complete(written), self._failed)
         except Exception:
             if self._world.is_main:
                 with suppress(OSError, StoreError, ConfigError):
                     self._storage.discard(name)
             raise
+        main(lambda: self._storage.point(name), f"{where} is written, but {LATEST} may not name it, so that the next start may redo it")
+        main(after, f"{where} is published, and the next start goes on from it; but")
 
     def _retire(self, newest: str) -> None:
-        """Deletes what need not be kept any more."""
-        training, names = self._training, {int(name): name for name in self._storage.names()}
+        """Deletes what need not be kept any more. What cannot be deleted is told, and tried again after the next one."""
+        training = self._training
         self._metric.pop(newest, None)
-        stay = kept({s: self._metric_of(name) for s, name in names.items()}, training.keep_last, training.keep_every, training.best_is)
+        try:
+            names = {int(name): name for name in self._storage.names()}
+            stay = kept({s: self._metric_of(name) for s, name in names.items()}, training.keep_last, training.keep_every, training.best_is)
+        except (OSError, StoreError) as error:
+            log.warning("%s is published; which older ones may go could not be found out now: %s", newest, _reason(error))
+            return
         for samples, name in names.items():
             if samples not in stay and name != newest:
-                self._storage.delete(name)
+                try:
+                    self._storage.delete(name)
+                except (OSError, StoreError) as error:
+                    log.warning("%s is published; %s could not be deleted and stays for now: %s", newest, name, _reason(error))
 
     def _metric_of(self, name: str) -> float:
         key = self._training.keep_best
@@ -207,7 +223,7 @@ class Saver:
                 with self._storage.open(name) as checkpoint:
                     value = checkpoint.state["metrics"].get(key)
                     self._metric[name] = math.nan if value is None else float(value)  # null: it was not finite
-            except CheckpointError:  # a damaged one cannot be the best
+            except (CheckpointError, KeyError, AttributeError, TypeError, ValueError):  # a damaged one cannot be the best
                 self._metric[name] = math.nan
             if math.isnan(self._metric[name]):
                 log.warning("checkpoint %s has no metric %r to compare (training.keep_best); see metrics.jsonl for the keys", name, key)

@@ -131,14 +131,23 @@ class Storage:
 
     def publish(self, name: str, manifest: str) -> None:
         """Gives the prepared checkpoint its name, and LATEST that name."""
+        self.complete(name, manifest)
+        self.point(name)
+
+    def complete(self, name: str, manifest: str) -> None:
+        """Gives the prepared checkpoint its name. Raises CheckpointError when the place was taken."""
         raise NotImplementedError
 
+    def point(self, name: str) -> None:
+        """Gives LATEST the name of a checkpoint that is complete."""
+        self._write(LATEST, name)
+
     def discard(self, name: str) -> None:
-        """Removes a prepared checkpoint. Raises CheckpointError when the place was taken."""
+        """Removes a prepared checkpoint, unless `complete` has begun to show it. Raises CheckpointError when the place was taken."""
         raise NotImplementedError
 
     def delete(self, name: str) -> None:
-        """Removes a published checkpoint."""
+        """Removes a published checkpoint. What a failure has left of one that lost its name goes with the next `prepare`."""
         raise NotImplementedError
 
     def _open(self, name: str, others: Callable[[], list[str]]) -> AbstractContextManager[Checkpoint]:
@@ -193,7 +202,10 @@ class LocalStorage(Storage):
             refuse_foreign(self.root.resolve())
         for path in self.root.glob(".*.tmp"):
             self._sign()
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            except OSError as error:  # such as a file that is still open somewhere on NFS
+                log.warning("%s, which is no checkpoint, could not be removed and stays for now: %s", path, error)
 
     def prepare(self, name: str) -> None:
         self._sign()
@@ -208,7 +220,7 @@ class LocalStorage(Storage):
         _sync(path)
         return sha256(path)
 
-    def publish(self, name: str, manifest: str) -> None:
+    def complete(self, name: str, manifest: str) -> None:
         self._refuse_others()
         self.put(name, MANIFEST, lambda path: path.write_text(manifest))
         _sync(self._unpublished(name))
@@ -216,7 +228,6 @@ class LocalStorage(Storage):
             self.delete(name)
         self._unpublished(name).rename(self.root / name)
         _sync(self.root)
-        self._write(LATEST, name)
 
     def discard(self, name: str) -> None:
         self._refuse_others()
@@ -245,6 +256,7 @@ class ObjectStorage(Storage):
         with self._calling():
             self._fs, root = url_to_fs(url, use_listings_cache=False)  # another process may have published since
         self._root = root.rstrip("/")
+        self._completing: str | None = None
 
     def _read(self, name: str) -> str | None:
         try:
@@ -275,18 +287,27 @@ class ObjectStorage(Storage):
             yield Checkpoint(f"{self.where}/{name}", self._found().get(name, ()), fetch, others)
 
     def sweep(self) -> None:
-        for name, files in self._found().items():
-            if MANIFEST not in files:
-                self._sign()
-                self.discard(name)
+        self._remove_nameless()
         for left in self._scratch.glob(f"{_TRANSFER}*"):
             shutil.rmtree(left)
 
     def prepare(self, name: str) -> None:
         self._sign()
+        self._completing = None
         if name in self.names():  # published by an attempt that died before it could say so in LATEST
             self.delete(name)
-        self.discard(name)
+        self._remove(name)
+        self._remove_nameless()
+
+    def _remove_nameless(self) -> None:
+        """What has no manifest: parts of an upload, or of a deletion, that did not come to its end."""
+        for name, files in self._found().items():
+            if MANIFEST not in files:
+                self._sign()
+                try:
+                    self._remove(name)
+                except StoreError as error:
+                    log.warning("%s/%s, which is no checkpoint, could not be removed and stays for now: %s", self.where, name, error)
 
     def put(self, name: str, file: str, write: Callable[[Path], object]) -> str:
         with self._transfer() as directory:
@@ -296,21 +317,25 @@ class ObjectStorage(Storage):
                 self._fs.put_file(str(path), f"{self._root}/{name}/{file}")
             return sha256(path)
 
-    def publish(self, name: str, manifest: str) -> None:
+    def complete(self, name: str, manifest: str) -> None:
         self._refuse_others()
+        self._completing = name  # a call that fails may have done its work all the same, or do it yet
         self._write(f"{name}/{MANIFEST}", manifest)
-        self._write(LATEST, name)
 
     def discard(self, name: str) -> None:
-        self._refuse_others()  # it may be theirs by now
-        if name in self._found():
-            with self._writing():
-                self._fs.rm(f"{self._root}/{name}", recursive=True)
+        if name != self._completing:
+            self._remove(name)
 
     def delete(self, name: str) -> None:
         with self._writing():
             self._fs.rm_file(f"{self._root}/{name}/{MANIFEST}")
-        self.discard(name)
+        self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        self._refuse_others()  # it may be theirs by now
+        if name in self._found():
+            with self._writing():
+                self._fs.rm(f"{self._root}/{name}", recursive=True)
 
     def _found(self) -> dict[str, set[str]]:
         """Name -> files, published or not, in the order of their samples."""

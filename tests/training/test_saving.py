@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gentrain.training import saving
-from gentrain.training.checkpoint import Checkpoint, CheckpointError, Piece
+from gentrain.training import storage as storages
+from gentrain.training.checkpoint import MANIFEST, STATE, Checkpoint, CheckpointError, Piece
 from gentrain.training.run import Training
 from gentrain.training.saving import Saver, kept
-from gentrain.training.storage import LocalStorage
+from gentrain.training.storage import LATEST, LocalStorage, ObjectStorage
 from gentrain.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -226,3 +228,132 @@ def test_the_newest_is_opened_and_what_the_dead_left_is_gone(tmp_path: Path) -> 
     (tmp_path / "000000000010" / "state.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no checkpoint can be read from .*state\.json differs"), _saver(tmp_path).newest():
         pass
+
+
+class _Store:
+    """A saver on an object store of its own, whose calls of which `trouble` (name of the call, path) is true raise ConnectionError.
+
+    done: they have done their work all the same.
+    """
+
+    def __init__(self, scratch: Path, **training: Any):
+        self.storage = ObjectStorage(f"memory://{uuid.uuid4()}/run", scratch)
+        self.trouble: Callable[[str, str], bool] = lambda call, path: False
+        self.done = False
+        self._fs, self.storage._fs = self.storage._fs, self
+        self.begin(**training)
+
+    def begin(self, published: Callable[[], object] = lambda: None, **training: Any) -> None:
+        self.saver = Saver(self.storage, ALONE, Training(samples=100, **training), published)
+
+    def __getattr__(self, name: str) -> Any:
+        act = getattr(self._fs, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            troubled = self.trouble(name, str(arguments[1] if name == "put_file" else arguments[0]))
+            result = act(*arguments, **options) if self.done or not troubled else None
+            if troubled:
+                raise ConnectionError("reset by peer")
+            return result
+
+        return call
+
+    def names(self) -> list[int]:
+        return [int(name) for name in self.storage.names()]
+
+    def newest(self) -> int:
+        name = self.storage.latest()
+        assert name is not None
+        with self.storage.open(name) as checkpoint:
+            checkpoint.verify()
+        return int(name)
+
+
+def _none(call: str, path: str) -> bool:
+    return False
+
+
+@pytest.mark.parametrize("call", ["rm", "rm_file"])
+def test_a_deletion_that_fails_costs_no_checkpoint_and_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, call: str) -> None:
+    store = _Store(tmp_path, keep_last=1)
+    _save(store.saver, 10)
+    store.trouble = lambda name, path: name == call
+    for samples in (20, 25):  # the second one does not end because of what the first one left
+        _save(store.saver, samples)
+        assert store.newest() == samples
+    assert "000000000020 is published; 000000000010 could not be deleted and stays for now: training.checkpoints: " in caplog.text
+    store.trouble = _none
+    _save(store.saver, 30)
+    assert store.names() == [30] == [store.newest()] and list(store.storage._found()) == [f"{30:012d}"]
+
+
+def test_a_directory_that_cannot_be_deleted_costs_no_checkpoint_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def open_elsewhere(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    saver = _saver(tmp_path, keep_last=1)
+    _save(saver, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(storages.shutil, "rmtree", open_elsewhere)
+        _save(saver, 20)
+        _save(saver, 25, value=2.0)
+    assert _names(tmp_path) == [25] and _newest(tmp_path) == [2.0] * 4
+    assert "000000000010 could not be deleted and stays for now: OSError: [Errno 39]" in caplog.text
+    _save(saver, 30)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{30:012d}", LATEST]
+
+
+def test_a_metric_that_cannot_be_read_now_costs_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = _Store(tmp_path)
+    _save(store.saver, 10, loss=1.0)
+    _save(store.saver, 20, loss=3.0)
+    store.begin(keep_last=1, keep_best="loss")  # another attempt, which has read no metric
+    store.trouble = lambda name, path: name == "get_file"
+    _save(store.saver, 30, loss=2.0)
+    store.trouble = _none
+    assert store.names() == [10, 20, 30] and store.newest() == 30
+    assert "000000000030 is published; which older ones may go could not be found out now: training.checkpoints: " in caplog.text
+    _save(store.saver, 40, loss=2.0)
+    assert store.names() == [10, 40]
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize(
+    "file, says", [(MANIFEST, "no checkpoint could be written"), (LATEST, f"{20:012d} is written, but LATEST may not name it")]
+)
+def test_a_failure_amid_publishing_takes_back_nothing_that_may_be_visible(tmp_path: Path, file: str, says: str, done: bool) -> None:
+    """Also where the store has done what it was asked, and its answer was lost."""
+    store = _Store(tmp_path, keep_last=1)
+    _save(store.saver, 10)
+    store.done, store.trouble = done, lambda name, path: name == "pipe_file" and path.endswith(file)
+    with pytest.raises(OSError, match=f"{says}.*out of reach"):
+        _save(store.saver, 20)
+    store.trouble = _none
+    assert store.names() == ([10] if file == MANIFEST and not done else [10, 20])
+    assert store.newest() == (20 if file == LATEST and done else 10)
+    store.begin(keep_last=1)
+    _save(store.saver, 30)
+    assert store.names() == [30] == [store.newest()]
+
+
+def test_what_fails_after_publishing_says_what_is_published(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "identity.json")
+
+    store = _Store(tmp_path)
+    store.begin(full)
+    said = rf"^{store.storage.where}/{10:012d} is published, and the next start goes on from it; but: OSError: .*identity.*the disk is full"
+    with pytest.raises(OSError, match=said):
+        _save(store.saver, 10)
+    assert store.newest() == 10
+
+
+def test_a_failure_before_the_manifest_leaves_nothing_in_an_object_store(tmp_path: Path) -> None:
+    store = _Store(tmp_path)
+    _save(store.saver, 10)
+    store.trouble = lambda name, path: name == "put_file" and path.endswith(STATE)
+    with pytest.raises(OSError, match="no checkpoint could be written"):
+        _save(store.saver, 20)
+    assert list(store.storage._found()) == [f"{10:012d}"]
