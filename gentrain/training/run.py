@@ -119,15 +119,17 @@ class RunConfig:
     path: Path = option(None, "probability path; left out: that of a pretrained network, else rectified_flow")
     prediction: Prediction = option(None, "what the network predicts; left out: what a pretrained network does, else velocity")
     adapter: Adapter | None = option(None, "what every role that learns does so with in place of its whole network")
+    trainable: str | None = option(None, "regular expression: every role learns only the parameters in whose names this is found")
     sampler: Sampler = option(
         lambda: _UNNAMED, "for sample grids, and the default of `sample`, `evaluate` and `export`; left out: the method's own"
     )
     optimizer: Optimizer = option(AdamW, "optimiser")
     schedule: Schedule = option(Constant, "learning-rate schedule")
     engine: Engine = option(DeepSpeedEngine, "what holds the networks that learn")
-    trainable: str | None = option(None, "regular expression: every role learns only the parameters in whose names this is found")
     roles: dict[str, RoleSettings] = option(dict, "what single roles do otherwise")
-    trackers: list[Tracker] = option(lambda: [TensorBoard()], "where numbers, sample grids and settings are shown, beside metrics.jsonl")
+    trackers: list[Tracker] = option(
+        lambda: [TensorBoard()], "where numbers, sample grids and settings are shown, beside metrics.jsonl"
+    )
     cluster: Cluster = option(Cluster, "where processes live")
     seed: NonNegativeInt = option(0, "of weights, data order and noise")
     plugins: list[str] = option(list, "the user's own modules: .py files or importable names")
@@ -149,16 +151,17 @@ class RunConfig:
                 raise ConfigError(
                     f"role {name!r} learns, so its engine places it; set roles.{name}.engine.zero_stage", key=f"roles.{name}.placement"
                 )
+            if isinstance(part, str):
+                raise ConfigError("parameters that learn need those of the others whole; set it to plain", key=f"roles.{name}.placement")
             if settings.placement == "offloaded":
                 raise ConfigError("what lies below an adapter is plain or sharded; choose one of them", key=f"roles.{name}.placement")
+        self._check_parts()
         self._follow_pretrained()
         cluster, training = self.cluster, self.training
         if cluster.place == "inline" and cluster.most > 1:
             raise ConfigError("workers are Ray's: set cluster.place=ray, or start ranks with torchrun", key="cluster.workers")
         portions = training.micro_batches * math.lcm(*range(cluster.fewest, cluster.most + 1))
         if training.batch_size % portions:
-            if isinstance(part, str):
-                raise ConfigError("parameters that learn need those of the others whole; set it to plain", key=f"roles.{name}.placement")
             remedy = training.batch_size - training.batch_size % portions or portions
             sizes = f"{cluster.most}" if cluster.fewest == cluster.most else f"each size from {cluster.fewest} to {cluster.most}"
             raise ConfigError(
@@ -182,16 +185,6 @@ class RunConfig:
                 )
         self._check_method()
 
-    def _follow_pretrained(self) -> None:
-        """Sets path and prediction where they were left out. Raises ConfigError where they are not those of a pretrained network."""
-        laws = {f"roles.{name}.model": settings.model.law() for name, settings in self.roles.items() if settings.model is not None}
-        law = self.model.law() or next((each for each in laws.values() if each is not None), None)
-        path, prediction = law or (RectifiedFlow(), "velocity")
-        given = self.path is not None or self.prediction is not None
-        self.left_out = [key for key in ("path", "prediction") if getattr(self, key) is None]
-        self.path, self.prediction = self.path or path, self.prediction or prediction
-        for key, each in {"": self.model.law(), **laws}.items():
-            if each is None:
     def _check_parts(self) -> None:
         for name, given in {"": self, **{f"roles.{name}.": settings for name, settings in self.roles.items()}}.items():
             if given.trainable is None:
@@ -205,6 +198,16 @@ class RunConfig:
             except ValueError as error:
                 raise ConfigError(str(error), key=f"{name}trainable") from error
 
+    def _follow_pretrained(self) -> None:
+        """Sets path and prediction where they were left out. Raises ConfigError where they are not those of a pretrained network."""
+        laws = {f"roles.{name}.model": settings.model.law() for name, settings in self.roles.items() if settings.model is not None}
+        law = self.model.law() or next((each for each in laws.values() if each is not None), None)
+        path, prediction = law or (RectifiedFlow(), "velocity")
+        given = self.path is not None or self.prediction is not None
+        self.left_out = [key for key in ("path", "prediction") if getattr(self, key) is None]
+        self.path, self.prediction = self.path or path, self.prediction or prediction
+        for key, each in {"": self.model.law(), **laws}.items():
+            if each is None:
                 continue
             if not same_law(self.path, each[0]):
                 remedy = "leave `path` out" if given else "name pipelines of one path"
