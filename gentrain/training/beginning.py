@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 from gentrain.config import ConfigError, Document, build
 from gentrain.training.checkpoint import STATE, CheckpointError
 from gentrain.training.logs import LOGS
+from gentrain.training.remedies import StoreError
 from gentrain.training.run import (
     CHECKPOINTS,
     CONFIG,
@@ -24,7 +27,7 @@ from gentrain.training.run import (
     open_run,
     weight_settings,
 )
-from gentrain.training.storage import LATEST, OWNER, LocalStorage, Storage, replace_file
+from gentrain.training.storage import LATEST, OWNER, LocalStorage, Storage, open_storage, replace_file
 from gentrain.training.trackers import TENSORBOARD
 from gentrain.training.watchdog import STACKS
 
@@ -52,20 +55,20 @@ def claim(run: RunConfig, storage: Storage) -> None:
         mine = {"run": storage.owner().get("run") or secrets.token_hex(8)}
         replace_file(run.directory / IDENTITY, json.dumps(mine))
     storage.claim(mine["run"], str(run.directory.resolve()))
-    if storage.names():
-        note_published(run)
+    note_published(run)
 
 
 def identity_of(run: RunConfig) -> str:
     """What no other run has; empty where none was claimed."""
-    return _identity(run).get("run", "")
+    return str(_identity(run).get("run", ""))
 
 
 def note_published(run: RunConfig) -> None:
-    """Writes down, once, where checkpoints of this run are, so that it never begins anew because they are not found."""
-    mine, place = _identity(run), _place(run)
-    if mine and mine.get("checkpoints") != place:
-        replace_file(run.directory / IDENTITY, json.dumps(mine | {"checkpoints": place}))
+    """Writes down where checkpoints of this run are and how far the newest is, so that it never begins anew, or goes back, because another
+    place is named."""
+    mine, newest = _identity(run), run.storage.latest()
+    if mine and newest is not None and (now := mine | {"checkpoints": _place(run), "published": int(newest)}) != mine:
+        replace_file(run.directory / IDENTITY, json.dumps(now))
 
 
 def _place(run: RunConfig) -> str:
@@ -76,16 +79,21 @@ def _place(run: RunConfig) -> str:
     return str(storage.root.resolve()) if isinstance(storage, LocalStorage) else storage.where
 
 
-def _identity(run: RunConfig) -> dict[str, str]:
+def _identity(run: RunConfig) -> dict[str, Any]:
+    """run: who it is. Once something was published: checkpoints: where (see `_place`), published: samples of the newest."""
     path = run.directory / IDENTITY
     try:
         found = dict(json.loads(path.read_text()))
         if not isinstance(found["run"], str) or not isinstance(found.get("checkpoints", ""), str):
             raise ValueError("it names no run")
+        if not isinstance(found.get("published", 0), int):
+            raise ValueError(f"published: {found['published']!r:.100}")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); remove it", key="output") from error
+        raise ConfigError(
+            f"{path} is damaged ({error}); remove it: with training.checkpoints as it was, it is made anew", key="output"
+        ) from error
     return found
 
 
@@ -111,19 +119,32 @@ def _refuse_other_place(run: RunConfig, storage: Storage) -> None:
             f"{storage.where}/{OWNER} if that run is given up, or was this one under another path",
             key=key,
         )
-    before = mine.get("checkpoints")
-    if before is None or storage.names():
+    if "checkpoints" not in mine:
         return
-    if before != _place(run):
+    own = str((run.directory / CHECKPOINTS).resolve())
+    before = mine["checkpoints"] or own
+    if before == (_place(run) or own):
+        if storage.names():
+            return  # which of them is for LATEST to say
         raise ConfigError(
-            f"the checkpoints of this run are in {before or run.directory / CHECKPOINTS}, and {storage.where} holds none of them; set it "
-            "back, or copy them there",
+            f"{storage.where} holds none of the checkpoints that this run has published; restore them, or begin anew with another output",
+            key=key,
+        )
+    published, newest = max(mine.get("published", 0), _newest(before, run)), storage.latest()
+    if newest is None or int(newest) < published:
+        found = "none of them" if newest is None else f"none beyond {int(newest):,}"
+        raise ConfigError(
+            f"the checkpoints of this run are in {mine['checkpoints'] or run.directory / CHECKPOINTS}, up to {published:,} samples, and "
+            f"{storage.where} holds {found}; set it back, or copy them there",
             key="training.checkpoints",
         )
-    raise ConfigError(
-        f"{storage.where} holds none of the checkpoints that this run has published; restore them, or begin anew with another output",
-        key=key,
-    )
+
+
+def _newest(place: str, run: RunConfig) -> int:
+    """Samples of the newest checkpoint in a former place; 0 where it cannot be reached. A kill may have left it ahead of IDENTITY."""
+    with suppress(ConfigError, StoreError, OSError):
+        return int(open_storage(place, run.directory).latest() or 0)
+    return 0
 
 
 def _refuse_other_settings(run: RunConfig, storage: Storage) -> None:

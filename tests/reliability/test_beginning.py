@@ -134,6 +134,49 @@ def test_another_place_without_the_checkpoints_of_the_run_is_refused_and_one_wit
     assert [record["samples"] for record in records(tmp_path / "run")] == [12, 24, 36, 48, 60, 72]
 
 
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_place_with_older_checkpoints_of_the_run_is_refused_until_the_newest_is_there(tmp_path: Path, reachable: bool) -> None:
+    """A copy is gone on from elsewhere, and then the place is left out: the run would go back to where it was copied."""
+    home, big = tmp_path / "run" / CHECKPOINTS, tmp_path / "big"
+    assert _train(_settings(tmp_path / "run"), stop_at=3) == ("stopped", "")
+    shutil.copytree(home, big)
+    assert _train(_settings(tmp_path / "run", big)) == ("finished", "")
+    identity = (tmp_path / "run" / IDENTITY).read_text()
+    assert json.loads(identity) | {"run": ""} == {"run": "", "checkpoints": str(big), "published": 72}
+    if not reachable:
+        big.rename(tmp_path / "unmounted")
+    back = _settings(tmp_path / "run")
+    error = _refused(back)
+    assert error.key == "training.checkpoints"
+    assert f"are in {big}, up to 72 samples, and {home} holds none beyond 36; set it back, or copy them there" in error.message
+    metrics = records(tmp_path / "run")
+    assert train_all(ALONE, [Job(back)])[0][0] == "CheckpointError"
+    assert (tmp_path / "run" / IDENTITY).read_text() == identity and records(tmp_path / "run") == metrics and len(metrics) == 6
+    shutil.rmtree(home)
+    shutil.copytree(big if reachable else tmp_path / "unmounted", home)
+    refuse_wrong_start(run_of(back), [])
+    assert _train(back) == ("finished", "")
+    assert json.loads((tmp_path / "run" / IDENTITY).read_text()) | {"run": ""} == {"run": "", "checkpoints": "", "published": 72}
+
+
+def test_a_checkpoint_that_a_kill_kept_out_of_the_identity_counts(tmp_path: Path) -> None:
+    home, big = tmp_path / "run" / CHECKPOINTS, tmp_path / "big"
+    assert _train(_settings(tmp_path / "run"), stop_at=3) == ("stopped", "")
+    shutil.copytree(home, big)
+    identity = (tmp_path / "run" / IDENTITY).read_text()
+    assert _train(_settings(tmp_path / "run")) == ("finished", "")
+    (tmp_path / "run" / IDENTITY).write_text(identity)  # as it was when 48 samples were published
+    assert f"up to 72 samples, and {big} holds none beyond 36" in str(_refused(_settings(tmp_path / "run", big)))
+
+
+def test_the_same_place_by_another_name_and_an_older_one_that_latest_names_are_gone_on_from(tmp_path: Path) -> None:
+    settings = _settings(tmp_path / "run")
+    assert _train(settings) == ("finished", "")
+    run_of(settings).storage._write(LATEST, f"{48:012d}")  # our own remedy for a damaged one
+    refuse_wrong_start(run_of(settings), [])
+    refuse_wrong_start(run_of(_settings(tmp_path / "run", tmp_path / "run" / CHECKPOINTS)), [])
+
+
 def test_a_run_that_has_published_nothing_may_choose_another_place(tmp_path: Path) -> None:
     claim(run_of(_settings(tmp_path)), run_of(_settings(tmp_path)).storage)
     refuse_wrong_start(run_of(_settings(tmp_path, tmp_path / "elsewhere")), [])
@@ -156,7 +199,7 @@ def test_a_run_whose_directory_did_not_outlive_its_node_goes_on_from_its_place(t
     claim(run_of(settings), run_of(settings).storage)
     assert json.loads((tmp_path / "run" / IDENTITY).read_text()) == identity  # where its checkpoints are included
     assert _train(settings) == ("finished", "")
-    assert json.loads((tmp_path / "run" / IDENTITY).read_text()) == identity
+    assert json.loads((tmp_path / "run" / IDENTITY).read_text()) == identity | {"published": 72}
 
 
 @pytest.mark.parametrize("started", [False, True])
@@ -228,7 +271,7 @@ def test_an_attempt_that_another_one_has_followed_publishes_nothing_more(tmp_pat
     assert newer.names() == ["000000000001", "000000000002"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"run": 3}', "{", '{"run": "a"}', "[" * 9_000])
+@pytest.mark.parametrize("text", ["", "[]", '{"run": 3}', "{", '{"run": "a"}', '{"run": "a", "published": "x"}', "[" * 9_000])
 def test_an_identity_or_an_owner_that_is_damaged_is_said_with_the_remedy(tmp_path: Path, text: str) -> None:
     settings = _settings(tmp_path)
     claim(run_of(settings), run_of(settings).storage)
@@ -264,7 +307,7 @@ def test_an_identity_that_is_removed_while_a_run_trains_is_given_again(tmp_path:
     assert not (tmp_path / IDENTITY).exists()
     assert _train(settings) == ("finished", "")
     owner = json.loads((tmp_path / CHECKPOINTS / OWNER).read_text())
-    assert json.loads((tmp_path / IDENTITY).read_text()) == {"run": owner["run"], "checkpoints": ""}
+    assert json.loads((tmp_path / IDENTITY).read_text()) == {"run": owner["run"], "checkpoints": "", "published": 72}
 
 
 @pytest.mark.parametrize("saved", [3, [], "x"])
