@@ -28,6 +28,7 @@ class Codec:
 
     Attributes:
         shape: of x as networks see it.
+        decoded_shape: of what `decode` gives.
         names: what the labels that `condition` takes stand for.
         takes_prompts: `condition` does.
     """
@@ -36,6 +37,7 @@ class Codec:
 
     def __init__(self, data: Data):
         self.data, self.shape = data, tuple(data.shape)
+        self.decoded_shape = self.shape
         self.names: Sequence[str] = data.class_names
 
     def to(self, device: torch.device) -> Codec:
@@ -71,10 +73,11 @@ class Codec:
 class Model(Component, kind="model"):
     """A network as configured. Heavy libraries are imported in `build`, when a run needs them.
 
-    `classifies`: what it builds is a classifier, not a network for denoising.
+    `classifies`: what it builds is a classifier, not a network for denoising. `decoded`: it is given data, or samples as decoded.
     """
 
     classifies: ClassVar[bool] = False
+    decoded: ClassVar[bool] = False
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A network for samples of `shape` ((C, H, W) or (D,)), initialised from torch's global generator.

@@ -20,6 +20,7 @@ class CNN(Model):
     """Convolutions with group normalisation and pooling, then 128 features, then logits."""
 
     classifies: ClassVar[bool] = True
+    decoded: ClassVar[bool] = True
 
     channels: tuple[PositiveInt, ...] = option((16, 32), "channels of each level; each level after the first halves the grid")
     norm_groups: PositiveInt = option(8, "groups of the group normalisation; divides every level's channels")

@@ -157,6 +157,7 @@ class PretrainedCodec(Codec):
             self.names = data.captions
         if isinstance(data, Latents):
             data.require(model.encoder_digest)
+            self.decoded_shape = (3, *(side * self.family.factor for side in self.shape[1:]))
             return
         factor, grain = self.family.factor, self.family.grain
         if len(self.shape) != 3 or self.shape[0] != 3:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path as FilePath
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -95,6 +95,8 @@ class Towers(Model):
     A pretrained side is a CLIP, a SigLIP, a vision transformer or a text encoder of transformers: a directory that save_pretrained wrote,
     with tokenizer or preprocessor_config.json, or a repository on the hub. Its weights do not decay (arXiv:2303.15343, section 4.4).
     """
+
+    decoded: ClassVar[bool] = True
 
     width: PositiveInt | None = option(
         None, "entries of an embedding; null = as many as the locked side, else a pretrained side has, else 128; others get a projection"

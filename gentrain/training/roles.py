@@ -194,7 +194,8 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
     try:
         with torch.device("cpu"):  # sets that are held in memory may be read here, and on "meta" tensors hold no numbers
             classes = len(run.data.class_names)
-            shape = run.data.shape if model.classifies else run.codec().shape
+            codec = run.codec()
+            shape = codec.decoded_shape if model.decoded else codec.shape
     except ValueError as error:  # a folder of images that is not there
         raise ConfigError(str(error), source=run.output, key="data") from error
     try:

@@ -19,6 +19,7 @@ from gentrain.noise import Noise
 from gentrain.recipes.encode import Encode
 from gentrain.training.batches import encoded
 from gentrain.training.loop import train
+from gentrain.training.roles import build_network
 from gentrain.training.run import RunConfig
 from gentrain.training.world import World
 from tests.distributed.cases import difference, run_of, state_of
@@ -80,8 +81,17 @@ def test_training_from_the_cache_is_training_without_it_and_draws_images(pipelin
         train(run, World(0, 1, torch.device("cpu")), lambda: False, ())
     assert difference(state_of(tmp_path / "plain"), state_of(tmp_path / "cached")) < 1e-4
     codec = run.codec()
-    assert codec.decode(torch.zeros(2, *codec.shape)).shape == (2, 3, 6, 6)
+    assert codec.decode(torch.zeros(2, *codec.shape)).shape == (2, *codec.decoded_shape) == (2, 3, 6, 6)
     assert codec.condition(torch.tensor([0]), ["a prompt of its own"]) is not None
+
+
+def test_what_judges_decoded_pictures_is_built_for_them(pipeline: Path, cache: Path) -> None:
+    towers = {"name": "towers", "channels": [8], "norm_groups": 2}
+    method = {"name": "reward_guided_lcd", "reward": {"name": "towers", "model": towers}}
+    for data in (Latents(str(cache)), CaptionedPatches()):
+        settings = run_settings(pipeline, to_dict(data), method=method)
+        judge: Any = build_network(run_of(settings | {"roles": {"towers": {"weights": "runs/towers"}}}), "towers")
+        assert judge.image(torch.zeros(2, 3, 6, 6)).shape == (2, 128)
 
 
 def test_finished_files_are_kept_and_others_are_written_again(pipeline: Path, cache: Path, tmp_path: Path) -> None:
