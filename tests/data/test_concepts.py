@@ -22,6 +22,7 @@ def prompts(folder: Path, lines: list[str] = LINES) -> Prompts:
 
 def test_replace_maps_whole_words_in_any_case() -> None:
     concept = Concept(["cat", "cats", "kitten"], replace="dog")
+    assert not concept.names("bobcat") and not concept.names("catnip") and concept.names("a CAT!")
     assert concept.pairs(LINES) == [("a cat", "a dog"), ("two Cats", "two dog"), ("cat and kitten", "dog and dog")]
     assert Concept(["cat (1)", "cat"], replace=r"\\1 dog").pairs(["a cat (1)!"]) == [("a cat (1)!", r"a \\1 dog!")]  # neither is a pattern
 
