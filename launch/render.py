@@ -25,6 +25,10 @@ EXAMPLES = {
         CONFIG, "output=/shared/runs/edm_seeds",
         "cluster.submit={name: slurm, array: ['seed=1', 'seed=2', 'seed=3'], at_once: 2, time_limit_min: 60, venv: /shared/venv}",
     ),
+    "slurm_trials": (
+        TRIALS, "output=/shared/runs/rings",
+        "cluster.submit={name: slurm, array: trials, at_once: 4, time_limit_min: 60, venv: /shared/venv}",
+    ),
     "slurm_sweep": (
         TRIALS, "output=/shared/runs/rings",
         "cluster.submit={name: slurm, nodes: 2, cpus_per_node: 8, time_limit_min: 60, venv: /shared/venv}", "sweep.concurrent=16",

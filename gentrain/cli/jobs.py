@@ -34,10 +34,13 @@ def submit(
         raise document.error("output", "what is submitted is found again by its directory; write that out")
     loaded, runs = cli._loaded(config, [*(overrides or ()), f"output={json.dumps(output_at(place, directory))}"])
     tables = plan_tables(runs, limit=None)
-    if "sweep" in document.values and (moved := load_sweep(config, overrides or ()).dependent):
-        raise document.error(moved[0], "an interpolation takes it from a key that varies, which cannot be sent; vary it by name, too")
+    swept = load_sweep(config, overrides or ()) if "sweep" in document.values else None
+    if swept is not None and swept.dependent:
+        text = "an interpolation takes it from a key that varies, which cannot be sent; vary it by name, too"
+        raise document.error(swept.dependent[0], text)
     command = next((command for key, command in (("sweep", "sweep"), ("stages", "run")) if key in document.values), "train")
-    submission = submission_of(place, command, directory, cli._plain(loaded), [run.cluster for run in runs.values()])
+    clusters = [run.cluster for run in runs.values()]
+    submission = submission_of(place, command, directory, cli._plain(loaded), clusters, len(swept.trials) if swept is not None else 0)
     if dry_run:
         for name, text in place.render(submission).items():
             cli._say(f"# --- {name}\n{text.rstrip()}\n")

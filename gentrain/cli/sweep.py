@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.table import Table
 
 from gentrain import cli
 
 if TYPE_CHECKING:
-    from gentrain.cluster.sweeps import Journal
+    from gentrain.cluster.sweeps import Journal, LoadedSweep
 
 
 @cli.app.command()
-def sweep(config: Path, overrides: cli.Overrides = None) -> int:
+def sweep(
+    config: Path,
+    overrides: cli.Overrides = None,
+    trial: Annotated[int | None, typer.Option(help="Only this one, in a job array of all: 0, 1, ...; compared with those so far.")] = None,
+) -> int:
     """Trains a run many times with other values of the keys that its section `sweep:` names; poor trials are stopped early.
 
     Example: gentrain sweep configs/sweeps/rings.yaml sweep.concurrent=2
@@ -26,6 +31,8 @@ def sweep(config: Path, overrides: cli.Overrides = None) -> int:
     from gentrain.report import write_report
 
     loaded = load_sweep(config, overrides or ())
+    if trial is not None:
+        return _one(loaded, trial, config, overrides)
 
     def body() -> int:
         with session():
@@ -40,6 +47,30 @@ def sweep(config: Path, overrides: cli.Overrides = None) -> int:
         return cli.FAILED if left else 0
 
     return supervise(lambda: cli._guarded(lambda **_: body(), (ClusterLost,)), loaded.trials[0].run.cluster, loaded.directory)
+
+
+def _one(loaded: LoadedSweep, number: int, config: Path, overrides: list[str] | None) -> int:
+    from gentrain.cluster.session import session
+    from gentrain.cluster.tune import run_trial
+    from gentrain.config import ConfigError
+    from gentrain.report import write_report
+    from gentrain.training.lock import hold
+
+    count = len(loaded.trials)
+    if not 0 <= number < count:
+        raise ConfigError(f"there is no trial {number}: {loaded.directory} has {count}, 0 to {count - 1}; correct --trial")
+    trial = loaded.trials[number]
+
+    def body() -> int:
+        with session():
+            status = run_trial(loaded, number)
+        with hold(loaded.directory, wait_s=60):  # other tasks write it, too
+            cli._say(f"trial {trial.name}: {status}\nreport: {write_report(loaded.directory)}")
+        if status == "waiting":
+            return cli._stopped("sweep", config, [*(overrides or ()), f"--trial={number}"])
+        return cli.FAILED if status == "failed" else 0
+
+    return cli._supervised(body, [trial.run], trial.run.directory)
 
 
 def _print(journal: Journal, directory: Path) -> None:

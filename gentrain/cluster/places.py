@@ -45,6 +45,7 @@ class Submission:
     output: str  # the same as the place names it, absolute
     environment: Mapping[str, str] = field(default_factory=dict)  # names and values, of the place's `environment`
     secrets: tuple[str, ...] = ()  # names of variables that the place has to give: of `${oc.env:NAME}`, and of the place's `secrets`
+    trials: int = 0  # of a sweep
     under_ray: bool = False  # whether workers of Ray Train or trials of Ray Tune train; else all runs in the one process of `command`
     workers: tuple[int, int] = (1, 1)  # fewest and most that train together, over all stages
     cpus_per_worker: int = 1

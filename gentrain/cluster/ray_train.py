@@ -12,12 +12,14 @@ from typing import Any
 
 from gentrain.cluster.attempts import Started, backoff, last_failure, note, short, stacks_of
 from gentrain.cluster.exporter import Exporter, failures
+from gentrain.cluster.milestone import Milestone
 from gentrain.cluster.network import Network
 from gentrain.cluster.session import ClusterLost
 from gentrain.cluster.stopping import STOP_FILE, STOPPED, StopFile, StopFlag, interruptible
 from gentrain.cluster.workers import introductions
 from gentrain.config import ConfigError
 from gentrain.training.checkpoint import CheckpointError
+from gentrain.training.cluster import Cluster
 from gentrain.training.loop import CALLBACKS, Diverged, Outcome, train
 from gentrain.training.run import RunConfig, open_run
 from gentrain.training.watchdog import group_timeout_s, hang
@@ -35,10 +37,10 @@ class TrainingFailed(RuntimeError):
     """Workers died more often than the configuration allows, or Ray could not place them."""
 
 
-def train_with_ray(run: RunConfig, stop: StopFlag) -> Outcome:
-    """Trains on workers until the end, or until `stop` is set. A preempted node ends an attempt; the next one does without it.
+def train_with_ray(run: RunConfig, stop: StopFlag, milestone: Milestone) -> Outcome:
+    """Trains on workers until the end, the milestone, or until `stop` is set. The session has been started.
 
-    The session has been started.
+    A preempted node ends an attempt; the next one does without it.
 
     Raises:
         ConfigError, CheckpointError, Diverged: what must be mended first. TrainingFailed: Ray Train gave up. ClusterLost: Ray is gone.
@@ -47,7 +49,7 @@ def train_with_ray(run: RunConfig, stop: StopFlag) -> Outcome:
         check_room(run)
     preemptions = 0
     while True:
-        result = _attempt(run, stop)
+        result = _attempt(run, stop, milestone)
         if isinstance(result, Exception):
             raise result
         if result != _PREEMPTED:
@@ -60,11 +62,11 @@ def train_with_ray(run: RunConfig, stop: StopFlag) -> Outcome:
             raise TrainingFailed(f"nodes of {run.output} were preempted {preemptions} times; cluster.max_preemptions is {limit}")
 
 
-def _attempt(run: RunConfig, stop: StopFlag) -> str | Exception:
+def _attempt(run: RunConfig, stop: StopFlag, milestone: Milestone) -> str | Exception:
     """One controller of Ray Train, from its start to its end, or to `grace_s` after a request to stop."""
     result: list[str | Exception] = []
     # In a thread, so that Ray Train leaves the signal handlers alone: its own would abort the run without a checkpoint.
-    thread = threading.Thread(target=lambda: result.append(_fit(run)), name="ray-train", daemon=True)
+    thread = threading.Thread(target=lambda: result.append(_fit(run, milestone)), name="ray-train", daemon=True)
     thread.start()
     asked: float | None = None
     while thread.is_alive():
@@ -83,22 +85,29 @@ def _attempt(run: RunConfig, stop: StopFlag) -> str | Exception:
 
 def check_room(run: RunConfig) -> None:
     """Ray Train waits without end for cores and accelerators that the cluster does not have. Nodes of a head that came back may be late."""
-    import ray
-
     cluster = run.cluster
     deadline, told = time.monotonic() + (_LATE_S if os.environ.get("RAY_ADDRESS") else 0), False
-    for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        while cluster.fewest * each > (there := ray.cluster_resources().get(kind, 0)):
-            short = f"{cluster.fewest} workers of {each:g} {kind} do not fit on this cluster, which has {there:g}"
-            if time.monotonic() >= deadline:
-                raise ConfigError(f"{short}; lower cluster.workers or cluster.{kind.lower()}s_per_worker", key="cluster.workers")
-            if not told:
-                log.warning("%s; nodes that join within %d s are waited for", short, _LATE_S)
-            told = True
-            time.sleep(1)
+    gpus = f" and {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else ""
+    while cluster.fewest > (there := workers_with_room(cluster)):
+        short = f"{cluster.fewest} workers of {cluster.cpus_per_worker} CPU{gpus} do not fit on this cluster, which has room for {there}"
+        if time.monotonic() >= deadline:
+            raise ConfigError(f"{short}; lower cluster.workers, cpus_per_worker or gpus_per_worker", key="cluster.workers")
+        if not told:
+            log.warning("%s; nodes that join within %d s are waited for", short, _LATE_S)
+        told = True
+        time.sleep(1)
 
 
-def _fit(run: RunConfig) -> str | Exception:
+def workers_with_room(cluster: Cluster) -> int:
+    """How many fit on the nodes that the Ray cluster has now, if nothing else runs there. A worker is on one node."""
+    import ray
+
+    needs = {kind: each for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)) if each}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(kind, 0) / each + 1e-9) for kind, each in needs.items()) for node in nodes)
+
+
+def _fit(run: RunConfig, milestone: Milestone) -> str | Exception:
     """Runs Ray Train's controller to its end; what went wrong is returned, since a thread cannot raise into its parent."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
@@ -115,7 +124,7 @@ def _fit(run: RunConfig) -> str | Exception:
     trainer = TorchTrainer(
         _train_on_worker,
         torch_config=introductions(),
-        train_loop_config={"directory": str(directory), "working_directory": os.getcwd()},
+        train_loop_config={"directory": str(directory), "working_directory": os.getcwd(), "milestone": milestone},
         scaling_config=ScalingConfig(
             num_workers=cluster.most if cluster.fewest == cluster.most else (cluster.fewest, cluster.most),
             use_gpu=cluster.gpus_per_worker > 0,
@@ -143,6 +152,7 @@ def _fit(run: RunConfig) -> str | Exception:
     except Exception as error:  # a thread cannot raise into its parent
         return error
     if "outcome" in result:
+        milestone.samples = result["samples"]  # the workers watch a copy
         return result["outcome"]
     note(directory, "failed", reason=short(f"{result['error']}: {result['message']}"))
     return _FINAL[result["error"]](result["message"])
@@ -187,7 +197,7 @@ class _Notice:
             time.sleep(2)
 
 
-def _train_on_worker(config: dict[str, str]) -> dict[str, str]:
+def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each worker of Ray Train runs. It is restarted from the newest published checkpoint when a worker or node dies."""
     import torch
 
@@ -195,13 +205,14 @@ def _train_on_worker(config: dict[str, str]) -> dict[str, str]:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     directory = Path(config["directory"])
     asked, notice = StopFile(directory), _Notice()
+    milestone: Milestone = config["milestone"]
     try:
         run = open_run(directory)
         world = join(group_timeout_s(run.training.hang_timeout_s), run.cluster.network.start_limit_s)
-        outcome = train(run, world, lambda: asked() or notice.is_set, (*CALLBACKS, Started, Network, Exporter))
+        callbacks = (*CALLBACKS, Started, Network, Exporter, milestone.watch)
+        outcome = train(run, world, lambda: asked() or notice.is_set or milestone.reached, callbacks)
         leave()
     except tuple(_FINAL.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
-    if outcome is Outcome.STOPPED and not (directory / STOP_FILE).exists():
-        return {"outcome": _PREEMPTED}
-    return {"outcome": outcome.value}
+    preempted = outcome is Outcome.STOPPED and not milestone.reached and not (directory / STOP_FILE).exists()
+    return {"outcome": _PREEMPTED if preempted else outcome.value, "samples": milestone.samples}

@@ -10,7 +10,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import yaml
 from pydantic import PositiveInt
 
 from gentrain.cluster.places import Allocation, Handle, PlaceError, State, Submission
@@ -115,7 +117,9 @@ class Slurm(Allocation):
     interface: str | None = option(None, "network interface of the nodes' traffic, such as ib0; left out: that of a node's first address")
     signal_s: PositiveInt = option(120, "before the time limit at which a checkpoint is asked for; SLURM may be up to 60 s early", unit="s")
     start_limit_s: PositiveInt = option(300, "for the Ray head, and then for all nodes, to be there", unit="s")
-    array: list[str] = option(list, "overrides of each task of a job array, such as 'optimizer.lr=1e-3 seed=2'; empty: one job")
+    array: list[str] | Literal["trials"] = option(
+        list, "overrides of each task of a job array, such as 'optimizer.lr=1e-3 seed=2', or `trials` of a sweep; empty: one job"
+    )
     at_once: PositiveInt | None = option(None, "tasks of the array that run at the same time; left out: any number")
 
     def __post_init__(self) -> None:
@@ -152,7 +156,7 @@ class Slurm(Allocation):
             if name not in os.environ:
                 raise ConfigError(f"the environment has no {name}, which the job needs; export it", key="cluster.submit.secrets")
         job = _tell("sbatch", "--parsable", str(submission.files / "job.sbatch")).strip().partition(";")[0]
-        tasks = [f"_{number}" for number in range(len(self.array))] or [""]
+        tasks = [f"_{number}" for number in range(self._count(submission))] or [""]
         return {"job": job, "logs": [str(submission.files.resolve() / f"{job}{task}.log") for task in tasks]}
 
     def status(self, handle: Handle) -> State:
@@ -186,7 +190,12 @@ class Slurm(Allocation):
     def _check(self, submission: Submission) -> None:
         if any(not letter.isprintable() or letter in " %\"'\\" for letter in submission.output):
             raise ConfigError(f"SLURM cannot write a log below {submission.output!r}; use plain names", key="output")
-        if self.nodes > 1 and not submission.under_ray:
+        if self.array == "trials" and not submission.trials:
+            raise ConfigError("nothing says what varies; add a section `sweep:`, or list overrides", key="cluster.submit.array")
+        alone = not submission.under_ray
+        if self.array == "trials":  # no Ray Tune, which is what a sweep needs Ray for
+            alone = yaml.safe_load(submission.config).get("cluster", {}).get("place", "inline") == "inline"
+        if self.nodes > 1 and alone:
             raise ConfigError(
                 f"{self.nodes} nodes for a run in one process; set cluster.place to ray, or nodes to 1", key="cluster.submit.nodes"
             )
@@ -200,7 +209,7 @@ class Slurm(Allocation):
             "gpus-per-node": self.gpus_per_node or None,
             "mem": f"{self.memory_gib}G" if self.memory_gib else None,
             "time": self.time_limit_min,
-            "array": f"0-{len(self.array) - 1}" + (f"%{self.at_once}" if self.at_once else "") if self.array else None,
+            "array": f"0-{self._count(submission) - 1}" + (f"%{self.at_once}" if self.at_once else "") if self.array else None,
         }
         return [
             f"--job-name={submission.name}",
@@ -217,10 +226,16 @@ class Slurm(Allocation):
             *self.options,
         ]
 
+    def _count(self, submission: Submission) -> int:
+        """Tasks of the array."""
+        return submission.trials if self.array == "trials" else len(self.array)
+
     def _tasks(self, submission: Submission) -> list[str]:
         """Each task of an array has a directory of its own."""
         if not self.array:
             return []
+        if self.array == "trials":
+            return ["command+=(--trial=$SLURM_ARRAY_TASK_ID)"]
         cases = [
             f"  {number}) command+=({shlex.join([*shlex.split(overrides), f'output={submission.output}/{number}'])}) ;;"
             for number, overrides in enumerate(self.array)

@@ -72,7 +72,9 @@ def output_at(place: Place, output: str) -> str:
     return os.path.normpath(os.path.join(place.storage or os.getcwd(), output))
 
 
-def submission_of(place: Place, command: str, directory: str, config: Mapping[str, Any], clusters: Sequence[Cluster]) -> Submission:
+def submission_of(
+    place: Place, command: str, directory: str, config: Mapping[str, Any], clusters: Sequence[Cluster], trials: int = 0
+) -> Submission:
     """What is sent to the place.
 
     Args:
@@ -80,6 +82,7 @@ def submission_of(place: Place, command: str, directory: str, config: Mapping[st
         directory: of the run as this machine names it.
         config: the resolved configuration, in plain values; its `output` is the directory as the place names it.
         clusters: of the runs that it trains.
+        trials: of a sweep, how many.
 
     Raises ConfigError when the directory's name is none for a job, or a variable is missing that this process would have to hand on.
     """
@@ -100,6 +103,7 @@ def submission_of(place: Place, command: str, directory: str, config: Mapping[st
         output=config["output"],
         environment=place.environment,
         secrets=secrets,
+        trials=trials,
         under_ray=command == "sweep" or any(cluster.place == "ray" for cluster in clusters),
         workers=(max(cluster.fewest for cluster in clusters), max(cluster.most for cluster in clusters)) if clusters else (1, 1),
         cpus_per_worker=max((cluster.cpus_per_worker for cluster in clusters), default=1),

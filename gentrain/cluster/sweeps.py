@@ -191,8 +191,6 @@ def _check(settings: Sweep, trials: list[Trial], document: Document) -> None:
         first = min(settings.grace or training.samples, training.samples)
         if training.log_every > first:
             raise document.error("training.log_every", f"nothing is logged within {first:,} samples, the first that count; lower it")
-    if trials[0].run.cluster.place != "inline":
-        raise document.error("cluster.place", "a trial trains in one process, which Ray places; set it to inline")
 
 
 def shown(parameters: Mapping[str, Any]) -> str:
@@ -256,7 +254,6 @@ class Journal:
                 key="output",
             )
         self.record["trials"] |= before["trials"]
-        self.pause()
 
     def unfinished(self) -> list[Trial]:
         """The trials that have not come to an end, or died of something that another attempt may not meet."""

@@ -1,7 +1,8 @@
 """Sweeps on Ray Tune, which places the trials and stops the poor ones early (asynchronous successive halving, ASHA).
 
-A trial is an ordinary run that trains in an actor from one comparison to the next. Each time it publishes a checkpoint, then Tune decides.
-What was decided is in the sweep's own record, which is text; Tune's own files, which only pickle can read, are thrown away.
+A trial is an ordinary run that an actor trains from one comparison to the next, by itself or on workers of Ray Train. Each time it
+publishes a checkpoint, then Tune decides. What was decided is in the sweep's own record, which is text; Tune's own files, which
+only pickle can read, are thrown away.
 """
 
 from __future__ import annotations
@@ -18,19 +19,24 @@ from types import SimpleNamespace
 from typing import Any
 
 from gentrain.cluster import session
-from gentrain.cluster.launch import Milestone, launch
+from gentrain.cluster.launch import launch
+from gentrain.cluster.milestone import Milestone
 from gentrain.cluster.progress import last_record
-from gentrain.cluster.ray_train import check_room
+from gentrain.cluster.ray_train import TrainingFailed, check_room, workers_with_room
 from gentrain.cluster.session import ClusterLost
 from gentrain.cluster.stopping import STOP_FILE, StopFlag, stop_on_signals
-from gentrain.cluster.sweeps import Journal, LoadedSweep, read_record
+from gentrain.cluster.sweeps import Journal, LoadedSweep, Status, read_record
 from gentrain.config import ConfigError, Document, to_dict
 from gentrain.training.checkpoint import CheckpointError
+from gentrain.training.cluster import Cluster
 from gentrain.training.lock import hold
 from gentrain.training.loop import Diverged, Outcome
 from gentrain.training.run import METRICS, parse_run
 
 log = logging.getLogger(__name__)
+
+_RECORD_S = 60.0  # that another process may take to write the record down
+_LAUNCHER_BYTES = 512 << 20  # of an actor that only holds workers together
 
 
 def run_sweep(sweep: LoadedSweep) -> Journal:
@@ -41,6 +47,7 @@ def run_sweep(sweep: LoadedSweep) -> Journal:
     """
     with hold(sweep.directory):
         journal = Journal(sweep)
+        journal.pause()
         if journal.unfinished():
             session.start()  # before our signal handlers, which it would replace
             check_room(sweep.trials[0].run)
@@ -49,10 +56,42 @@ def run_sweep(sweep: LoadedSweep) -> Journal:
         return journal
 
 
+def run_trial(sweep: LoadedSweep, number: int) -> Status:
+    """Trains one trial, without Tune, for a job array of them: at each comparison it meets what the others have come to by then.
+
+    Any number of processes may do so at the same time, each with a trial of its own; the record is held only while it is written.
+
+    Raises:
+        ConfigError, CheckpointError: what must be mended first; also while `run_sweep` holds the record. ClusterLost: Ray is gone.
+    """
+    from ray.tune.schedulers import TrialScheduler
+
+    trial = sweep.trials[number]
+    told: dict[str, Any] = {"told": "begun"}
+    while True:
+        with hold(sweep.directory, wait_s=_RECORD_S):
+            journal = Journal(sweep)
+            watch = _Watch(journal, StopFlag())
+            if "value" in told:
+                known = SimpleNamespace(trial_id=trial.name)
+                decision = _scheduler(sweep, journal).on_trial_result(None, known, told)
+                told["done"] = told["done"] or decision == TrialScheduler.STOP
+            if told["told"] != "begun":
+                watch.told(trial.name, told)
+            if told["told"] == "interrupted":
+                journal.note(trial.name, "waiting")
+            if watch.failures:
+                raise watch.failures[0]
+            if told.get("done") or trial not in journal.unfinished():
+                return journal.of(trial.name)["status"]
+            watch.started(trial.name)
+        told = advance(to_dict(trial.run), sweep.directory, trial.name, sweep.settings.metric, sweep.settings.rungs)
+
+
 def _tune(sweep: LoadedSweep, journal: Journal, stop: StopFlag) -> None:
     """Runs Tune to its end in a thread, so that it leaves the signal handlers alone."""
     failures: list[Exception] = []
-    watch = _Watch(journal)
+    watch = _Watch(journal, stop)
     thread = threading.Thread(target=lambda: failures.extend(_fit(sweep, journal, watch, stop)), name="ray-tune", daemon=True)
     thread.start()
     while thread.is_alive():
@@ -69,8 +108,8 @@ def _tune(sweep: LoadedSweep, journal: Journal, stop: StopFlag) -> None:
 class _Watch:
     """Writes down what Tune tells of the trials, and keeps what must be mended before any trial can go on."""
 
-    def __init__(self, journal: Journal):
-        self.journal, self.failures = journal, list[Exception]()
+    def __init__(self, journal: Journal, stop: StopFlag):
+        self.journal, self._stop, self.failures = journal, stop, list[Exception]()
 
     def started(self, name: str) -> None:
         self.journal.note(name, "running")
@@ -80,13 +119,15 @@ class _Watch:
         told = result["told"]
         if told in _MEND:
             self.failures.append(_MEND[told](result["error"]))
-        elif told == "diverged":
-            self.journal.note(name, "diverged", error=result["error"])
+        elif told in ("diverged", "failed"):
+            self.journal.note(name, told, error=result["error"])
         elif told != "interrupted":
             status = "finished" if told == "finished" else "stopped early" if result["done"] else "running"
             self.journal.note(name, status, (result["samples"], result["value"]))  # type: ignore[arg-type]
 
     def died(self, name: str, error: str) -> None:
+        if self._stop():  # cut off before it could publish a checkpoint: it goes on from an earlier one
+            return
         self.journal.note(name, "failed", error=error)
 
 
@@ -103,7 +144,7 @@ def _fit(sweep: LoadedSweep, journal: Journal, watch: _Watch, stop: StopFlag) ->
     from ray import tune
     from ray.exceptions import RayError
 
-    resources = {"cpu": float(run.cluster.cpus_per_worker), "gpu": run.cluster.gpus_per_worker}
+    resources = _resources(run.cluster)
     trials = [
         {
             "name": trial.name,
@@ -115,11 +156,11 @@ def _fit(sweep: LoadedSweep, journal: Journal, watch: _Watch, stop: StopFlag) ->
     ]
     with tempfile.TemporaryDirectory(prefix="gentrain-tune-") as folder:
         tuner = tune.Tuner(
-            tune.with_resources(_trainable(sweep, resources), resources),
+            tune.with_resources(_trainable(sweep), resources),
             param_space={"trial": tune.grid_search(trials)},
             tune_config=tune.TuneConfig(
                 scheduler=_scheduler(sweep, journal),
-                max_concurrent_trials=sweep.settings.concurrent,
+                max_concurrent_trials=_at_a_time(sweep.settings.concurrent, run.cluster),
                 reuse_actors=True,  # starting one and importing torch takes longer than a short trial
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
@@ -141,6 +182,21 @@ def _fit(sweep: LoadedSweep, journal: Journal, watch: _Watch, stop: StopFlag) ->
         except Exception as error:  # a thread cannot raise into its parent
             return [error]
     return []
+
+
+def _resources(cluster: Cluster) -> dict[str, float]:
+    """Of a trial's actor. Ray Train asks for those of workers: all at once, or none, so that no two trials wait for each other."""
+    if cluster.place == "ray":
+        return {"memory": _LAUNCHER_BYTES}
+    return {"cpu": float(cluster.cpus_per_worker), "gpu": cluster.gpus_per_worker}
+
+
+def _at_a_time(concurrent: int | None, cluster: Cluster) -> int | None:
+    """Trials. Tune knows what is left for actors that train; what workers of Ray Train take, it does not."""
+    if cluster.place == "inline":
+        return concurrent
+    room = max(1, workers_with_room(cluster) // cluster.most)
+    return min(room, concurrent or room)
 
 
 def _name(trial: Any) -> str:
@@ -210,15 +266,15 @@ def _stopper(asked: Callable[[], bool]) -> Any:
 # --- in a trial's process ---------------------------------------------------------------------------------------------------
 
 
-def _trainable(sweep: LoadedSweep, resources: Mapping[str, float]) -> Any:
+def _trainable(sweep: LoadedSweep) -> Any:
     """What Tune runs as an actor for each trial."""
     from ray.tune import Trainable
 
-    settings = sweep.settings
+    settings, cluster = sweep.settings, sweep.trials[0].run.cluster
 
     class Trial(Trainable):
         def setup(self, config: dict[str, Any]) -> None:
-            _prepare(int(resources["cpu"]), bool(resources["gpu"]))
+            _prepare(cluster)
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             return True  # nothing of one trial is left in the process when the next one begins there
@@ -231,9 +287,10 @@ def _trainable(sweep: LoadedSweep, resources: Mapping[str, float]) -> Any:
     return Trial
 
 
-def _prepare(threads: int, accelerated: bool) -> None:
+def _prepare(cluster: Cluster) -> None:
+    threads = cluster.cpus_per_worker if cluster.place == "inline" else 1
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    if not accelerated:
+    if cluster.place == "ray" or not cluster.gpus_per_worker:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them visible to an actor that asked for none
     import torch
 
@@ -255,6 +312,8 @@ def advance(values: dict[str, Any], sweep: Path, name: str, metric: str, rungs: 
         outcome = launch(run, milestone)
     except Diverged as error:
         return {"told": "diverged", "error": str(error), "done": True}
+    except TrainingFailed as error:  # after cluster.max_failures: Tune need not try as often again
+        return {"told": "failed", "error": str(error), "done": True}
     except tuple(_MEND.values()) as error:
         return {"told": type(error).__name__, "error": str(error), "done": True}
     if outcome is Outcome.STOPPED and not milestone.reached:

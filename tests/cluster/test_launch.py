@@ -19,6 +19,7 @@ import torch
 from gentrain.cluster.attempts import ATTEMPTS
 from gentrain.cluster.generation import generate
 from gentrain.cluster.launch import launch
+from gentrain.cluster.milestone import Milestone
 from gentrain.cluster.session import session
 from gentrain.cluster.stopping import STOP_FILE
 from gentrain.config import ConfigError, Document
@@ -131,6 +132,18 @@ def test_a_request_to_stop_publishes_a_checkpoint_from_which_the_run_goes_on(tmp
     assert launch(rest) is Outcome.FINISHED
     samples = [json.loads(line)["samples"] for line in (run.directory / METRICS).read_text().splitlines()]
     assert samples == list(range(32, stopped + 321, 32))
+
+
+def test_workers_stop_together_at_a_milestone_and_go_on(tmp_path: Path) -> None:
+    """As a trial of a sweep that has a group of workers does. The last checkpoint is of the milestone, and no sample is lost."""
+    run = _run(tmp_path / "run", 2, training={"samples": 640, "batch_size": 32, "log_every": 32})
+    milestone = Milestone(200, "loss/model")
+    assert launch(run, milestone) is Outcome.STOPPED
+    assert milestone.reached and milestone.samples == int(newest(run.directory).name) == 224
+    milestone = Milestone(10_000, "loss/modle")
+    with pytest.raises(ConfigError, match="has no 'loss/modle'"):
+        launch(run, milestone)
+    assert len(_losses(run.directory)) in (7, 8) and not milestone.reached
 
 
 def test_a_fleet_draws_what_one_process_draws_whatever_its_size(tmp_path: Path) -> None:

@@ -89,6 +89,18 @@ def test_what_the_shell_reads_is_quoted() -> None:
     assert printed.stdout.splitlines() == [nasty, "gentrain", "train", nasty, f"note={nasty}", "output=/shared/runs/rings/0"]
 
 
+def test_each_trial_of_a_sweep_is_a_task_of_an_array() -> None:
+    sent = replace(SUBMISSION, command=("gentrain", "sweep", "config.yaml"), trials=12, config="cluster: {place: ray}\n")
+    script = _script(sent, array="trials", at_once=3)
+    assert "--array=0-11%3" in _directives(script) and "ray start" in script  # of each task: its nodes and workers
+    assert "ray start" not in _script(replace(sent, config="cluster: {}\n"), array="trials", nodes=1, cpus_per_node=16, gpus_per_node=4)
+    show = script.partition("\nfail()")[0] + '\nprintf "%s\\n" "${command[@]}"\n'
+    printed = subprocess.run(
+        ["bash"], input=show, capture_output=True, text=True, check=True, env=os.environ | {"SLURM_ARRAY_TASK_ID": "7"}
+    )
+    assert printed.stdout.splitlines() == ["gentrain", "sweep", "config.yaml", "--trial=7"]
+
+
 def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUCKET_TOKEN", CANARY)
     script = _script()
@@ -106,6 +118,8 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
     [
         ({"options": ["#SBATCH"]}, {}, "expected an option of sbatch such as --qos=high"),
         ({"options": ["--qos=a\nrm"]}, {}, "expected an option of sbatch"),
+        ({"array": "trials"}, {}, "add a section `sweep:`, or list overrides"),
+        ({"array": "trials"}, {"trials": 3}, "2 nodes for a run in one process"),  # Ray Tune is not part of it
         ({}, {"under_ray": False}, "2 nodes for a run in one process; set cluster.place to ray"),
         ({}, {"workers": (5, 5)}, "5 workers do not fit on 2 nodes with room for 2 each"),
         ({}, {"output": "/a b"}, "cannot write a log below"),

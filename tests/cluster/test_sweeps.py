@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +15,18 @@ import pytest
 import yaml
 
 from gentrain import cli
+from gentrain.cluster import tune
 from gentrain.cluster.attempts import ATTEMPTS
 from gentrain.cluster.launch import launch
+from gentrain.cluster.ray_train import workers_with_room
 from gentrain.cluster.session import session
+from gentrain.cluster.stopping import STOP_FILE
 from gentrain.cluster.sweeps import Journal, LoadedSweep, Range, Sweep, load_sweep, read_record
-from gentrain.cluster.tune import _scheduler, advance, run_sweep
+from gentrain.cluster.tune import _at_a_time, _scheduler, advance, run_sweep, run_trial
 from gentrain.config import ConfigError, to_dict
 from gentrain.report import SWEEP, write_report
+from gentrain.training.cluster import Cluster
+from gentrain.training.lock import hold
 from gentrain.training.run import CHECKPOINTS, METRICS, load_run
 
 LEARNING_RATES = [1e-2, 1e-3, 1e-5, 1e-6]  # the first is the best by far, at every comparison
@@ -59,11 +66,27 @@ def _advance(sweep: LoadedSweep, number: int) -> dict[str, Any]:
 # --- Ray Tune, first: Ray reads its environment when it is imported ----------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    with session():
+        yield
+
+
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("ray_session")
 def test_a_sweep_that_was_cut_off_goes_on_under_ray_tune(write: Write) -> None:
-    """One trial has finished and is kept, one goes on from its checkpoint, two have not begun; the poor ones are stopped early."""
-    sweep = load_sweep(write(sweep={"concurrent": 1}))
+    cut_off_and_gone_on(write, workers=0)
+
+
+def cut_off_and_gone_on(write: Write, workers: int) -> None:
+    """One trial has finished and is kept, one goes on from its checkpoint, two have not begun; the poor ones are stopped early.
+
+    Args:
+        workers: of Ray Train, of each trial from then on; 0 = an actor of Tune. Before, trials trained in this process.
+    """
+    path = write(sweep={"concurrent": 1})
+    sweep = load_sweep(path)
     journal = Journal(sweep)
     for _ in range(3):
         told = _advance(sweep, 0)
@@ -71,14 +94,14 @@ def test_a_sweep_that_was_cut_off_goes_on_under_ray_tune(write: Write) -> None:
     told = _advance(sweep, 1)
     journal.note("001", "running", (told["samples"], told["value"]))
     kept = (sweep.directory / "trials/000" / METRICS).stat().st_mtime_ns
-    with session():
-        journal = run_sweep(sweep)
+    sweep = load_sweep(path, ["cluster.place=ray", f"cluster.workers={workers}", "cluster.network.interface=lo"] if workers else [])
+    journal = run_sweep(sweep)
     record = read_record(sweep.directory)["trials"]
     assert [trial["status"] for trial in record.values()] == ["finished", "stopped early", "stopped early", "stopped early"]
     assert [[samples for samples, _ in trial["rungs"]] for trial in record.values()] == [[320, 640, 1280], [320, 640], [320], [320]]
     assert (sweep.directory / "trials/000" / METRICS).stat().st_mtime_ns == kept
     started = [json.loads(line) for line in (sweep.directory / "trials/001" / ATTEMPTS).read_text().splitlines()]
-    assert [line["samples"] for line in started if line["event"] == "started"] == [0, 320]
+    assert [(line["samples"], line["ranks"]) for line in started if line["event"] == "started"] == [(0, 1), (320, max(workers, 1))]
     for trial in sweep.trials:
         assert (trial.run.directory / CHECKPOINTS / f"{record[trial.name]['rungs'][-1][0]:012d}").is_dir()
     assert journal.unfinished() == [] and run_sweep(sweep).ranking()[0] == "000"  # nothing left to do: no Ray
@@ -155,8 +178,6 @@ def test_what_is_no_sweep_and_what_no_trial_can_be(write: Write) -> None:
     path = write()
     with pytest.raises(ConfigError, match="run it with: gentrain sweep"):
         load_run(path)
-    with pytest.raises(ConfigError, match="set it to inline"):
-        load_sweep(path, ["cluster.place=ray"])
     with pytest.raises(ConfigError, match="all trials would share it"):
         load_sweep(path, ["training.checkpoints=/elsewhere"])
     Path("run.yaml").write_text(yaml.safe_dump({key: value for key, value in TOY.items() if key != "sweep"}))
@@ -229,6 +250,7 @@ def test_the_record_goes_on_and_refuses_another_sweep(write: Write) -> None:
     journal.note("002", "stopped early", (320, 1.5))
     journal.note("003", "failed", error="lost")
     again = Journal(sweep)
+    again.pause()
     assert [trial.name for trial in again.unfinished()] == ["001", "003"] and again.of("001")["status"] == "waiting"
     assert again.ranking() == ["000", "001", "002", "003"]
     more = Journal(load_sweep(write(sweep={"choices": {"optimizer.lr": [*LEARNING_RATES, 1.0]}})))
@@ -257,6 +279,87 @@ def test_who_comes_later_is_compared_with_those_of_the_record(write: Write, best
         decisions.append(scheduler.on_trial_result(None, trial, result))
         scheduler.on_trial_complete(None, trial, result | {"samples": 1280, "value": sign * -99.0})
     assert decisions == ["STOP", "CONTINUE", "STOP"]
+
+
+def test_a_trial_that_was_resumed_leaves_its_last_value_at_no_lower_comparison(write: Write) -> None:
+    """Ray's own scheduler would note it there, since it knows such a trial by another name: its later value, which nobody can match."""
+    sweep = load_sweep(write())
+    journal = Journal(sweep)
+    journal.note("000", "running", (320, 1.0))
+    scheduler = _scheduler(sweep, journal)
+    resumed, later = SimpleNamespace(trial_id="of this session"), SimpleNamespace(trial_id="later")
+    result = {"samples": 640, "value": 0.1}
+    scheduler.on_trial_add(None, resumed)
+    assert scheduler.on_trial_result(None, resumed, result) == "CONTINUE"
+    scheduler.on_trial_complete(None, resumed, result)
+    scheduler.on_trial_add(None, later)
+    assert scheduler.on_trial_result(None, later, {"samples": 320, "value": 0.9}) == "CONTINUE"  # beside 1.0; with 0.1 the median is 0.55
+
+
+# --- groups of workers, and arrays ------------------------------------------------------------------------------------------
+
+
+def test_as_many_trials_at_a_time_as_there_is_room_for_their_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of 8 cores and 4 GPUs, of 6 and none, one that is lost, and a head that takes no work."""
+    import ray
+
+    resources = [({"CPU": 8.0, "GPU": 4.0}, True), ({"CPU": 6.0}, True), ({"CPU": 99.0}, False), ({"memory": 1.0}, True)]
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Resources": each, "Alive": alive} for each, alive in resources])
+    cases = [
+        ({"cpus_per_worker": 4}, 3),  # 2 and 1: none is shared by two nodes
+        ({"cpus_per_worker": 1}, 14),
+        ({"cpus_per_worker": 2, "gpus_per_worker": 0.1}, 4),
+        ({"cpus_per_worker": 1, "gpus_per_worker": 0.5}, 8),
+        ({"cpus_per_worker": 9}, 0),
+    ]
+    for settings, room in cases:
+        assert workers_with_room(Cluster(place="ray", **settings)) == room, settings
+    for workers, concurrent, expected in ((3, None, 4), (3, 2, 2), ((1, 7), 9, 2), (20, None, 1)):
+        assert _at_a_time(concurrent, Cluster(place="ray", workers=workers)) == expected
+    assert _at_a_time(None, Cluster()) is None and _at_a_time(3, Cluster()) == 3  # Tune counts actors itself
+
+
+def test_trials_of_an_array_are_compared_through_the_record_alone(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in its turn, as tasks of an array with at_once: 1: who comes first is finished, those that are worse than the median stop."""
+    sweep = load_sweep(write())
+    assert [run_trial(sweep, number) for number in range(4)] == ["finished", "stopped early", "stopped early", "stopped early"]
+    record = read_record(sweep.directory)["trials"]
+    assert [[samples for samples, _ in trial["rungs"]] for trial in record.values()] == [[320, 640, 1280], [320], [320], [320]]
+    before = (sweep.directory / SWEEP).read_text()
+    assert run_trial(sweep, 1) == "stopped early" and (sweep.directory / SWEEP).read_text() == before  # a task that is requeued
+    monkeypatch.setattr(tune, "_RECORD_S", 0.1)
+    with hold(sweep.directory), pytest.raises(ConfigError, match="is in use by"):  # by gentrain sweep
+        run_trial(sweep, 0)
+
+
+def test_a_trial_of_an_array_that_is_asked_to_stop_waits_and_one_that_cannot_train_is_told(write: Write) -> None:
+    sweep = load_sweep(write(sweep={"grace": None}, training={**TOY["training"], "samples": 1_000_000}))
+    trial = sweep.trials[2].run
+
+    def ask() -> None:
+        while not (trial.directory / METRICS).exists():
+            time.sleep(0.01)
+        (trial.directory / STOP_FILE).touch()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    status = run_trial(sweep, 2)
+    thread.join()
+    assert status == read_record(sweep.directory)["trials"]["002"]["status"] == "waiting"
+    assert any((trial.directory / CHECKPOINTS).iterdir())
+    mistaken = load_sweep(write("other.yaml", sweep={"metric": "loss/modle"}))
+    with pytest.raises(ConfigError, match=r"metrics.jsonl has no 'loss/modle'"):
+        run_trial(mistaken, 0)
+
+
+def test_the_command_of_an_array_task(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write()
+    for number, status, told in (("0", 0, "trial 000: finished"), ("4", cli.MEND, "there is no trial 4: runs/toy has 4, 0 to 3")):
+        arguments = ["sweep", str(path), f"--trial={number}"]
+        assert cli._guarded(lambda arguments=arguments, **options: cli.app(args=arguments, **options)) == status
+        printed = capsys.readouterr()
+        assert told in printed.out + printed.err
+    assert Path("runs/toy/report.html").is_file()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------------

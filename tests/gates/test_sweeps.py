@@ -21,6 +21,7 @@ import gentrain.cluster.tune
 from gentrain.cluster.attempts import ATTEMPTS
 from gentrain.report import SWEEP
 from gentrain.training.run import METRICS
+from tests.cluster.test_sweeps import Write, cut_off_and_gone_on, ray_session, write  # noqa: F401  # the last two are fixtures
 
 pytestmark = [pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
@@ -39,8 +40,9 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _start(folder: Path) -> subprocess.Popen[bytes]:
-    (folder / "toy.yaml").write_text(yaml.safe_dump(CONFIG))
+def _start(folder: Path, workers: int) -> subprocess.Popen[bytes]:
+    cluster = {"place": "ray", "workers": workers, "network": {"interface": "lo"}} if workers else {}
+    (folder / "toy.yaml").write_text(yaml.safe_dump(CONFIG | {"cluster": cluster}))
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "gentrain.cli", "sweep", "toy.yaml"],
@@ -65,8 +67,14 @@ def _samples(folder: Path, name: str) -> list[int]:
     return [json.loads(line)["samples"] for line in (folder / "runs/toy/trials" / name / METRICS).read_text().splitlines()]
 
 
-def test_a_sweep_survives_sigkill_and_sigterm(tmp_path: Path) -> None:
-    process = _start(tmp_path)
+@pytest.mark.usefixtures("ray_session")
+def test_a_sweep_that_was_cut_off_goes_on_with_two_workers_per_trial(write: Write) -> None:  # noqa: F811
+    cut_off_and_gone_on(write, workers=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sweep_survives_sigkill_and_sigterm(tmp_path: Path, workers: int) -> None:
+    process = _start(tmp_path, workers)
     _until(lambda: any(trial["rungs"] for trial in _record(tmp_path).values()), process, tmp_path)
     everything = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for each in everything:
@@ -76,7 +84,7 @@ def test_a_sweep_survives_sigkill_and_sigterm(tmp_path: Path) -> None:
     psutil.wait_procs(everything, 60)
     before = _record(tmp_path)
 
-    process = _start(tmp_path)
+    process = _start(tmp_path, workers)
     compared = sum(len(trial["rungs"]) for trial in before.values())
     _until(lambda: sum(len(trial["rungs"]) for trial in _record(tmp_path).values()) > compared, process, tmp_path)
     process.send_signal(signal.SIGTERM)
@@ -85,7 +93,7 @@ def test_a_sweep_survives_sigkill_and_sigterm(tmp_path: Path) -> None:
     assert "running" not in {trial["status"] for trial in stopped.values()}
     assert "a checkpoint is published. Go on with: gentrain sweep toy.yaml" in (tmp_path / "log").read_text()
 
-    assert _start(tmp_path).wait(600) == 0, (tmp_path / "log").read_text()
+    assert _start(tmp_path, workers).wait(900) == 0, (tmp_path / "log").read_text()
     after = _record(tmp_path)
     for name, trial in after.items():
         for earlier in (before, stopped):
@@ -97,4 +105,5 @@ def test_a_sweep_survives_sigkill_and_sigterm(tmp_path: Path) -> None:
     assert after["002"]["status"] == after["003"]["status"] == "stopped early"
     attempts = [json.loads(line) for line in (tmp_path / "runs/toy/trials/000" / ATTEMPTS).read_text().splitlines()]
     assert [line["samples"] for line in attempts if line["event"] == "started"].count(0) == 1  # later ones begin from checkpoints
+    assert {line["ranks"] for line in attempts if line["event"] == "started"} == {max(workers, 1)}
     assert "report.html" in (tmp_path / "log").read_text() and (tmp_path / "runs/toy/report.html").is_file()
