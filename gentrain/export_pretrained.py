@@ -38,14 +38,14 @@ _LCM_USE = """
 from diffusers import LCMScheduler
 
 pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps={count})
-images = pipeline(prompt, num_inference_steps={steps}, guidance_scale=1).images  # the guidance is built in"""
+images = pipeline(prompt, num_inference_steps={steps}, {guidance}"""
 
 _FLOW_LCM_USE = """
 from diffusers import FlowMatchLCMScheduler
 
 pipeline.scheduler = FlowMatchLCMScheduler()
 pipeline.scheduler.init_noise_sigma = 1.0  # which StableDiffusionPipeline asks for
-images = pipeline(prompt, sigmas={sigmas}, guidance_scale=1).images  # the guidance is built in"""
+images = pipeline(prompt, sigmas={sigmas}, {guidance}"""
 
 _ONE_STEP_USE = """
 from diffusers import DDPMScheduler
@@ -136,32 +136,34 @@ def export_pretrained(
         if not isinstance(network, Adapted):
             raise ValueError("the run learnt no adapter; export the pipeline")
         with appearing(out) as partial:
-            use = _write_adapter(partial, network, family) + how_to_draw(sampler, family)
+            use = _write_adapter(partial, network, family) + how_to_draw(sampler, inner)
             _write_card(partial, out.name, use, "An adapter", family, licence, config, metrics)
         return out
     if isinstance(network, OnBase):
         network.fold()
-    pipeline = family.source.pipeline(**{family.denoiser: inner.backbone})
+    pipeline = family.source.pipeline(**{family.denoiser: inner.pipelines_own()})
     with appearing(out) as partial:
         pipeline.save_pretrained(partial)
-        use = _PIPELINE_USE + how_to_draw(sampler, family)
+        use = _PIPELINE_USE + how_to_draw(sampler, inner)
         _write_card(partial, out.name, use, "A further trained copy", family, licence, config, metrics)
     return out
 
 
-def how_to_draw(sampler: Sampler | None, family: Family) -> str:
+def how_to_draw(sampler: Sampler | None, network: PretrainedNetwork) -> str:
     """Code that draws with a student of few steps or one as `sampler` does, to follow what loads it; empty for other samplers."""
-    path = family.law()[0]
+    path = network.family.law()[0]
     if isinstance(sampler, OneStep):
         use = _ONE_STEP_USE if isinstance(path, VariancePreserving) else _FLOW_ONE_STEP_USE
         return use.format(start=round(sampler.start(path), 5), timestep=round(time_at(path, sampler.sigma)))
     if not isinstance(sampler, LCM):
         return ""
+    told = (1, "the guidance is built in") if network.inputs is None else (sampler.guidance, "which the network reads")
+    guidance = "guidance_scale={:g}).images  # {}".format(*told)
     if isinstance(path, VariancePreserving):
-        return _LCM_USE.format(count=sampler.count, steps=sampler.steps)
+        return _LCM_USE.format(count=sampler.count, steps=sampler.steps, guidance=guidance)
     timesteps = lcm_sampling_timesteps(sampler.steps, sampler.count, sampler.stride).double()
     times = convert_time(timesteps, sampler.grid, path)
-    return _FLOW_LCM_USE.format(sigmas=[round(time, 5) for time in times.tolist()])
+    return _FLOW_LCM_USE.format(sigmas=[round(time, 5) for time in times.tolist()], guidance=guidance)
 
 
 def _write_adapter(directory: Path, network: Adapted, family: Family) -> str:

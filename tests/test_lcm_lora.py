@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from gentrain.config import ConfigError, Document
+from gentrain.config import ConfigError, Document, build
+from gentrain.data.base import Data
+from gentrain.models.denoiser import Denoiser
 from gentrain.models.pretrained import Pretrained
 from gentrain.noise import Noise, derive
 from gentrain.recipes.export import Export
+from gentrain.samplers.lcm import LCM
 from gentrain.training.loop import train
 from gentrain.training.roles import Roles, load_network
 from gentrain.training.run import parse_run, save_config
 from gentrain.training.world import World
-from tests.models.pipelines import PROMPTS, images, stable_diffusion
+from tests.models.pipelines import PROMPTS, images, stable_diffusion, stable_diffusion_3
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -61,15 +64,28 @@ def ours(directory: Path) -> Tensor:
 ZERO_TERMINAL = {"schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "zero_terminal_snr": True}
 
 
-@pytest.mark.parametrize("form", ["adapter", "pipeline"])
-@pytest.mark.parametrize("kind", ["variance_preserving", "flow"])
-def test_diffusers_alone_draws_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, form: Any) -> None:
-    """The code of the model card is run as it stands; both are given the same random numbers."""
+READS = {"method": {"name": "latent_consistency", "guidance": [2, 8]}, "adapter": None, "sampler": {"name": "lcm", "guidance": 5}}
+
+
+@pytest.mark.parametrize(
+    "kind, form, changed",
+    [
+        ("variance_preserving", "adapter", {}),
+        ("variance_preserving", "pipeline", {}),
+        ("flow", "adapter", {}),
+        ("flow", "pipeline", {}),
+        ("variance_preserving", "pipeline", READS),
+    ],
+)
+def test_diffusers_alone_draws_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, form: Any, changed: dict[str, Any]
+) -> None:
+    """The code of the model card is run as it stands, on the same random numbers. Last: a whole network that reads its guidance."""
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
     from diffusers.schedulers import scheduling_flow_match_lcm, scheduling_lcm
 
     (stable_diffusion if kind == "variance_preserving" else flow_pipeline)(tmp_path / "pipeline")
-    run = parse_run(Document(settings(tmp_path, **({"grid": ZERO_TERMINAL} if kind == "flow" else {})), "x.yaml"))
+    run = parse_run(Document(settings(tmp_path, **({"grid": ZERO_TERMINAL} if kind == "flow" else {})) | changed, "x.yaml"))
     save_config(run)
     train(run, ALONE, lambda: False)
     card = (Export(run=str(run.directory), form=form).write(tmp_path / "out") / "README.md").read_text()
@@ -83,6 +99,37 @@ def test_diffusers_alone_draws_the_same_images(tmp_path: Path, monkeypatch: pyte
     exec(use[1], spoken)
     theirs = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(16, 16, 3) for image in spoken["images"]])
     torch.testing.assert_close(theirs.permute(0, 3, 1, 2) / 255, ours(run.directory), rtol=0, atol=2.5e-3)  # 1 / 255 and its half
+
+
+def test_a_latent_consistency_model_of_diffusers_is_read_with_its_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.pipelines.latent_consistency_models import pipeline_latent_consistency_text2img as stock
+    from diffusers.schedulers import scheduling_lcm
+
+    plain = StableDiffusionPipeline.from_pretrained(stable_diffusion(tmp_path / "plain"))
+    unet = UNet2DConditionModel.from_config({**plain.unet.config, "time_cond_proj_dim": 256})
+    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.1)
+    parts = (plain.vae, plain.text_encoder, plain.tokenizer, unet, LCMScheduler.from_config(plain.scheduler.config), None, None)
+    pipeline = LatentConsistencyModelPipeline(*parts, requires_safety_checker=False)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    given = noise()
+    for module in (stock, scheduling_lcm):
+        monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: given.normal(tuple(shape)))
+    data = build(Data, Document(images(tmp_path / "images"), "x.yaml"))  # type: ignore[type-abstract]
+    model = Pretrained(str(tmp_path / "pipeline"))
+    codec, law = model.codec(data), model.law()
+    assert law is not None
+    denoiser = Denoiser(model.build(codec.shape, 2), *law)
+    drawn = {}
+    for guidance in (1.5, 6.0):
+        with torch.no_grad():
+            condition = codec.condition(torch.arange(len(PROMPTS)), PROMPTS)
+            x = LCM(steps=3, guidance=guidance).sample(denoiser, (len(PROMPTS), *codec.shape), noise(), condition)
+        drawn[guidance] = codec.decode(x) / 2 + 0.5
+        given = noise()
+        theirs = pipeline(PROMPTS, 16, 16, num_inference_steps=3, guidance_scale=guidance, output_type="pt").images
+        torch.testing.assert_close(drawn[guidance], theirs, rtol=1e-3, atol=1e-4)
+    assert (drawn[1.5] - drawn[6.0]).abs().max() > 0.01
 
 
 def test_an_exported_autoencoder_is_known_as_the_one_it_came_from(tmp_path: Path) -> None:
@@ -100,10 +147,14 @@ def test_an_exported_autoencoder_is_known_as_the_one_it_came_from(tmp_path: Path
     assert exported.family.source.digest(("vae",)) != before
 
 
-def test_a_weight_that_would_be_an_input_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    stable_diffusion(tmp_path / "pipeline")
-    asked = parse_run(Document(settings(tmp_path) | {"method": {"name": "latent_consistency", "guidance": [2, 8]}}, "x.yaml"))
-    with pytest.raises(ConfigError, match=r"no further input \(guidance\); two equal weights in method.guidance"):
+@pytest.mark.parametrize("pipeline, message", [
+    (stable_diffusion, "adapter.targets: no layer that reads guidance is among the targets; .* two equal weights in method.guidance"),
+    (stable_diffusion_3, r"StableDiffusion3Pipeline takes no further input \(guidance\); two equal weights in method.guidance"),
+])  # fmt: skip
+def test_a_weight_that_no_layer_would_learn_to_read_is_refused_with_what_to_do(tmp_path: Path, pipeline: Any, message: str) -> None:
+    pipeline(tmp_path / "pipeline")
+    asked = parse_run(Document(settings(tmp_path) | {"method": READS["method"], "sampler": READS["sampler"]}, "x.yaml"))
+    with pytest.raises(ConfigError, match=message):
         Roles(asked, ALONE)
 
 

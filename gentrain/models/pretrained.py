@@ -20,6 +20,7 @@ from gentrain.models.base import Codec, Condition, Model
 from gentrain.models.conditional import class_index
 from gentrain.models.families.base import Family, Texts, family_of
 from gentrain.models.families.source import Source, is_to_come
+from gentrain.models.inputs import WIDTH, Inputs
 from gentrain.noise import Noise
 from gentrain.paths.base import Path
 
@@ -94,6 +95,11 @@ class Pretrained(Model):
         with torch.no_grad(), torch.device("cpu"):
             return self.family.null(self.family.text_pipeline(), self.null_prompt, torch.device("cpu"))
 
+    def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        if len(shapes) > 1:
+            for shape in shapes:
+                self.family.check_shape(*shape[1:])
+
     def law(self) -> tuple[Path, Prediction] | None:
         return None if self.to_come else self.family.law()
 
@@ -116,11 +122,34 @@ class PretrainedNetwork(nn.Module):
         self._null = tuple(null)
         for name, value in null.items():  # the pipeline's, so that no checkpoint need hold them
             self.register_buffer(f"null_{name}", value.clone(), persistent=False)
+        self.inputs: Inputs | None = None
+        self._embedding = (backbone.get_submodule(family.time_embedding) if family.time_embedding else None,)
+        known = getattr(self._embedding[0], "cond_proj", None)
+        if known is not None:  # a latent consistency model
+            self._read_guidance().projections["guidance"].load_state_dict(known.state_dict())
 
     def add_inputs(self, names: Sequence[str]) -> None:
-        """Raises ValueError: a pipeline would not give them to its network."""
-        remedy = "; two equal weights in method.guidance are built in and need none" if tuple(names) == ("guidance",) else ""
-        raise ValueError(f"the network of a pipeline takes no further input ({', '.join(names)}){remedy}")
+        """Has the network read a guidance weight as latent consistency models do. Raises ValueError: no pipeline would give it these."""
+        guidance = tuple(names) == ("guidance",)
+        if not guidance or self._embedding[0] is None:
+            remedy = "; two equal weights in method.guidance are built in and need none" if guidance else ""
+            raise ValueError(f"the network of a {self.family.pipelines[0]} takes no further input ({', '.join(names)}){remedy}")
+        if self.inputs is None:
+            self._read_guidance()
+
+    def _read_guidance(self) -> Inputs:
+        embedding: Any = self._embedding[0]
+        self.inputs = Inputs(("guidance",), embedding.linear_1.in_features)
+        embedding.cond_proj = nn.Identity()  # what `inputs` makes of the weight is added as it is
+        return self.inputs
+
+    def pipelines_own(self) -> nn.Module:
+        """The backbone with all that it reads, as the pipeline holds it; this network is not called again."""
+        if self.inputs is not None:
+            backbone, embedding = self.backbone, self._embedding[0]
+            backbone.register_to_config(time_cond_proj_dim=WIDTH)  # type: ignore[operator]
+            embedding.cond_proj = self.inputs.projections["guidance"]  # type: ignore[union-attr]
+        return self.backbone
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """x [B, C, H, W], t [B] in diffusers' timesteps, condition as the codec's -> [B, C, H, W] in the weights' dtype."""
@@ -131,6 +160,8 @@ class PretrainedNetwork(nn.Module):
             given = {name: self._filled(name, condition, len(x)) for name in self._null}
         else:
             given = {"label": class_index(condition, x, self.family.num_classes)}
+        if self.inputs is not None and "guidance" in (condition or {}):
+            given["guidance"] = self.inputs(t, condition)
         # t stays as it is: half precision cannot tell neighbouring times apart
         return self.family.predict(self.backbone, x.to(dtype), t, given)
 
@@ -162,10 +193,11 @@ class PretrainedCodec(Codec):
         factor, grain = self.family.factor, self.family.grain
         if len(self.shape) != 3 or self.shape[0] != 3:
             raise ValueError(f"the pipeline in {model.directory} is for colour images (3, H, W), the data have shape {self.shape}")
-        if self.shape[1] % grain or self.shape[2] % grain:
-            height, width = self.shape[1:]
-            raise ValueError(f"images of {height}x{width} pixels are not divisible by {grain}, as its latents need; resize them")
-        self.shape = (self.family.channels, self.shape[1] // factor, self.shape[2] // factor)
+        for _, height, width in self.shapes:
+            if height % grain or width % grain:
+                raise ValueError(f"images of {height}x{width} pixels are not divisible by {grain}, as its latents need; resize them")
+        self.shapes = [(self.family.channels, height // factor, width // factor) for _, height, width in self.shapes]
+        self.shape = self.shapes[0]
 
     def to(self, device: torch.device) -> Codec:
         self.device = device

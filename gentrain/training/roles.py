@@ -242,11 +242,14 @@ def network_above(run: RunConfig, role: str, base: Base) -> OnBase:
     try:
         if isinstance(part, Adapter):
             key = "adapter.targets" if settings.adapter is None else f"roles.{role}.adapter.targets"
-            return Adapted(base, part)
+            above, inputs = Adapted(base, part), run.method.roles[role].inputs
+            if inputs and not any(name.startswith("inputs.") for name in above.targets):
+                remedy = ", or take two equal weights in method.guidance, which need no input" if inputs == ("guidance",) else ""
+                raise ValueError(f"no layer that reads {', '.join(inputs)} is among the targets; name {inputs[0]}, too{remedy}")
+            return above
         key = "trainable" if settings.trainable is None else f"roles.{role}.trainable"
         return Partial(base, str(part))
     except ValueError as error:
-        key = "adapter.targets" if run.role_settings(role).adapter is None else f"roles.{role}.adapter.targets"
         raise ConfigError(str(error), source=run.output, key=key) from error
 
 

@@ -28,6 +28,7 @@ class Family(Component, kind="family"):
         takes_text: its conditions are prompts; else classes, of which `num_classes` tells the number.
         text_components: what turns prompts into conditions; optional_components: what helps them where the pipeline has it.
         guidance_input: what a network that reads the guidance weight is told.
+        time_embedding: the denoiser's layer that is given what latent consistency models make of a guidance weight; None: it has none.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -35,6 +36,7 @@ class Family(Component, kind="family"):
     takes_text: ClassVar[bool] = True
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     optional_components: ClassVar[tuple[str, ...]] = ()
+    time_embedding: ClassVar[str | None] = None
 
     def __init__(self, source: Source, guidance_input: float = 1.0):
         self.source, self.guidance_input = source, guidance_input
@@ -60,11 +62,15 @@ class Family(Component, kind="family"):
 
         Args:
             t: [B] float, diffusers' timestep.
-            condition: texts of every row, or {"label": [B] int64, num_classes = null}.
+            condition: texts of every row, or {"label": [B] int64, num_classes = null}; "guidance" [B, width] for `time_embedding` where
+                the network reads one and is told it.
         """
         raise NotImplementedError
 
     # --- latents ---
+
+    def check_shape(self, height: int, width: int) -> None:
+        """Raises ValueError unless the denoiser takes latents of these sides, in places of a latent, whatever size it was made for."""
 
     @property
     def factor(self) -> int:

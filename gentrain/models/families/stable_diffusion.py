@@ -14,13 +14,18 @@ from gentrain.models.families.base import Family, Texts
 
 @register("stable_diffusion")
 class StableDiffusion(Family):
-    """UNet2DConditionModel on 4 channels of latents, one CLIP text encoder, eps (1.x, 2.x base) or v (2.x 768)."""
+    """UNet2DConditionModel on 4 channels of latents, one CLIP text encoder, eps (1.x, 2.x base) or v (2.x 768).
 
-    pipelines = ("StableDiffusionPipeline",)
+    Latent consistency models of theirs, whose UNet reads a guidance weight, too.
+    """
+
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     denoiser = "unet"
+    time_embedding = "time_embedding"
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        output: Tensor = network(x, t, encoder_hidden_states=condition["prompt"], return_dict=False)[0]
+        told = {"timestep_cond": condition.get("guidance"), "return_dict": False}
+        output: Tensor = network(x, t, encoder_hidden_states=condition["prompt"], **told)[0]
         return output
 
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:

@@ -21,13 +21,15 @@ class StableDiffusionXL(Family):
 
     pipelines = ("StableDiffusionXLPipeline",)
     denoiser = "unet"
+    time_embedding = "time_embedding"
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         height, width = (self.factor * side for side in x.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device).expand(len(x), -1)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes}
-        output: Tensor = network(x, t, encoder_hidden_states=condition["prompt"], added_cond_kwargs=added, return_dict=False)[0]
+        told = {"added_cond_kwargs": added, "timestep_cond": condition.get("guidance"), "return_dict": False}
+        output: Tensor = network(x, t, encoder_hidden_states=condition["prompt"], **told)[0]
         return output
 
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
