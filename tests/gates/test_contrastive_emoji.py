@@ -41,15 +41,19 @@ class SpoiltEmoji(Emoji):
 
     @cached_property
     def _spoilt(self) -> torch.Tensor:
-        return self._noise(2).uniform((1,)).squeeze(1) < SPOILT
+        noise = self._noise(2)
+        return noise.uniform((len(noise),)) < SPOILT
 
     def _noise(self, stream: int) -> Noise:
         return Noise(derive(stream, "spoilt"), torch.arange(len(self.names("train"))))
 
     @property
     def captions(self) -> list[str]:
-        letters = self._noise(3).randint(97, 123, (len(self.names("train")), 12)).tolist()
-        return [*super().captions, *("".join(map(chr, row)) for row in letters)] if self.corruption == "text" else list(super().captions)
+        names = list(super().captions)
+        if self.corruption != "text":
+            return names
+        noise = self._noise(3)
+        return [*names, *("".join(map(chr, row)) for row in noise.randint(97, 123, (len(noise), 12)).tolist())]
 
     def split(self, name: str) -> CaptionedItems:
         items = super().split(name)
@@ -57,7 +61,7 @@ class SpoiltEmoji(Emoji):
             return items
         x, caption, spoilt = items.x.clone(), items.caption.clone(), self._spoilt
         if self.corruption == "image":
-            x[spoilt] = self._noise(4).uniform(tuple(x.shape[1:]))[spoilt] * 2 - 1
+            x[spoilt] = self._noise(4).uniform(tuple(x.shape))[spoilt] * 2 - 1
         elif self.corruption == "text":
             caption[spoilt] = len(super().captions) + torch.arange(len(caption))[spoilt]
         elif self.corruption == "pairing":
