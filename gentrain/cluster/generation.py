@@ -17,6 +17,7 @@ from gentrain.noise import Noise, derive
 from gentrain.samplers.base import Sampler
 from gentrain.training.roles import load_network
 from gentrain.training.run import open_run
+from gentrain.training.weaker import with_weaker
 
 CHUNK = 100  # samples drawn together. Fixed: results must not depend on how the work is shared out
 
@@ -32,7 +33,7 @@ class Generator:
         self.denoiser.network.to(self.device)
         self.codec = self.run.codec().to(self.device)
         # By its settings, not as an object: its class may be of a plugin, which only opening the run has imported here.
-        self.sampler, self.seed = build(Sampler, Document(sampler, "sampler")), seed
+        self.sampler, self.seed = with_weaker(build(Sampler, Document(sampler, "sampler")), self.run, self.device), seed
 
     def draw(self, first: int, labels: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
         """Samples number first, first + 1, ... with `labels` [B] (-1 = the null class): [B, ...] float32 on the host."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from gentrain.config import ConfigError, Fraction, option, register
@@ -61,7 +62,7 @@ class _Steered(Denoiser):
 @register("guided")
 @dataclass
 class Guided(Sampler):
-    """Another sampler with guidance at some noise levels only (arXiv:2404.07724), and with dynamic thresholding.
+    """Another sampler with guidance at some noise levels only (arXiv:2404.07724), by a weaker model, and with dynamic thresholding.
 
     Guidance harms variety at high noise and does nothing at low noise, where it costs a second row of each batch. Steps and guidance are
     given here, not in `sampler`.
@@ -73,6 +74,13 @@ class Guided(Sampler):
     threshold: Fraction | None = option(
         None, "quantile of |x0| that is brought to 1 where it is larger, for data in [-1, 1]; null = none", source="arXiv:2205.11487: 0.995"
     )
+
+    weak: str | None = option(
+        None, "autoguidance: run of a smaller or less trained model of the same data, path and conditions", source="arXiv:2406.02507"
+    )
+    weak_weight: PositiveFloat = option(2.0, "w of weak + w (model - weak)", source="arXiv:2406.02507, eq. 3")
+
+    weaker: ClassVar[Denoiser | None] = None  # the network of `weak`, which `training.weaker` loads
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampler, GridSampler | AdaptiveODE):
@@ -88,4 +96,8 @@ class Guided(Sampler):
         return self.sampler.start(path)
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
+        if self.weak is not None:
+            if self.weaker is None:
+                raise ValueError(f"the weaker model {self.weak} has not been loaded: draw with `gentrain sample` or a stage `generate`")
+            denoiser = AutoGuided(denoiser, self.weaker, self.weak_weight)
         return replace(self.sampler, steps=self.steps).solve(_Steered(denoiser, self), x, noise, condition)

@@ -22,6 +22,7 @@ from gentrain.training.remedies import remedy
 from gentrain.training.run import METRICS, SAMPLES, RunConfig
 from gentrain.training.storage import replace_file
 from gentrain.training.trackers import Tracked, Tracking
+from gentrain.training.weaker import with_weaker
 
 if TYPE_CHECKING:
     from gentrain.training.loop import Trainer
@@ -113,6 +114,7 @@ class Previews(Callback):
             return
         if self._network is None:
             self._network = trainer.roles.spare(role)
+            with_weaker(run.sampler, run, trainer.world.device)
         engine, trained = trainer.roles.engines[role], run.method.roles[role]
         averaged = isinstance(trained, Trained) and trained.ema
         self._network.load_state_dict(engine.ema_weights() if averaged else engine.weights())
