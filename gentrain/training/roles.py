@@ -207,6 +207,7 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
         if run.method.roles[role].denoiser:
             inputs = (*inputs, *run.data.inputs)
         if inputs:
+        model.check_shapes(codec.shapes)
             add_inputs: Callable[[tuple[str, ...]], None] | None = getattr(network, "add_inputs", None)
             if add_inputs is None:
                 raise ValueError(
