@@ -172,12 +172,12 @@ def _bytes_of(part: Part) -> tuple[int, ...]:
     if held is None or activations is None:
         return (part.weights, 0, 0, 0, 0, 0, 0)
     working = max(held.passing + activations.peak + part.gathered, held.stepping) - activations.saved
-    average = held.average if part.averaged else 0
-    return held.weights, held.optimizer, average, held.buffers, held.gradients, activations.saved, max(working, 0)
+    optimizer, average = (held.optimizer, held.average if part.averaged else 0) if held.host is None else (0, 0)
+    return held.weights, optimizer, average, held.buffers, held.gradients, activations.saved, max(working, 0)
 
 
 def _verdict(name: str, planner: Planner, run: RunConfig, memory: Memory, limit: int | None) -> list[str]:
-    host = f", and {memory.host / GIB:.3g} GiB of weights on the host" if memory.host else ""
+    host = f", and {memory.host / GIB:.3g} GiB on the host" if memory.host else ""
     needs = f"{name} needs {memory.peak / GIB:.3g} GiB per process while {memory.dearest} learns{host}"
     if limit is None:
         return [f"{needs}."]

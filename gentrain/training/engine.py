@@ -162,8 +162,8 @@ class RoleEngine:
     # --- what this rank holds, to be saved and restored ---
 
     def shards(self) -> Iterator[tuple[str, Shard]]:
-        """This rank's part of the state: `weights` and `ema`, with the module's buffers, `power<n>` and `optimizer`. Views where they are on the
-        host.
+        """This rank's part of the state: `weights` and `ema`, with the module's buffers, `power<n>` and `optimizer`. Views where
+        they are on the host.
 
         Over all ranks each element of a parameter is there once. Buffers, and numbers that all parameters share, are in every part.
         """
@@ -220,7 +220,7 @@ class RoleEngine:
         self._refresh()
         for f in self.fragments:
             master = _stretch(self.partitions, f).detach()
-            if not all(torch.equal(live, master.to(live.dtype)) for live in self._live(f)):
+            if not all(torch.equal(live, master.to(live)) for live in self._live(f)):
                 raise EngineMisuse(f"role {self.role!r}: the weights {f.name!r} that forward uses are not the ones that were restored")
 
     def _pieces(self, partitions: list[Tensor], prefix: str = "") -> Shard:
@@ -280,7 +280,7 @@ class Held:
 
     weights: those that forward uses and the float32 masters, with padding. optimizer: its state once it has stepped. average: what
     `start_ema` adds. buffers: of communication, there all the time. gradients: as a step begins. passing: more, while gradients are made.
-    stepping: more, while the step runs.
+    stepping: more, while the step runs. host: None, or what lies on the host beside `optimizer` and `average`, which are there too then.
     """
 
     weights: int
@@ -290,6 +290,7 @@ class Held:
     gradients: int
     passing: int
     stepping: int = 0
+    host: int | None = None
 
 
 def replicated(parameters: list[nn.Parameter], optimizer: Optimizer) -> tuple[int, int]:

@@ -40,8 +40,18 @@ class Part:
         """All the time."""
         if self.held is None:
             return self.weights
-        held = self.held
-        return held.weights + held.optimizer + held.buffers + (held.average if self.averaged else 0)
+        return self.held.weights + self.held.buffers + (self._stepped if self.held.host is None else 0)
+
+    @property
+    def host(self) -> int:
+        """Beside it on the host, all the time."""
+        return 0 if self.held is None or self.held.host is None else self.held.host + self._stepped
+
+    @property
+    def _stepped(self) -> int:
+        """What lies where the steps are made."""
+        assert self.held is not None
+        return self.held.optimizer + (self.held.average if self.averaged else 0)
 
     @property
     def learning(self) -> int:
@@ -92,8 +102,8 @@ class Planner:
         return _memory(run, self._measured[key])
 
     def alternatives(self, run: RunConfig) -> dict[str, Memory]:
-        """What to change -> what the run needs then: at each ZeRO stage, with and without an adapter, in both precisions."""
-        options = [*_stages(run, range(4)), *_precisions(run), *_adapters(run)]
+        """What to change -> what the run needs then: at each ZeRO stage, optimisers on the host, in bf16, with or without adapter."""
+        options = [*_stages(run, range(4)), *_offloads(run), *_precisions(run), *_adapters(run)]
         return {told: memory for told, changed in options if (memory := self._possible(changed)) is not None}
 
     def remedy(self, run: RunConfig, limit: int) -> tuple[list[str], Memory]:
@@ -148,7 +158,7 @@ def _memory(run: RunConfig, measured: Measured) -> Memory:
             shared = sharded_bytes(parameters, run.engine_of(role).live_dtype.itemsize, ranks)
             parts.append(Part(name, shared if placement == "sharded" else _bytes(run, role, parameters)))
     parts += [Part(name, size) for name, size in measured.codec.items()]
-    return Memory(tuple(parts), host)
+    return Memory(tuple(parts), host + sum(part.host for part in parts))
 
 
 def _bytes(run: RunConfig, role: str, parameters: list[nn.Parameter]) -> int:
@@ -200,7 +210,7 @@ def _micro_batches(run: RunConfig) -> Changes:
 
 
 def _stages(run: RunConfig, stages: Iterable[int] = ()) -> Changes:
-    """Those above the run's own, or `stages`; where they change neither what an optimiser does nor whether derivatives pass."""
+    """Those above the run's own, or `stages`; where they are allowed."""
     learning = [role for role, part in run.method.roles.items() if isinstance(part, Trained)]
     lowest = min(_stage(run.engine_of(role)) for role in learning)
     higher = range(lowest + 1, 4) if run.cluster.most > 1 else range(min(lowest, 1))  # one process has nobody to share with
@@ -215,12 +225,18 @@ def _stages(run: RunConfig, stages: Iterable[int] = ()) -> Changes:
             changed = _with_engines(run, at)
         except ConfigError:  # stage 0 has no bf16
             continue
-        sharded = all(run.optimizer_of(role).needs in changed.engine_of(role).shows for role in learning)
-        if sharded and all(changed.engine_of(role).forward_mode for role in run.method.forward_mode):
+        if _allowed(changed):
             written = f"engine.zero_stage={stage}"
             if lowest < 0:
                 written = f"engine={{name: deepspeed, zero_stage: {stage}, precision: {changed.engine.precision}}}"
             yield written, changed
+
+
+def _allowed(run: RunConfig) -> bool:
+    """Whether its engines change neither what an optimiser does nor whether derivatives pass."""
+    learning = [role for role, part in run.method.roles.items() if isinstance(part, Trained)]
+    sharded = all(run.optimizer_of(role).needs in run.engine_of(role).shows for role in learning)
+    return sharded and all(run.engine_of(role).forward_mode for role in run.method.forward_mode)
 
 
 def _placements(run: RunConfig) -> Changes:
@@ -230,6 +246,25 @@ def _placements(run: RunConfig) -> Changes:
         changed = copy.copy(run)
         changed.roles = run.roles | {role: replace(run.role_settings(role), placement="sharded") for role in frozen}
         yield " ".join(f"roles.{role}.placement=sharded" for role in frozen), changed
+
+
+def _offloads(run: RunConfig) -> Changes:
+    """Optimisers on the host, at the stages that the run has, or at the first that can."""
+
+    def offloaded(engine: Engine) -> Engine:
+        if isinstance(engine, DeepSpeedEngine):
+            return replace(engine, zero_stage=max(engine.zero_stage, 1), offload_optimizer=True)  # type: ignore[arg-type]
+        return DeepSpeedEngine(zero_stage=1, precision=engine.precision, offload_optimizer=True)
+
+    engines = [run.engine_of(role) for role, part in run.method.roles.items() if isinstance(part, Trained)]
+    if all(isinstance(engine, DeepSpeedEngine) and engine.offload_optimizer for engine in engines):
+        return
+    changed = _with_engines(run, offloaded)
+    if _allowed(changed):
+        written = "engine.offload_optimizer=true"
+        if min(map(_stage, engines)) < 1:
+            written = f"engine={{name: deepspeed, zero_stage: 1, precision: {run.engine.precision}, offload_optimizer: true}}"
+        yield written, changed
 
 
 def _precisions(run: RunConfig) -> Changes:
@@ -261,4 +296,4 @@ def _knows(run: RunConfig, role: str) -> bool:
 
 
 # Those that leave the numbers as they are come first, then arithmetic, then what is learnt at all.
-_CHANGES: tuple[Callable[[RunConfig], Changes], ...] = (_micro_batches, _stages, _placements, _precisions, _adapters)
+_CHANGES: tuple[Callable[[RunConfig], Changes], ...] = (_micro_batches, _stages, _placements, _offloads, _precisions, _adapters)

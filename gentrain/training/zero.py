@@ -40,6 +40,9 @@ _OWNED = {
     "torch_autocast": "engine.precision",
     "managed_gradient_accumulation": "training.micro_batches",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "zero_optimization.cpu_offload": "engine.offload_optimizer",
+    "zero_force_ds_cpu_optimizer": "engine.offload_optimizer",
     "zero_optimization.compute_grad_norm": "nothing: whether a step is skipped, and what is logged, is read from the norm",
     "zero_optimization.memory_efficient_linear": "nothing: it replaces F.linear in the whole process and breaks jvp of every network",
 }
@@ -53,11 +56,16 @@ class DeepSpeedEngine(Engine):
     zero_stage: Literal[0, 1, 2, 3] = option(1, "what is sharded over the ranks")
     precision: Precision = option("fp32", "weights and arithmetic; masters are float32 either way")
     gradient_clipping: PositiveFloat | None = option(1.0, "largest norm of the gradient over all parameters; null = no clipping")
+    offload_optimizer: bool = option(
+        False, "float32 masters, the optimiser's state and averages lie on the host, where the steps are made (ZeRO-Offload)"
+    )
     settings: dict[str, Any] = option(dict, "further DeepSpeed settings, merged into its configuration")
 
     def __post_init__(self) -> None:
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ConfigError("bf16 needs zero_stage 1 or more: DeepSpeed's stage 0 gives other losses in bf16", key="zero_stage")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError("DeepSpeed offloads optimisers at ZeRO stages 1 to 3; set zero_stage to one of them", key="offload_optimizer")
         for key, instead in _OWNED.items():
             if _has(self.settings, key):
                 raise ConfigError(f"this DeepSpeed key is set by the engine; set {instead} instead", key=f"settings.{key}")
@@ -101,6 +109,18 @@ class DeepSpeedEngine(Engine):
                 start += p.numel()
             pieces.append(piece)
         kept, bucket = max(own), size * self._reduced_at_once(total)
+        if self.offload_optimizer:
+            largest = size * max(p.numel() for group in groups for p in group)  # room for a gradient on its way, here and there
+            sums = kept if self.zero_stage == 2 and passes > 1 else 0  # of the passes before
+            return Held(
+                weights=size * ranks * sum(pieces),
+                optimizer=round(each * sum(pieces)) + once * len(pieces),
+                average=4 * sum(pieces),
+                buffers=largest,
+                gradients=0,
+                passing=bucket if self.zero_stage == 2 else bucket + size * total,
+                host=(8 + size) * sum(pieces) + largest + sums,  # masters, their gradients, and what is to become weights
+            )
         arriving = bucket + (kept if passes > 1 else 0) if self.zero_stage == 2 else bucket + size * total - kept
         return Held(
             weights=size * ranks * sum(pieces) + 4 * sum(pieces),
@@ -117,14 +137,16 @@ class DeepSpeedEngine(Engine):
         size, parameters = self.live_dtype.itemsize, [p for group in groups for p in group]
         each, once = optimizer.state_bytes(1)
         pieces, total = sum(-(-p.numel() // ranks) for p in parameters), sum(p.numel() for p in parameters)
+        here = not self.offload_optimizer
         return Held(
-            weights=sharded_bytes(parameters, size, ranks) + 4 * pieces,
+            weights=sharded_bytes(parameters, size, ranks) + (4 * pieces if here else 0),
             optimizer=round(each * pieces) + once * len(groups),
             average=4 * pieces,
-            buffers=size * (self._reduced_at_once(total) + pieces),
+            buffers=size * (self._reduced_at_once(total) + (pieces if here else 0)),
             gradients=0,
             passing=size * max(p.numel() for p in parameters),
-            stepping=4 * min(pieces, _SUB_GROUP),
+            stepping=4 * min(pieces, _SUB_GROUP) if here else 0,
+            host=None if here else (8 + size) * pieces,  # masters, their gradients, and the place of those as they come
         )
 
     def _reduced_at_once(self, elements: int) -> int:
@@ -150,6 +172,9 @@ class DeepSpeedEngine(Engine):
             "zero_allow_untested_optimizer": True,  # which optimisers survive sharding is checked by Engine.shows
             "steps_per_print": None,
         }
+        if self.offload_optimizer:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+            config["zero_force_ds_cpu_optimizer"] = False  # its own is compiled at the first start; torch's kernel is fused on the host too
         return _merged(config, self.settings)
 
 
