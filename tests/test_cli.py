@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from gentrain import cli
 from gentrain.catalogue import kinds
-from tests.distributed.cases import newest
+from gentrain.cluster.attempts import ATTEMPTS
+from tests.distributed.cases import difference, newest, records, state_of
 
 COMMANDS = [
     "run",
@@ -285,16 +286,52 @@ def test_ctrl_c_publishes_a_checkpoint_and_the_same_command_goes_on(
     assert lines == list(range(16, int(stopped.name) + 161, 16))
 
 
-@pytest.mark.distributed
-@pytest.mark.timeout(300)
-def test_ranks_of_torchrun_train_what_one_process_trains(gentrain: Command, folder: Path) -> None:
+def on_two_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`gentrain` with these arguments under torchrun."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
-    command = [*agent, "--no-python", str(Path(sys.executable).with_name("gentrain")), "train", "toy.yaml", "output=two"]
+    command = [*agent, "--no-python", str(Path(sys.executable).with_name("gentrain")), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def changed(directory: Path) -> list[tuple[int, dict[str, list[object]]]]:
+    """What attempts.jsonl says of settings that became others: (samples seen, key -> [before, then])."""
+    lines = map(json.loads, (directory / ATTEMPTS).read_text().splitlines())
+    return [(line["samples"], line["settings"]) for line in lines if line["event"] == "changed"]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_with_another_engine(gentrain: Command, folder: Path) -> None:
+    """One process, two ranks of ZeRO 2, two of ZeRO 3, one process: the weights of a run that never stopped, to rounding."""
+    assert gentrain("train", "toy.yaml", "output=parts") == (0, "trained: parts\n")
+    sharded = "engine={name: deepspeed, zero_stage: %d}"
+    second = on_two_ranks("train", "toy.yaml", "output=parts", "training.samples=128", sharded % 2)
+    said = " ".join(second.stderr.split())
+    assert said.count('from sample 64 on with other settings: engine.name: "torch" -> "deepspeed"') == 1, said
+    on_two_ranks("train", "toy.yaml", "output=parts", "training.samples=192", sharded % 3)
+    assert gentrain("train", "toy.yaml", "output=parts", "training.samples=256")[0] == 0
+    away = {"engine.name": ["torch", "deepspeed"], "engine.offload_optimizer": [None, False], "engine.zero_stage": [None, 2]}
+    back = {"engine.name": ["deepspeed", "torch"], "engine.offload_optimizer": [False, None], "engine.zero_stage": [3, None]}
+    assert changed(folder / "parts") == [(64, away), (128, {"engine.zero_stage": [2, 3]}), (192, back)]
+    assert gentrain("train", "toy.yaml", "output=whole", "training.samples=256")[0] == 0
+    assert 0 < difference(state_of(folder / "parts"), state_of(folder / "whole")) <= 4e-6  # the gate measures it
+    assert [line["samples"] for line in records(folder / "parts")] == list(range(16, 257, 16))
+    status, printed = gentrain("train", "toy.yaml", "output=parts", sharded % 2, "training.samples=512", "model.width=16")
+    assert status == 2 and "holds a run with another model.width; name another directory" in printed
+    status, printed = gentrain("train", "toy.yaml", "output=parts", "training.samples=256", "engine.precision=bf16")
+    assert status == 2 and "training.samples: parts has seen its 256 samples, so that another engine.precision would change noth" in printed
+    assert (folder / "parts/config.yaml").read_text().count("precision: fp32") == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_ranks_of_torchrun_train_what_one_process_trains(gentrain: Command, folder: Path) -> None:
+    done = on_two_ranks("train", "toy.yaml", "output=two")
     assert done.stdout.count("trained: two") == 1
     assert gentrain("train", "toy.yaml", "output=one")[0] == 0
     one, two = (

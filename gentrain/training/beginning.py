@@ -7,12 +7,14 @@ The run's directory holds its identity and where its checkpoints are; beside tho
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
-from gentrain.config import ConfigError, Document, build
+from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.training.checkpoint import STATE, CheckpointError
 from gentrain.training.logs import LOGS
 from gentrain.training.remedies import StoreError
@@ -23,7 +25,7 @@ from gentrain.training.run import (
     METRICS,
     SAMPLES,
     RunConfig,
-    changed_keys,
+    changes,
     open_run,
     weight_settings,
 )
@@ -32,19 +34,41 @@ from gentrain.training.trackers import TENSORBOARD
 from gentrain.training.watchdog import STACKS
 
 IDENTITY = "identity.json"
+# What may be another from a checkpoint on: the state is float32 masters by name, whatever engine held them.
+_MAY_CHANGE = re.compile(r"(roles\.[^.]+\.)?(engine(\..+)?|placement)")
 
 
-def refuse_wrong_start(run: RunConfig, files: Iterable[str]) -> None:
+@dataclass
+class Changed:
+    """What of the settings that weights depend on differs from the checkpoint that a run goes on from.
+
+    Attributes:
+        samples: seen in the checkpoint. settings: dotted key -> its value there and now; None where there is no such key.
+    """
+
+    samples: int = 0
+    settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        said = [f"{key}: {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in self.settings.items()]
+        return f"from sample {self.samples:,} on with other settings: {', '.join(said)}"
+
+
+def refuse_wrong_start(run: RunConfig, files: Iterable[str]) -> Changed:
     """Raises ConfigError for what a person has to mend before the run may begin or go on. Changes nothing.
 
     Args:
         files: further names of files that will be written into the run's directory.
+
+    Returns:
+        what has changed since the checkpoint that the run goes on from, and may.
     """
     storage = run.storage
     _refuse_in_the_way(run, storage, files)
     _refuse_other_place(run, storage)
-    _refuse_other_settings(run, storage)
-    _refuse_fewer_samples(run, storage)
+    changed = _refuse_other_settings(run, storage)
+    _refuse_fewer_samples(run, storage, changed)
+    return changed
 
 
 def claim(run: RunConfig, storage: Storage) -> None:
@@ -147,36 +171,57 @@ def _newest(place: str, run: RunConfig) -> int:
     return 0
 
 
-def _refuse_other_settings(run: RunConfig, storage: Storage) -> None:
-    """Raises ConfigError when the newest checkpoint is one of other settings; only `training.samples` may have changed."""
+def _refuse_other_settings(run: RunConfig, storage: Storage) -> Changed:
+    """Raises ConfigError when the newest checkpoint is one of other settings than those that may change."""
     name = storage.latest()
     if name is None:
-        return
+        return Changed()
     with storage.open(name) as checkpoint:
         saved, where = checkpoint.state.get("settings"), checkpoint.where
         if not isinstance(saved, dict | None):
             raise CheckpointError(f"{where}/{STATE} is damaged (settings: {saved!r:.100}); {checkpoint.instead}")
     if saved is not None:
-        before = weight_settings(build(RunConfig, Document(saved, where)))
+        former = build(RunConfig, Document(saved, where))
     elif (run.directory / CONFIG).is_file():
-        before = weight_settings(open_run(run.directory))
+        former = open_run(run.directory)
     else:
-        return
-    changed = [key for key in changed_keys(before, weight_settings(run)) if key != "training.samples"]
-    if changed:
+        return Changed()
+    found = changes(_written_out(former, run), _written_out(run, former))
+    found.pop("training.samples", None)
+    refused = [key for key in found if not _MAY_CHANGE.fullmatch(key)]
+    if refused:
         raise ConfigError(
-            f"{run.directory} holds a run with another {', '.join(changed[:5])}; name another directory with output=..., "
+            f"{run.directory} holds a run with another {', '.join(refused[:5])}; name another directory with output=..., "
             "or move that one away",
             key="output",
         )
+    return Changed(int(name), found)
 
 
-def _refuse_fewer_samples(run: RunConfig, storage: Storage) -> None:
-    """Raises ConfigError when the run has gone further than it is asked to: its weights are not those of so few samples."""
+def _written_out(run: RunConfig, other: RunConfig) -> dict[str, Any]:
+    """What weights depend on, with what a role takes from the run as a whole named for the role where it is in `other`."""
+    values = weight_settings(run)
+    for role in {*run.roles, *other.roles}:
+        values["roles"][role] = own = to_dict(run.role_settings(role))
+        theirs = other.role_settings(role)
+        if theirs.engine is not None:
+            own["engine"] = to_dict(run.engine_of(role))
+    return values
+
+
+def _refuse_fewer_samples(run: RunConfig, storage: Storage, changed: Changed) -> None:
+    """Raises ConfigError when the run has gone further than it is asked to, since its weights are not those of so few samples, and when
+    nothing is left that could be trained with other settings."""
     name, training = storage.latest(), run.training
     if name is not None and int(name) - training.batch_size >= training.samples:
         raise ConfigError(
             f"{run.directory} has seen {int(name):,} samples already, more than {training.samples:,}; raise it to go on, or name another "
             "directory with output=... to train so few",
+            key="training.samples",
+        )
+    if changed.settings and int(name or 0) >= training.samples:
+        raise ConfigError(
+            f"{run.directory} has seen its {training.samples:,} samples, so that another {', '.join(list(changed.settings)[:5])} would "
+            "change nothing; raise it to go on, or set that back",
             key="training.samples",
         )

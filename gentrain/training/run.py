@@ -376,10 +376,15 @@ def weight_settings(run: RunConfig) -> dict[str, Any]:
     return values
 
 
+def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys, sorted, at which two plain configurations differ, with both values; None for one that lacks the key."""
+    a, b = _flat(before), _flat(after)
+    return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if (key in a) != (key in b) or a.get(key) != b.get(key)}
+
+
 def changed_keys(before: Any, after: Any) -> list[str]:
     """The dotted keys at which two plain configurations differ, sorted."""
-    a, b = _flat(before), _flat(after)
-    return sorted(key for key in {*a, *b} if (key in a) != (key in b) or a.get(key) != b.get(key))
+    return list(changes(before, after))
 
 
 def _flat(values: Any, key: str = "") -> dict[str, Any]:
