@@ -49,8 +49,11 @@ def heaviest_moment(domain: Domain, beta: float) -> float:
 @register("dual")
 @dataclass
 class Dual(Space):
-    """Coordinates z = (grad Psi(x) - mean) / std, a mirror map of a convex set standardised, where all of R^D is allowed
+    """Coordinates z = spread (grad Psi(x) - mean) / std, a mirror map of a convex set standardised, where all of R^D is allowed
     (arXiv:2510.08929).
+
+    spread is the prior's own standard deviation, sqrt(nu / (nu - 2)): data narrower than the prior would leave the network a velocity, and
+    so errors, in proportion to the wider of the two. Where the prior has none (nu <= 2) it is 1.
 
     Samples are mapped back once, at the end, and lie strictly inside. A prior lighter than the dual data makes the exact velocity steep
     far out, so that nu should not exceed beta / kappa, beyond which moments of the data are infinite: the default keeps to that.
@@ -76,6 +79,12 @@ class Dual(Space):
         if self.nu is not None:
             return self.nu
         return max(2.5, min(10.0, heaviest_moment(self.set, self.beta)))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of each coordinate, of the prior as of the standardised data."""
+        nu = self.degrees
+        return (nu / (nu - 2)) ** 0.5 if 2 < nu < float("inf") else 1.0
 
     @property
     def set(self) -> Domain:
@@ -104,10 +113,13 @@ class Dual(Space):
 
     def encode(self, x: Tensor) -> Tensor:
         z = self.set.to_dual(self.set.interior(x, self.margin))
-        return z if self.mean is None else (z - z.new_tensor(self.mean)) / z.new_tensor(self.std)
+        return z if self.mean is None else (z - z.new_tensor(self.mean)) * self._scale(z)
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.set.to_primal(z if self.mean is None else z * z.new_tensor(self.std) + z.new_tensor(self.mean))[0]
+        return self.set.to_primal(z if self.mean is None else z / self._scale(z) + z.new_tensor(self.mean))[0]
+
+    def _scale(self, z: Tensor) -> Tensor:
+        return self.spread / z.new_tensor(self.std)
 
     def prior(self, noise: Noise, shape: tuple[int, ...]) -> Tensor:
         return student_t(noise, shape, self.degrees)

@@ -21,7 +21,7 @@ def dual(**fields: float) -> Dual:
 def test_data_are_noised_in_the_standardised_dual() -> None:
     x = Box(-1.0, 1.0).uniform(noise_of(64), (64, 2))
     sample = noised({"x": x}, noise_of(64), RectifiedFlow(space=dual()), Uniform(), 0.0)
-    z = (Box(-1.0, 1.0).to_dual(x) - torch.tensor([0.1, -0.2])) / torch.tensor([2.0, 3.0])
+    z = 1.25**0.5 * (Box(-1.0, 1.0).to_dual(x) - torch.tensor([0.1, -0.2])) / torch.tensor([2.0, 3.0])  # nu = 10
     torch.testing.assert_close(sample.x0, z)
     torch.testing.assert_close(sample.x_t, z + sample.t[:, None] * (sample.eps - z))
 

@@ -101,19 +101,20 @@ def test_tail_index_of_the_dual_of_uniform_data_is_beta_over_kappa() -> None:
     assert hill == pytest.approx(1 / 0.3, rel=0.1)
 
 
-def test_standardises_what_it_measures_and_comes_back() -> None:
+@pytest.mark.parametrize("nu, deviation", [(None, 1.25**0.5), (3.0, 3**0.5), (float("inf"), 1.0), (1.5, 1.0)])
+def test_standardises_what_it_measures_to_the_priors_deviation_and_comes_back(nu: float | None, deviation: float) -> None:
     x = Box(low=-1.0, high=1.0).uniform(noise_of(5000), (5000, 2)) * torch.tensor([0.9, 0.1])
-    space = Dual(domain=Box(low=-1.0, high=1.0))
+    space = Dual(domain=Box(low=-1.0, high=1.0), nu=nu)
     space.fit(Points(x))
     z = space.encode(x)
-    assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - 1).abs().max() < 1e-3
+    assert z.mean(0).abs().max() < 1e-3 and (z.std(0) - deviation).abs().max() < 1e-3
     torch.testing.assert_close(space.decode(z), x, rtol=0, atol=1e-5)
     again = build(
         Path,
         Document(
             {
                 "name": "rectified_flow",
-                "space": {"name": "dual", "domain": {"name": "box", "low": -1.0}, "mean": space.mean, "std": space.std},
+                "space": {"name": "dual", "domain": {"name": "box", "low": -1.0}, "nu": nu, "mean": space.mean, "std": space.std},
             },
             "x",
         ),
