@@ -268,10 +268,10 @@ def test_dirichlet_marginals(name: str, seed: int, record_property: Record) -> N
 # --- not one outside --------------------------------------------------------------------------------------------------------
 
 
-def polytope_of_thirty_facets() -> Polytope:
+def polytope_of_thirty_facets(kappa: float = 0.1) -> Polytope:
     """30 facets at distance 3 from the centre of 10 dimensions, with random normals."""
     A = torch.randn(30, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return Polytope(A / A.norm(dim=1, keepdim=True), torch.full((30,), 3.0, dtype=torch.float64), walk=60)
+    return Polytope(A / A.norm(dim=1, keepdim=True), torch.full((30,), 3.0, dtype=torch.float64), kappa=kappa, walk=60)
 
 
 def _slabs() -> OrthonormalSlabs:
