@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gentrain.config import ConfigError
+from gentrain.data.toys import Rings
 from gentrain.models.base import Codec, Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.rectified_flow import RectifiedFlow
@@ -93,8 +94,6 @@ def test_what_is_written(out: Path) -> None:
     ],
 )
 def test_mistakes_are_told(out: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    from gentrain.data.toys import Rings
-
     change = {key: Rings() if value == "rings" else str(out / value) if key == "run" else value for key, value in change.items()}
     stage = Inversion(**{"run": str(out / "model"), "forget": 3, "judge": str(out / "judge"), **change})
     with pytest.raises(ConfigError, match=said):
@@ -137,7 +136,7 @@ class Prompts(Codec):
 
 def target_of(codec: type[Codec] = Codec) -> Target:
     torch.manual_seed(0)
-    data: Any = SimpleNamespace(shape=(2,), class_names=["zero", "one", "two"])
+    data = Rings()
     denoiser = Denoiser(Table().requires_grad_(False), PATH, "x0")
 
     def judge(x: Tensor) -> Tensor:  # reads class 1 near the mean of its images, else 0
