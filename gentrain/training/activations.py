@@ -23,6 +23,7 @@ from gentrain.models.adapters import Base, OnBase
 from gentrain.models.base import Codec
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
+from gentrain.training.blocks import recompute
 from gentrain.training.engine import frozen
 from gentrain.training.roles import RoleNets, build_network, network_above, place_of
 from gentrain.training.run import RunConfig
@@ -148,6 +149,8 @@ class Networks:
                     self.modules[role] = network_above(run, role, self._bases[role])
                 else:
                     self.modules[role] = self._bases[role].network if role in self._bases else build_network(run, role)
+                    if run.training.recompute and trains(run, role):
+                        recompute(self.modules[role])
 
     def fake(self) -> None:
         """From the meta device to fake tensors of the mode that is on."""

@@ -25,6 +25,7 @@ from gentrain.training.callbacks import Callback, MetricsFile, Previews, Tracker
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError
 from gentrain.training.lock import hold
 from gentrain.training.logs import logged
+from gentrain.training.profiler import Profiler
 from gentrain.training.roles import Roles
 from gentrain.training.run import RunConfig, weight_settings
 from gentrain.training.saving import Saver, together
@@ -34,7 +35,7 @@ from gentrain.training.world import RankGroup, World
 
 log = logging.getLogger(__name__)
 
-CALLBACKS: tuple[Callable[[Trainer], Callback], ...] = (MetricsFile, Previews, Trackers)  # trackers show what was drawn
+CALLBACKS: tuple[Callable[[Trainer], Callback], ...] = (MetricsFile, Previews, Trackers, Profiler)  # trackers show what was drawn
 
 
 class Outcome(Enum):

@@ -19,6 +19,7 @@ from gentrain.models.base import Model
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.partial import Partial
 from gentrain.noise import derive
+from gentrain.training.blocks import compile_blocks, recompute
 from gentrain.training.checkpoint import Checkpoint, CheckpointError
 from gentrain.training.engine import RoleEngine, State, frozen
 from gentrain.training.run import RunConfig, open_run
@@ -82,8 +83,12 @@ class Roles:
                 if name in drawing:
                     self.digests[name] = digest_of(module.state_dict())  # before they are rounded
                 module = module.to(run.engine_of(name).live_dtype)
+            if run.training.compile:
+                compile_blocks(module)
             if isinstance(role, Trained):
                 module = module.to(world.device)
+                if run.training.recompute:
+                    recompute(module)
                 _hold_the_rest(run, name, module)
                 self.engines[name] = run.engine_of(name).build(name, module, run.optimizer_of(name), world)
                 if role.ema:

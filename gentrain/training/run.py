@@ -28,6 +28,7 @@ from gentrain.training.averages import LONGEST
 from gentrain.training.cluster import Cluster
 from gentrain.training.engine import Engine
 from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
+from gentrain.training.profile import Profile
 from gentrain.training.remedies import refuse_url
 from gentrain.training.spikes import SpikeGuard
 from gentrain.training.storage import Storage, check_storage, open_storage, replace_file
@@ -81,6 +82,9 @@ class Training:
     hang_timeout_s: PositiveFloat = option(
         600.0, "a rank that makes no progress for so long ends the attempt; ten times as long for a first step or a checkpoint", unit="s"
     )
+    recompute: bool = option(False, "activation checkpointing: blocks of networks that learn run again in the backward")
+    compile: bool = option(False, "torch.compile of each block of every network; the first steps take minutes")
+    profile: Profile | None = option(None, "looks at a few steps with torch's profiler; {} = with its defaults, null = not")
     data_workers: NonNegativeInt = option(0, "processes per rank that read data sets which are not held in memory")
 
     def __post_init__(self) -> None:
@@ -218,6 +222,13 @@ class RunConfig:
                 )
 
     def _check_method(self) -> None:
+        for key in ("recompute", "compile"):
+            if getattr(self.training, key) and self.method.forward_mode:
+                raise ConfigError("derivatives in forward mode do not pass through it; set it to false", key=f"training.{key}")
+            if getattr(self.training, key) and any(self.part_of(name) is not None for name in self.method.roles):
+                raise ConfigError("it would lose what a role learns beside its network; set it to false", key=f"training.{key}")
+            if getattr(self.training, key) and any(self.engine_of(name).registered_name != "torch" for name in self.method.roles):
+                raise ConfigError("it goes with engine: torch only; set that, or this to false", key=f"training.{key}")
         for name in self.method.forward_mode:
             if not self.engine_of(name).forward_mode:
                 raise ConfigError(
@@ -371,6 +382,9 @@ def weight_settings(run: RunConfig) -> dict[str, Any]:
         "data_workers",
         "hang_timeout_s",
         "spike_guard",
+        "recompute",
+        "compile",
+        "profile",
     ):
         del values["training"][key]
     return values
