@@ -116,6 +116,11 @@ def gan_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return softplus(-real_logits).mean() + softplus(fake_logits).mean()
 
 
+def spectral_decoupling(logits: Tensor) -> Tensor:
+    """Half the mean square of a critic's logits [B] (arXiv:2011.09468, eq. 15): in place of weight decay, against gradient starvation."""
+    return logits.square().mean() / 2
+
+
 def logits_of(output: Tensor) -> Tensor:
     """[B, ...] -> [B]: every element of the critic's output is a logit, as in a U-Net discriminator (arXiv:2002.12655); their mean."""
     return output.flatten(1).mean(1)
@@ -158,6 +163,9 @@ class DistributionMatching(Method):
     alpha: float = option(1.2, "of sid: weight of the score identity's correction", source="arXiv:2404.04057, section 4")
     critic_weight: NonNegativeFloat = option(
         0.0, "of the adversarial term, for which a role critic learns to tell noised data from samples; 0 = none", source="arXiv:2405.14867"
+    )
+    spectral_decoupling: NonNegativeFloat = option(
+        0.0, "of the critic: weight of half its squared logits, against features that take all", source="arXiv:2011.09468, eq. 15"
     )
     prompt_critic: PromptCritic | None = option(
         None, "an adversary that looks at pictures with their prompts, for which a role prompt_critic learns; null = none"
@@ -243,7 +251,10 @@ class DistributionMatching(Method):
         output = nets.critic.raw(torch.cat([real, at.x_t]), torch.cat([at.t, at.t]), both)
         real_logits, fake_logits = logits_of(output).chunk(2)
         right = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
-        return Loss(gan_critic_loss(real_logits, fake_logits), {"critic_right": right})
+        loss = gan_critic_loss(real_logits, fake_logits)
+        if self.spectral_decoupling:
+            loss = loss + self.spectral_decoupling * spectral_decoupling(torch.cat([real_logits, fake_logits]))
+        return Loss(loss, {"critic_right": right})
 
     def prompt_critic_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         """Data, and samples of the same prompts, as pictures."""

@@ -114,6 +114,12 @@ def test_classes_have_the_weights_that_are_given_in_batches_too() -> None:
     assert not Resampled(Counted()).weighted and "weight" not in epoch(Resampled(Counted()))
 
 
+def test_weights_of_the_data_themselves_stay_in_the_product() -> None:
+    inner = Resampled(Counted(), balance="given", repeat={"a": 1.0}, weights={"a": 2.0})
+    outer = epoch(Resampled(inner, balance="given", repeat={"a": 1.0}, weights={"a": 5.0, "b": 7.0}))
+    assert outer["weight"].tolist() == [{0: 10.0, 1: 7.0, 2: 1.0}[label] for label in outer["label"].tolist()]
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"balance": "given"}, "`repeat` says how often"),
     ({"repeat": {"a": 2.0}}, "`repeat` says how often"),

@@ -22,6 +22,7 @@ from gentrain.methods.distribution_matching import (
     gan_generator_loss,
     logits_of,
     pseudo_target_loss,
+    spectral_decoupling,
     vsd_loss,
 )
 from gentrain.methods.sfd import score_identity_loss
@@ -348,6 +349,20 @@ def test_the_fake_score_learns_to_denoise_what_the_student_draws(path: Path, pre
     value.backward()
     assert all(p.grad is None for p in nets.student.network.parameters())
     assert all(p.grad is not None for p in nets.fake_score.network.parameters())
+
+
+def test_spectral_decoupling_adds_half_the_squared_logits_of_the_critic() -> None:
+    """arXiv:2011.09468, eq. 15: lambda / 2 times the mean square, with its gradient."""
+    values, found = [], []
+    for weight in (0.0, 0.3):
+        nets = nets_of()
+        loss = loss_of(DistributionMatching(critic_weight=1.0, spectral_decoupling=weight), "critic", nets)
+        loss.backward()
+        values.append(loss.item())
+        found.append(gradients(nets, "critic"))
+    logits = torch.tensor([2.0, -4.0, 1.0])
+    assert spectral_decoupling(logits).item() == pytest.approx((4 + 16 + 1) / 6)
+    assert values[1] > values[0] and any((a - b).abs().max() > 1e-4 for a, b in zip(*found, strict=True))
 
 
 def test_the_critic_tells_noised_data_from_noised_samples() -> None:
