@@ -27,7 +27,6 @@ from gentrain.training.saving import together
 from gentrain.training.world import RankGroup, World
 from gentrain.training.zero import shard_frozen
 
-
 _AUGMENT = ("inputs.projections.augment.weight",)
 
 
@@ -208,11 +207,11 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
             fit = ", ".join(name for name, other in Model.available().items() if other.classifies == classifies)
             what = "classifies" if classifies else "denoises"
             raise ValueError(f"a network that {what} is needed, and {model.registered_name} does not; there are: {fit}")
+        model.check_shapes(codec.shapes)
         network, inputs = model.build(shape, classes), run.method.roles[role].inputs
         if run.method.roles[role].denoiser:
             inputs = (*inputs, *run.data.inputs)
         if inputs:
-        model.check_shapes(codec.shapes)
             add_inputs: Callable[[tuple[str, ...]], None] | None = getattr(network, "add_inputs", None)
             if add_inputs is None:
                 raise ValueError(
