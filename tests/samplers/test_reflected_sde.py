@@ -9,7 +9,7 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.reflected_sde import ReflectedSDE
 from tests.samplers.reflected import ATOMS, WEIGHTS, atoms_denoiser
 
-COUNT = 10_000
+COUNT = 20_000
 
 
 def draw(sampler: ReflectedSDE, denoiser: Denoiser, rows: torch.Tensor) -> torch.Tensor:
