@@ -21,7 +21,7 @@ from gentrain.samplers.flow_map import flow_step
 from gentrain.samplers.guidance import guided_x0
 
 
-def partly_denoised(denoiser: Denoiser, x: Tensor, t: Tensor, steps: int, condition: Condition, guidance: float) -> Tensor:
+def partly_denoised(denoiser: Denoiser, x: Tensor, t: Tensor, steps: int, condition: Condition | None, guidance: float) -> Tensor:
     """x [B, ...] at t_max brought to the times t [B] in `steps` equal steps along the guided flow: [B, ...]."""
     start = torch.full_like(t, denoiser.path.t_max)
     for step in range(steps):

@@ -63,7 +63,7 @@ class Partial(OnBase):
         return {name: self.own.get_parameter(name) for name in self._names}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = functional_call(self.base.network, self.chosen, (x, *args), kwargs)
+        output: Tensor = functional_call(self.base.network, {**self.chosen}, (x, *args), kwargs)
         return output
 
     def merged(self) -> dict[str, Tensor]:

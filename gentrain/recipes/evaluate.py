@@ -125,7 +125,7 @@ def measured_weights(directory: str | Path) -> dict[str, str]:
 
 def refuse_former_weights(run: Path, drew: str | None, what: str) -> None:
     """Raises ConfigError where weights of the digest `drew` are not those of the run's newest checkpoint."""
-    if drew is not None and drew != digest_of(load_weights(run)):
+    if drew is not None and drew != digest_of(load_weights(str(run))):
         remedy = f"draw and measure anew: gentrain sample {run}, gentrain evaluate {run}"
         raise ConfigError(f"{what} of other weights than the run's newest checkpoint; {remedy}", source=str(run))
 

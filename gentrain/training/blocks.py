@@ -31,7 +31,7 @@ def _recompute_block(block: nn.Module) -> None:
         # reentrant checkpointing would show engines each gradient twice
         return checkpoint(once, *args, use_reentrant=False, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
 def compile_blocks(network: nn.Module) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from gentrain.training.beginning import identity_of
 from gentrain.training.remedies import remedy
 from gentrain.training.run import METRICS, SAMPLES, RunConfig
 from gentrain.training.storage import replace_file
-from gentrain.training.trackers import Tracked, Tracking
+from gentrain.training.trackers import Tracked, Tracker, Tracking
 from gentrain.training.weaker import with_weaker
 
 if TYPE_CHECKING:
@@ -147,7 +148,10 @@ class Trackers(Callback):
             told = Tracked(run.directory, identity_of(run), to_dict(run), trainer.clock.samples)
             for number, tracker in enumerate(run.trackers):
                 name = f"{tracker.registered_name} (trackers[{number}])"
-                self._safely(name, lambda name=name, tracker=tracker: self._working.update({name: tracker.start(told)}))
+                self._safely(name, partial(self._begin, name, tracker, told))
+
+    def _begin(self, name: str, tracker: Tracker, told: Tracked) -> None:
+        self._working[name] = tracker.start(told)
 
     def _safely(self, name: str, call: Callable[[], None]) -> None:
         try:
@@ -159,7 +163,7 @@ class Trackers(Callback):
 
     def _tell(self, what: Callable[[Tracking], None]) -> None:
         for name, tracking in list(self._working.items()):
-            self._safely(name, lambda tracking=tracking: what(tracking))
+            self._safely(name, partial(what, tracking))
 
     def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
         values = {key: float(value) for key, value in record.items() if key != "samples" and math.isfinite(value)}

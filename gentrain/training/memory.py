@@ -253,7 +253,7 @@ def _offloads(run: RunConfig) -> Changes:
 
     def offloaded(engine: Engine) -> Engine:
         if isinstance(engine, DeepSpeedEngine):
-            return replace(engine, zero_stage=max(engine.zero_stage, 1), offload_optimizer=True)  # type: ignore[arg-type]
+            return replace(engine, zero_stage=max(engine.zero_stage, 1), offload_optimizer=True)
         return DeepSpeedEngine(zero_stage=1, precision=engine.precision, offload_optimizer=True)
 
     engines = [run.engine_of(role) for role, part in run.method.roles.items() if isinstance(part, Trained)]

@@ -25,7 +25,8 @@ class Profiler(Callback):
     def __init__(self, trainer: Trainer):
         self._profile: Profile | None = trainer.run.training.profile
         self._stem = trainer.run.directory / PROFILE / f"rank-{trainer.world.rank}"
-        self._done, self._running = 0, None
+        self._done = 0
+        self._running: Any = None
         if self._profile is not None and self._profile.skip == 0:
             self._start(trainer.world.device)
 
@@ -36,7 +37,7 @@ class Profiler(Callback):
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         if self._profile.memory and device.type == "cuda":
             torch.cuda.memory._record_memory_history()
-        self._running: Any = profile(activities=activities, record_shapes=True, profile_memory=self._profile.memory)
+        self._running = profile(activities=activities, record_shapes=True, profile_memory=self._profile.memory)
         self._running.start()
 
     def after_step(self, trainer: Trainer) -> None:

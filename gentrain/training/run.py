@@ -131,9 +131,7 @@ class RunConfig:
     schedule: Schedule = option(Constant, "learning-rate schedule")
     engine: Engine = option(DeepSpeedEngine, "what holds the networks that learn")
     roles: dict[str, RoleSettings] = option(dict, "what single roles do otherwise")
-    trackers: list[Tracker] = option(
-        lambda: [TensorBoard()], "where numbers, sample grids and settings are shown, beside metrics.jsonl"
-    )
+    trackers: list[Tracker] = option(lambda: [TensorBoard()], "where numbers, sample grids and settings are shown, beside metrics.jsonl")
     cluster: Cluster = option(Cluster, "where processes live")
     seed: NonNegativeInt = option(0, "of weights, data order and noise")
     plugins: list[str] = option(list, "the user's own modules: .py files or importable names")
@@ -190,7 +188,8 @@ class RunConfig:
         self._check_method()
 
     def _check_parts(self) -> None:
-        for name, given in {"": self, **{f"roles.{name}.": settings for name, settings in self.roles.items()}}.items():
+        every: dict[str, RunConfig | RoleSettings] = {"": self, **{f"roles.{name}.": settings for name, settings in self.roles.items()}}
+        for name, given in every.items():
             if given.trainable is None:
                 continue
             if given.adapter is not None:
