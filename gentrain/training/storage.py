@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 LATEST = "LATEST"
 OWNER = "OWNER"
 _TRANSFER = ".transfer-"
+_NAME = re.compile("[0-9]{12}|[1-9][0-9]{12,}")  # of a checkpoint
+_TEMPORARY = re.compile(rf"\.(({_NAME.pattern})(\.old)?|{LATEST}|{OWNER})\.tmp")
 
 
 class Storage:
@@ -59,10 +62,20 @@ class Storage:
         return name
 
     def owner(self) -> dict[str, str]:
-        """Who publishes here: `run`, its identity, `output`, its directory, and `attempt`. Empty: nobody yet. Raises CheckpointError."""
+        """Who publishes here: `run`, its identity, `output`, its directory, and `attempt`. Empty: nobody yet.
+
+        Raises CheckpointError also when nobody does and something lies there that no run has written: it is not for us to write beside.
+        """
         text = self._read(OWNER)
         if text is None:
-            return {}
+            stranger = next((name for name in self._entries() if not self._of_a_run(name)), None)
+            if stranger is None:
+                return {}
+            raise CheckpointError(
+                f"{self.where} holds {stranger!r}, which no run has written there; name a place of its own, such as {self.where}/run, or "
+                "move what is there away",
+                key="training.checkpoints",
+            )
         try:
             found = dict(json.loads(text))
             if not (isinstance(found["run"], str) and isinstance(found["output"], str)):
@@ -70,6 +83,12 @@ class Storage:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.where}/{OWNER} is damaged ({error}); remove it, if no other run publishes there") from error
         return found
+
+    def _of_a_run(self, name: str) -> bool:
+        """Whether something may lie in a place that no run has claimed yet; what begins with a dot may, and is left alone."""
+        if _NAME.fullmatch(name):
+            return self._is_complete(name)
+        return name in (LATEST, OWNER, "lost+found") or name.startswith(".")
 
     def claim(self, run: str, output: str) -> None:
         """From now on `prepare` and `publish` raise CheckpointError when another run, or a later attempt, has taken the place.
@@ -153,6 +172,14 @@ class Storage:
     def _open(self, name: str, others: Callable[[], list[str]]) -> AbstractContextManager[Checkpoint]:
         raise NotImplementedError
 
+    def _entries(self) -> list[str]:
+        """Names of all that lies here, checkpoint or not."""
+        raise NotImplementedError
+
+    def _is_complete(self, name: str) -> bool:
+        """Whether a manifest is there."""
+        raise NotImplementedError
+
     def _read(self, name: str) -> str | None:
         """Of LATEST or OWNER; None where it is not there."""
         raise NotImplementedError
@@ -181,9 +208,13 @@ class LocalStorage(Storage):
         replace_file(self.root / name, text + "\n")
 
     def names(self) -> list[str]:
-        if not self.root.is_dir():
-            return []
-        return sorted((path.name for path in self.root.iterdir() if path.name.isdigit() and path.is_dir()), key=int)
+        return sorted((name for name in self._entries() if _NAME.fullmatch(name) and (self.root / name).is_dir()), key=int)
+
+    def _entries(self) -> list[str]:
+        return sorted(os.listdir(self.root)) if self.root.is_dir() else []
+
+    def _is_complete(self, name: str) -> bool:
+        return (self.root / name / MANIFEST).exists()
 
     @contextmanager
     def _open(self, name: str, others: Callable[[], list[str]]) -> Iterator[Checkpoint]:
@@ -200,7 +231,7 @@ class LocalStorage(Storage):
     def sweep(self) -> None:
         if self.root.is_dir():
             refuse_foreign(self.root.resolve())
-        for path in self.root.glob(".*.tmp"):
+        for path in (self.root / name for name in self._entries() if _TEMPORARY.fullmatch(name)):
             self._sign()
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -271,6 +302,18 @@ class ObjectStorage(Storage):
 
     def names(self) -> list[str]:
         return [name for name, files in self._found().items() if MANIFEST in files]
+
+    def _entries(self) -> list[str]:
+        try:
+            with self._calling():
+                paths = self._fs.ls(self._root, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(filter(None, (path.rstrip("/").removeprefix(self._root).strip("/") for path in paths)))
+
+    def _is_complete(self, name: str) -> bool:
+        with self._calling():
+            return bool(self._fs.exists(f"{self._root}/{name}/{MANIFEST}"))
 
     @contextmanager
     def _open(self, name: str, others: Callable[[], list[str]]) -> Iterator[Checkpoint]:
@@ -347,7 +390,7 @@ class ObjectStorage(Storage):
             paths = []
         for path in paths:
             name, _, file = path.removeprefix(f"{self._root}/").partition("/")
-            if name.isdigit():
+            if _NAME.fullmatch(name):
                 found.setdefault(name, set()).add(file)
         return dict(sorted(found.items(), key=lambda item: int(item[0])))
 

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 
@@ -224,6 +226,26 @@ def test_the_place_of_another_run_is_refused_and_stays_as_it_is(tmp_path: Path, 
 def test_the_directory_of_another_run_is_refused_as_a_place(tmp_path: Path) -> None:
     assert _train(_settings(tmp_path / "first"), stop_at=3) == ("stopped", "")
     assert "another run, that of" in str(_refused(_settings(tmp_path / "second", tmp_path / "first" / CHECKPOINTS)))
+
+
+@pytest.mark.parametrize("file", ["0/img.png", "notes.txt", "202401011200/img.png"])
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_place_with_something_else_in_it_is_refused_and_stays_as_it_is(tmp_path: Path, memory: bool, file: str) -> None:
+    place = f"memory://{uuid.uuid4()}/digits" if memory else str(tmp_path / "digits")
+    storage = open_storage(place, tmp_path)
+    files = fsspec.filesystem("memory") if memory else fsspec.filesystem("file", auto_mkdir=True)
+    files.pipe(f"{place}/.keep", b"")  # which is nobody's
+    assert storage.owner() == {}
+    files.pipe(f"{place}/{file}", b"mine")
+    settings = _settings(tmp_path / "run", place)
+    error = _refused(settings)
+    assert error.key == "training.checkpoints"
+    assert f"{storage.where} holds {file.partition('/')[0]!r}, which no run has written there; name a place of its own" in error.message
+    save_config(run_of(settings))
+    kind, said = train_all(ALONE, [Job(settings)])[0]
+    assert kind == "CheckpointError" and "which no run has written there" in said
+    assert not (tmp_path / "run" / IDENTITY).exists()
+    assert sorted(Path(path).name for path in files.find(place)) == sorted([".keep", Path(file).name])
 
 
 @pytest.mark.parametrize("memory", [False, True])

@@ -209,6 +209,37 @@ def test_leftovers_of_a_dead_writer_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000064", LATEST]
 
 
+def test_what_has_no_name_of_a_checkpoint_is_left_alone(make: Callable[[], Storage]) -> None:
+    """However much it looks like one."""
+    storage = make()
+    storage.claim("a", "/runs/a")
+    _publish(storage, 32)
+    theirs = ["2024/notes.txt", "0/img.png", "00000000032/x", "-00000000032/x", "\u00b2/x", ".editor.tmp", ".2024.old.tmp", ".LATEST.tmp~"]
+    for name in theirs:
+        if isinstance(storage, LocalStorage):
+            (storage.root / name).parent.mkdir(exist_ok=True)
+            (storage.root / name).write_text("mine")
+        else:
+            storage._fs.pipe_file(f"{storage._root}/{name}", b"mine")  # type: ignore[attr-defined]
+    storage = make()
+    storage.claim("a", "/runs/a")
+    storage.sweep()
+    _publish(storage, 64)
+    assert storage.names() == [f"{32:012d}", f"{64:012d}"]
+    storage.sweep()
+    for name in theirs:
+        if isinstance(storage, LocalStorage):
+            assert (storage.root / name).read_text() == "mine"
+        else:
+            assert storage._fs.cat_file(f"{storage._root}/{name}") == b"mine"  # type: ignore[attr-defined]
+
+
+def test_a_name_of_more_digits_is_one_where_there_are_so_many_samples(make: Callable[[], Storage]) -> None:
+    storage = make()
+    _publish(storage, 10**12)
+    assert storage.names() == [storage.latest()] == ["1000000000000"]
+
+
 @pytest.mark.parametrize("call", range(1, 8))
 def test_a_crash_at_any_sync_leaves_a_readable_checkpoint(tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seven syncs: three files, the directory, its rename, the new pointer, and the pointer's rename."""
