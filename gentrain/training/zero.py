@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from gentrain.config import ConfigError, option, register
-from gentrain.training.engine import Engine, Fragment, Held, Precision, ReplicatedEngine, RoleEngine, StepResult, replicated
+from gentrain.training.engine import Engine, EngineMisuse, Fragment, Held, Precision, ReplicatedEngine, RoleEngine, StepResult, replicated
 from gentrain.training.optimizers import GlobalScalars, Optimizer, Partition, decay_groups
 from gentrain.training.world import World
 
@@ -268,6 +269,25 @@ class _ShardedEngine(_DeepSpeedMixin):
         self.optimizer = self.deepspeed.optimizer.optimizer
         if isinstance(self.optimizer, GlobalScalars):
             self.optimizer.sharded = True
+        self._reached: dict[bool, set[str]] = {True: set(), False: set()}  # by the backward that goes on, by those before it
+        if engine.offload_optimizer and engine.zero_stage > 1:
+            for name, p in module.named_parameters():
+                p.register_hook(partial(self._reach, name))
+
+    def _reach(self, name: str, gradient: Tensor) -> None:
+        self._reached[True].add(name)
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Raises EngineMisuse where DeepSpeed would drop gradients: offloaded, what the last backward does not reach stays behind."""
+        super()._backward(loss, last)
+        now, before = self._reached[True], self._reached[False]
+        lost = sorted(before - now) if last else []
+        self._reached = {True: set(), False: set() if last else before | now}
+        if lost:
+            raise EngineMisuse(
+                f"the last loss of role {self.role!r} does not reach {lost[0]!r}, which an earlier one of the step does: DeepSpeed then "
+                "drops its gradient; set engine.offload_optimizer to false, or engine.zero_stage to 1"
+            )
 
     def _clear_padding(self) -> None:
         """What no fragment covers counts in sums over a shard, and stage 3 leaves there what the memory held."""
