@@ -40,7 +40,7 @@ _STORE_REMEDIES = (
     ),
     ("Connect|Timeout|Unreachable|resolve|Errno 111", "it is out of reach: mend the network or the endpoint (AWS_ENDPOINT_URL)"),
 )
-_PASSWORD = re.compile(r"(://[^/@:\s]*):(?!\d+/)[^@\s]*@")
+_PASSWORD = re.compile(r"(://[^/:\s]*):(?!\d+/)\S*@")  # up to the last @: a password may hold one that is not encoded
 _SECRET_QUERY = re.compile(r"([?&][^=&#\s]*(?:key|token|secret|sig|password|credential|auth)[^=&#\s]*=)[^&#\s]+", re.IGNORECASE)
 
 

@@ -234,7 +234,7 @@ class LocalStorage(Storage):
         for path in (self.root / name for name in self._entries() if _TEMPORARY.fullmatch(name)):
             self._sign()
             try:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
             except OSError as error:  # such as a file that is still open somewhere on NFS
                 log.warning("%s, which is no checkpoint, could not be removed and stays for now: %s", path, error)
 
@@ -268,7 +268,7 @@ class LocalStorage(Storage):
         nameless = self.root / f".{name}.old.tmp"
         (self.root / name).rename(nameless)
         _sync(self.root)
-        shutil.rmtree(nameless)
+        _remove(nameless)
 
     def _unpublished(self, name: str) -> Path:
         return self.root / f".{name}.tmp"
@@ -446,6 +446,11 @@ def check_storage(url: str, key: str) -> None:
     except (ImportError, ValueError) as error:
         extra = "; pip install 'gentrain[s3]' serves s3://" if protocol.startswith("s3") else ""
         raise ConfigError(f"checkpoints cannot be kept at {url}: {error}{extra}", key=key) from error
+
+
+def _remove(path: Path) -> None:
+    """A directory with all in it, a file, or of a link the link alone: somebody has moved a checkpoint elsewhere, and wants it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def replace_file(path: Path, text: str) -> None:

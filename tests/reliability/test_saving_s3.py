@@ -197,6 +197,8 @@ def test_an_error_of_the_store_is_no_damage(tmp_path: Path) -> None:
     [
         "s3://AKIA:canary/of+slashes@bucket/run",
         "sftp://me:canary@host:22/run",
+        "ftp://me:pass@canary@host/run",
+        "ftp://me@home:canary@host/run",
         "abfs://box@account.dfs.core.windows.net/run?sig=canary&sv=1",
         "https://store/run?part=1&X-Amz-Security-Token=canary",
         "simplecache::s3://key:canary@bucket/run",

@@ -280,6 +280,19 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatc
     assert there == [False] and sorted(path.name for path in tmp_path.iterdir()) == [LATEST]
 
 
+def test_of_a_checkpoint_that_was_moved_behind_a_link_the_link_alone_is_deleted(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "checkpoints")
+    name = _publish(storage, 16)
+    _publish(storage, 32)
+    (storage.root / name).rename(tmp_path / "elsewhere")
+    (storage.root / name).symlink_to(tmp_path / "elsewhere")
+    storage.delete(name)
+    assert not (storage.root / name).is_symlink() and any((tmp_path / "elsewhere").iterdir())
+    (storage.root / f".{name}.old.tmp").symlink_to(tmp_path / "elsewhere")  # as an earlier version left it
+    storage.sweep()
+    assert not (storage.root / f".{name}.old.tmp").is_symlink() and any((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_directory_that_others_may_write_is_refused_at_the_start(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(CheckpointError, match="chmod -R go-w"):
