@@ -3,7 +3,8 @@
     python benchmarks/sizes.py DIRECTORY      # DIRECTORY/sd15, DIRECTORY/flux, and runs' configurations
     gentrain plan DIRECTORY/sd15.yaml --memory 24
 
-Sizes are those of Stable Diffusion 1.5 and FLUX.1 dev, typed in; the classes are diffusers' and transformers' own.
+Sizes are those of the public configurations (Stable Diffusion 1.5, SDXL base 1.0, Stable Diffusion 3 medium, FLUX.1 dev); the classes are
+diffusers' and transformers' own.
 """
 
 from __future__ import annotations
@@ -57,10 +58,20 @@ def _autoencoder(**config: Any) -> Any:
     return AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512, **blocks, **config)
 
 
-def _clip() -> Any:
+def _clip(width: int = 768, layers: int = 12, heads: int = 12) -> Any:
+    """Of CLIP ViT-L/14; (1280, 32, 20) are those of OpenCLIP ViT-bigG/14."""
     from transformers import CLIPTextConfig
 
-    return CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "projection_dim": width}
+    return CLIPTextConfig(hidden_size=width, intermediate_size=4 * width, **sizes)
+
+
+def _t5() -> Any:
+    """Of T5 v1.1 XXL."""
+    from transformers import T5Config
+
+    sizes: dict[str, Any] = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+    return T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes)
 
 
 def stable_diffusion(directory: Path) -> None:
@@ -80,10 +91,57 @@ def stable_diffusion(directory: Path) -> None:
     })  # fmt: skip
 
 
+def stable_diffusion_xl(directory: Path) -> None:
+    """The configurations of a pipeline of the size of SDXL base 1.0."""
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+
+    attending = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D", *attending[0]),
+            up_block_types=(*attending[1], "UpBlock2D"), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256, use_linear_projection=True,
+            projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+        vae = _autoencoder(latent_channels=4, scaling_factor=0.13025)
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
+    for name, part in {"unet": unet, "vae": vae, "scheduler": scheduler}.items():
+        part.save_config(directory / name)
+    _clip().save_pretrained(directory / "text_encoder")
+    _clip(1280, 32, 20).save_pretrained(directory / "text_encoder_2")
+    _index(directory, "StableDiffusionXLPipeline", {
+        "unet": "diffusers.UNet2DConditionModel", "vae": "diffusers.AutoencoderKL", "scheduler": "diffusers.EulerDiscreteScheduler",
+        "text_encoder": "transformers.CLIPTextModel", "tokenizer": "transformers.CLIPTokenizer",
+        "text_encoder_2": "transformers.CLIPTextModelWithProjection", "tokenizer_2": "transformers.CLIPTokenizer",
+    })  # fmt: skip
+
+
+def stable_diffusion_3(directory: Path) -> None:
+    """The configurations of a pipeline of the size of Stable Diffusion 3 medium."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(
+            sample_size=128, num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192,
+        )  # fmt: skip
+        vae = _autoencoder(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for name, part in {"transformer": transformer, "vae": vae, "scheduler": scheduler}.items():
+        part.save_config(directory / name)
+    for name, config in {"text_encoder": _clip(), "text_encoder_2": _clip(1280, 32, 20), "text_encoder_3": _t5()}.items():
+        config.save_pretrained(directory / name)
+    clip = {"text": "transformers.CLIPTextModelWithProjection", "tokens": "transformers.CLIPTokenizer"}
+    _index(directory, "StableDiffusion3Pipeline", {
+        "transformer": "diffusers.SD3Transformer2DModel", "vae": "diffusers.AutoencoderKL",
+        "scheduler": "diffusers.FlowMatchEulerDiscreteScheduler", "text_encoder": clip["text"], "tokenizer": clip["tokens"],
+        "text_encoder_2": clip["text"], "tokenizer_2": clip["tokens"], "text_encoder_3": "transformers.T5EncoderModel",
+        "tokenizer_3": "transformers.T5Tokenizer",
+    })  # fmt: skip
+
+
 def flux(directory: Path) -> None:
     """The configurations of a pipeline of the size of FLUX.1 dev."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-    from transformers import T5Config
 
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)  # its other sizes are the class' own
@@ -92,8 +150,7 @@ def flux(directory: Path) -> None:
     for name, part in {"transformer": transformer, "vae": vae, "scheduler": scheduler}.items():
         part.save_config(directory / name)
     _clip().save_pretrained(directory / "text_encoder")
-    sizes: dict[str, Any] = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-    T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes).save_pretrained(directory / "text_encoder_2")
+    _t5().save_pretrained(directory / "text_encoder_2")
     _index(directory, "FluxPipeline", {
         "transformer": "diffusers.FluxTransformer2DModel", "vae": "diffusers.AutoencoderKL",
         "scheduler": "diffusers.FlowMatchEulerDiscreteScheduler", "text_encoder": "transformers.CLIPTextModel",

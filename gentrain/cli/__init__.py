@@ -233,7 +233,15 @@ def evaluate(run: Path, overrides: JudgeOverrides = None) -> int:
 
 
 @app.command()
-def export(run: Path, out: Path, overrides: ExportOverrides = None) -> int:
+def export(
+    run: Path,
+    out: Path,
+    overrides: ExportOverrides = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Repository on the hub that gets it; token: HF_TOKEN")] = None,
+    revision: Annotated[str | None, typer.Option(help="With --push: branch that gets the commit; left out: main")] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: for a repository that is made now")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push: say what would be sent, and send nothing")] = False,
+) -> int:
     """Writes a run's generator as a diffusers pipeline directory with a model card, which tells what `evaluate` measured.
 
     Example: gentrain export runs/quickstart/generator digits-pipeline sampler.guidance=3
@@ -247,11 +255,17 @@ def export(run: Path, out: Path, overrides: ExportOverrides = None) -> int:
     if scores.is_dir():
         refuse_former_weights(run, measured_weights(scores).get(GENERATED), f"{scores} holds numbers")
     values = {"run": str(run), "sampler": _plain(open_run(run).sampler), "scores": str(scores) if scores.is_dir() else None}
+    if push is None and (revision is not None or private or dry_run):
+        raise ConfigError("--revision, --private and --dry-run are about what is sent to the hub; say where with --push OWNER/NAME")
+    if push is not None:
+        values["push"] = {"repository": push, "revision": revision, "private": private, "dry_run": dry_run}
     stage = _stage(Export, values, overrides)
     try:
         _say(f"exported: {stage.write(out)}")
     except FileExistsError as error:
         raise ConfigError(str(error)) from error
+    for line in stage.publish(out):
+        _say(line)
     return 0
 
 

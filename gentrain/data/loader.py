@@ -171,7 +171,7 @@ class Loader:
         if len(self.corrupt) > self._most_corrupt:
             names = "\n  ".join(self.corrupt.values())
             raise RuntimeError(
-                f"{len(self.corrupt)} corrupt items, more than the limit; mend or remove them, or raise max_corrupt:\n  {names}"
+                f"{len(self.corrupt)} corrupt items, more than the limit; mend or remove them, or raise training.max_corrupt:\n  {names}"
             )
 
 

@@ -34,8 +34,8 @@ from gentrain.training.trackers import TENSORBOARD
 from gentrain.training.watchdog import STACKS
 
 IDENTITY = "identity.json"
-# What may be another from a checkpoint on: the state is float32 masters by name, whatever engine held them.
-_MAY_CHANGE = re.compile(r"(roles\.[^.]+\.)?(engine(\..+)?|placement)")
+# What may be another from a checkpoint on: engines, whose state is float32 masters by name, and what a step is made of or told to be.
+_MAY_CHANGE = re.compile(r"(roles\.[^.]+\.)?(engine(\..+)?|placement|schedule(\..+)?|optimizer\.lr)|sampler(\..+)?|training\.micro_batches")
 
 
 @dataclass
@@ -143,6 +143,12 @@ def _refuse_other_place(run: RunConfig, storage: Storage) -> None:
             f"{storage.where}/{OWNER} if that run is given up, or was this one under another path",
             key=key,
         )
+    if not mine and not storage.names() and (seen := _samples_seen(run)) > 0:
+        raise ConfigError(
+            f"{run.directory} has seen {seen:,} samples by its {METRICS}, and {storage.where} holds no checkpoint of it; restore them and "
+            f"{IDENTITY}, name their place with training.checkpoints, or begin anew with another output",
+            key=key,
+        )
     if "checkpoints" not in mine:
         return
     own = str((run.directory / CHECKPOINTS).resolve())
@@ -162,6 +168,21 @@ def _refuse_other_place(run: RunConfig, storage: Storage) -> None:
             f"{storage.where} holds {found}; set it back, or copy them there",
             key="training.checkpoints",
         )
+
+
+def _samples_seen(run: RunConfig) -> int:
+    """The most that a line of metrics tells."""
+    with suppress(OSError):
+        return max((int(samples_of(line) or 0) for line in (run.directory / METRICS).read_text(errors="replace").splitlines()), default=0)
+    return 0
+
+
+def samples_of(line: str) -> float | None:
+    """Of a line of metrics; None for one that is damaged."""
+    try:
+        return float(json.loads(line)["samples"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _newest(place: str, run: RunConfig) -> int:
@@ -206,6 +227,10 @@ def _written_out(run: RunConfig, other: RunConfig) -> dict[str, Any]:
         theirs = other.role_settings(role)
         if theirs.engine is not None:
             own["engine"] = to_dict(run.engine_of(role))
+        if theirs.optimizer is not None:
+            own["optimizer"] = to_dict(run.optimizer_of(role))
+        if theirs.schedule is not None:
+            own["schedule"] = to_dict(run.schedule_of(role))
     return values
 
 

@@ -18,7 +18,7 @@ from gentrain.config import ConfigError, to_dict
 from gentrain.images import save_grid
 from gentrain.methods.base import Clock, Trained
 from gentrain.noise import Noise, derive
-from gentrain.training.beginning import identity_of
+from gentrain.training.beginning import identity_of, samples_of
 from gentrain.training.remedies import remedy
 from gentrain.training.run import METRICS, SAMPLES, RunConfig
 from gentrain.training.storage import replace_file
@@ -72,7 +72,7 @@ class MetricsFile(Callback):
     def _drop_lines_beyond(self, samples: int) -> None:
         """Whenever this process dies, the lines up to that checkpoint are there."""
         text = self._path.read_text(errors="replace")
-        reached = [(line, _samples_of(line)) for line in text.splitlines()]
+        reached = [(line, samples_of(line)) for line in text.splitlines()]
         damaged = sum(each is None for _, each in reached)
         if damaged:
             log.warning("%s: %d damaged lines dropped, as a kill or a full disk leaves one", self._path, damaged)
@@ -92,14 +92,6 @@ class MetricsFile(Callback):
             except OSError as error:
                 what = remedy(error.errno) or "was the run's directory moved or removed? Stop the run before that"
                 raise OSError(f"{self._path} cannot be written ({error.strerror}); {what}") from error
-
-
-def _samples_of(line: str) -> float | None:
-    """None for a line that is damaged."""
-    try:
-        return float(json.loads(line)["samples"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 class Previews(Callback):

@@ -380,6 +380,8 @@ def weight_settings(run: RunConfig) -> dict[str, Any]:
         "preview_count",
         "data_workers",
         "hang_timeout_s",
+        "max_corrupt",
+        "max_skipped",
         "spike_guard",
         "recompute",
         "compile",

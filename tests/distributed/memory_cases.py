@@ -16,6 +16,7 @@ ENGINES: dict[str, Any] = {
     "zero0": {"name": "deepspeed", "zero_stage": 0},
     **{f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)},
     **{f"zero{stage}-bf16": {"name": "deepspeed", "zero_stage": stage, "precision": "bf16"} for stage in (1, 2, 3)},
+    **{f"zero{stage}-offload": {"name": "deepspeed", "zero_stage": stage, "offload_optimizer": True} for stage in (1, 2, 3)},
 }
 
 

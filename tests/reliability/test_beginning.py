@@ -319,6 +319,45 @@ def test_settings_that_change_weights_are_compared_with_those_in_the_checkpoint(
     refuse_wrong_start(run_of(longer), [])
 
 
+def test_our_own_remedies_are_taken_by_the_same_run(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    assert _train(settings, stop_at=3) == ("stopped", "")
+    mended = settings | {
+        "optimizer": settings["optimizer"] | {"lr": 0.001},
+        "schedule": "constant",
+        "engine": {"name": "torch", "gradient_clipping": 0.1},
+        "sampler": {"name": "euler", "steps": 3},
+        "training": settings["training"] | {"micro_batches": 1, "max_skipped": 99, "max_corrupt": 99},
+    }
+    changed = refuse_wrong_start(run_of(mended), [])
+    assert changed.samples == 36
+    assert changed.settings["optimizer.lr"] == (0.01, 0.001) and changed.settings["training.micro_batches"] == (2, 1)
+    assert changed.settings["engine.gradient_clipping"] == (0.5, 0.1) and changed.settings["schedule.name"] == ("cosine", "constant")
+    assert not any("max_" in key for key in changed.settings)
+    assert _train(mended) == ("finished", "")
+    assert refuse_wrong_start(run_of(mended), []).settings == {}  # the checkpoint records the new ones
+    for other in ({"seed": 6}, {"optimizer": settings["optimizer"] | {"beta1": 0.5}}, {"model": "mlp"}):
+        assert "holds a run with another" in str(_refused(mended | other))
+
+
+def test_what_one_role_does_otherwise_from_now_on_is_compared_with_what_it_did(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    assert _train(settings, stop_at=3) == ("stopped", "")
+    own = settings | {"roles": {"model": {"optimizer": settings["optimizer"] | {"lr": 0.001}}}}
+    assert refuse_wrong_start(run_of(own), []).settings == {"roles.model.optimizer.lr": (0.01, 0.001)}
+
+
+def test_a_directory_that_shows_samples_and_has_neither_identity_nor_checkpoints_is_refused(tmp_path: Path) -> None:
+    settings = _settings(tmp_path / "run", tmp_path / "place")
+    assert _train(settings, stop_at=3) == ("stopped", "")
+    (tmp_path / "run" / IDENTITY).unlink()
+    refuse_wrong_start(run_of(settings), [])  # the place says who it is
+    metrics = records(tmp_path / "run")
+    error = _refused(_settings(tmp_path / "run"))
+    assert f"has seen 36 samples by its {METRICS}" in error.message and "name their place with training.checkpoints" in error.message
+    assert train_all(ALONE, [Job(_settings(tmp_path / "run"))])[0][0] == "CheckpointError" and records(tmp_path / "run") == metrics
+
+
 def test_an_identity_that_is_removed_while_a_run_trains_is_given_again(tmp_path: Path) -> None:
     class Removed(MetricsFile):
         def after_step(self, trainer: Trainer) -> None:

@@ -19,6 +19,7 @@ from gentrain.training.run import RunConfig
 from gentrain.training.world import World, join, leave
 from tests.distributed.cases import Relay, run_of
 from tests.distributed.memory_cases import measure_all, settings
+from tests.distributed.test_memory import NORMS
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +28,14 @@ def alone() -> Any:
     leave()
 
 
-@pytest.mark.parametrize("engine", ["torch-bf16", "zero2-bf16", "zero3"])
+@pytest.mark.parametrize("engine", ["torch-bf16", "zero2-bf16", "zero3", "zero1-offload", "zero2-offload", "zero3-offload"])
 def test_a_plan_tells_what_a_process_holds(alone: World, engine: str) -> None:
     found, memory = measure_all(alone, {engine: settings(engine)})[engine], memory_of(run_of(settings(engine)))
     assert [part.name for part in memory.parts] == ["teacher", "critic", "student", "reference"]
-    assert memory.resting == pytest.approx(found.resting, rel=1e-3)
+    assert memory.resting + memory.host == pytest.approx(found.resting, rel=1e-3)
     for part in memory.parts[1:3]:
         assert part.held is not None and part.activations is not None and part.activations.assumed == ""
-        assert part.held.gradients == pytest.approx(found.gradients[part.name], rel=0.01, abs=100)
+        assert part.held.gradients == pytest.approx(found.gradients[part.name], rel=0.01, abs=NORMS if part.host else 100)
         assert part.activations.saved == pytest.approx(found.saved[part.name], rel=0.01)
         assert part.activations.peak >= part.activations.saved
 
@@ -117,6 +118,34 @@ def test_offloaded_weights_lie_on_the_host_and_pass_through() -> None:
     here = memory_of(run_of(plain))
     teacher = here.parts[0].weights
     assert there.host == teacher and there.resting == here.resting - teacher and there.peak == here.peak
+
+
+def test_an_optimiser_on_the_host_leaves_weights_and_what_passes_here() -> None:
+    here, there = (memory_of(run_of(settings(engine, 2))) for engine in ("zero2", "zero2-offload"))
+    for before, after in zip(here.parts, there.parts, strict=True):
+        if before.held is None or after.held is None:
+            assert before == after
+            continue
+        masters = before.held.average  # as large as float32 masters
+        assert (after.held.optimizer, after.held.average) == (before.held.optimizer, before.held.average)
+        assert after.held.weights == before.held.weights - masters
+        assert after.resting == after.held.weights + after.held.buffers
+        average = masters if after.averaged else 0
+        assert after.host > masters + before.held.optimizer + average > 0
+    assert here.host == 0 and there.host == sum(part.host for part in there.parts)
+    # "all the time" and the dearest update, less what the host has
+    assert there.resting < here.resting and there.peak < here.peak
+
+
+def test_an_optimiser_on_the_host_is_offered() -> None:
+    told = Planner().alternatives(run_of(settings("zero2", 2)))
+    assert told["engine.offload_optimizer=true"].host > 0
+    alone = run_of(settings("zero0", batch_size=1, micro_batches=1) | {"method": "flow_matching"})
+    told = planned(alone, share=0.9)[0]
+    assert told == ["engine={name: deepspeed, zero_stage: 1, precision: fp32, offload_optimizer: true}"]
+    assert "engine.offload_optimizer=true" not in Planner().alternatives(run_of(settings("zero2-offload", 2)))
+    whole = settings("torch", 2) | {"optimizer": {"name": "muon"}}  # which no shard can show what it needs
+    assert not any("offload" in each for each in Planner().alternatives(run_of(whole)))
 
 
 def test_more_passes_keep_gradients_beside_those_that_leave() -> None:

@@ -30,6 +30,17 @@ def test_bf16_needs_stage_1() -> None:
         run_of(values(Path("unused"), "flow_matching", {"name": "deepspeed", "zero_stage": 0, "precision": "bf16"}))
 
 
+def test_offloading_needs_stage_1_and_any_of_our_optimisers_will_do() -> None:
+    with pytest.raises(
+        ConfigError, match=r"engine\.offload_optimizer: DeepSpeed offloads optimisers at ZeRO stages 1 to 3; set zero_stage"
+    ):
+        run_of(values(Path("unused"), "flow_matching", {"name": "deepspeed", "zero_stage": 0, "offload_optimizer": True}))
+    config = DeepSpeedEngine(zero_stage=2, offload_optimizer=True).deepspeed_config()
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu" and config["zero_force_ds_cpu_optimizer"] is False
+    plain = DeepSpeedEngine(zero_stage=2).deepspeed_config()
+    assert "offload_optimizer" not in plain["zero_optimization"] and "zero_force_ds_cpu_optimizer" not in plain
+
+
 @pytest.mark.parametrize("stage, clipping, written", [(0, 0.5, 0.0), (1, 0.5, 0.5), (2, None, 0.0), (3, 2.0, 2.0)])
 def test_clipping_is_always_said(stage: Any, clipping: float | None, written: float) -> None:
     """DeepSpeed clips at 1.0 where it is left out; at stage 0 the engine clips, which needs the norm to judge the step."""
