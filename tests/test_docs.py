@@ -18,7 +18,7 @@ import pytest
 import typer
 
 from gentrain import cli
-from gentrain.cluster.sweeps import Sweep
+from gentrain.cluster.sweeps import Sweep, is_sweep, load_sweep
 from gentrain.config import ConfigError, build, load, option
 from gentrain.data.base import Data
 from gentrain.document import Document
@@ -123,6 +123,7 @@ def check_command(words: list[str]) -> None:
     elif tool == "gentrain":
         check_gentrain(arguments)
     else:
+        tool = arguments[0] if tool == "python" else tool
         assert tool in TOOLS or (ROOT / tool).is_file(), f"unknown command: {shlex.join(words)}"
 
 
@@ -139,7 +140,7 @@ def check_gentrain(arguments: list[str]) -> None:
     for file in files:
         if file.parts[0] == "configs":  # others are the reader's own
             overrides = given.get("overrides") or []
-            (load_recipe if is_recipe(file) else load_run)(file, overrides)
+            (load_sweep if is_sweep(file) else load_recipe if is_recipe(file) else load_run)(file, overrides)
 
 
 @pytest.mark.parametrize("text", blocks("sh"))

@@ -45,8 +45,6 @@ class UNet(Model):
         """
         from diffusers import UNet2DModel
 
-        if len(shape) != 3:
-            raise ValueError(f"unet is for images (C, H, W), got samples of shape {shape}; use mlp for vectors")
         self.check_shapes([shape])
         channels, height, width = shape
         levels = ["Attn" if level in self.attention else "" for level in range(len(self.channels))]
@@ -67,7 +65,10 @@ class UNet(Model):
 
     def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
         factor = self.space_to_depth * 2 ** (len(self.channels) - 1)
-        for _, height, width in shapes:
+        for shape in shapes:
+            if len(shape) != 3:
+                raise ValueError(f"unet is for images (C, H, W), got samples of shape {shape}; use mlp for vectors")
+            _, height, width = shape
             if height % factor or width % factor:
                 raise ValueError(
                     f"images of {height}x{width} pixels are not divisible by {factor} = space_to_depth {self.space_to_depth} times 2 for "

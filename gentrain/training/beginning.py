@@ -17,6 +17,7 @@ from typing import Any
 from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.training.checkpoint import STATE, CheckpointError
 from gentrain.training.logs import LOGS
+from gentrain.training.object_storage import open_storage
 from gentrain.training.remedies import StoreError
 from gentrain.training.run import (
     CHECKPOINTS,
@@ -29,7 +30,7 @@ from gentrain.training.run import (
     open_run,
     weight_settings,
 )
-from gentrain.training.storage import LATEST, OWNER, LocalStorage, Storage, open_storage, replace_file
+from gentrain.training.storage import LATEST, OWNER, LocalStorage, Storage, replace_file
 from gentrain.training.trackers import TENSORBOARD
 from gentrain.training.watchdog import STACKS
 

@@ -27,11 +27,12 @@ from gentrain.samplers.euler import Euler
 from gentrain.training.averages import LONGEST
 from gentrain.training.cluster import Cluster
 from gentrain.training.engine import Engine
+from gentrain.training.object_storage import check_storage, open_storage
 from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
 from gentrain.training.profile import Profile
 from gentrain.training.remedies import refuse_url
 from gentrain.training.spikes import SpikeGuard
-from gentrain.training.storage import Storage, check_storage, open_storage, replace_file
+from gentrain.training.storage import Storage, replace_file
 from gentrain.training.trackers import TensorBoard, Tracker
 from gentrain.training.zero import DeepSpeedEngine
 

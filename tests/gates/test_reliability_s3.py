@@ -14,7 +14,7 @@ import torch
 
 # What the processes run that this gate starts, so that its result is told to be stale when it changes.
 import gentrain.training.saving  # noqa: F401
-from gentrain.training.storage import ObjectStorage
+from gentrain.training.object_storage import ObjectStorage
 from tests.distributed.cases import difference, records, state_of
 from tests.reliability.buckets import served
 from tests.reliability.kills import AT

@@ -258,5 +258,8 @@ def test_mistakes_are_told_as_the_configuration_loads() -> None:
     with pytest.raises(ConfigError, match=r"needs the weights of its teacher"):
         parse_run(Document(settings, "x.yaml"))
     settings |= {"roles": {"teacher": {"weights": "runs/teacher"}}, "model": "dropout_mlp"}
-    with pytest.raises(ConfigError, match="model: latent_consistency gives its network further inputs, which dropout_mlp does not take"):
+    with pytest.raises(
+        ConfigError,
+        match=r"latent_consistency on these data gives its network further inputs \(guidance\), which dropout_mlp does not take",
+    ):
         build_network(parse_run(Document(settings, "x.yaml")), "student")

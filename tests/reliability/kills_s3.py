@@ -14,7 +14,7 @@ from typing import Any
 import boto3
 import torch
 
-from gentrain.training import storage
+from gentrain.training import object_storage
 from gentrain.training.checkpoint import MANIFEST
 from gentrain.training.storage import LATEST
 from tests.distributed.cases import Job, train_all, values
@@ -69,13 +69,13 @@ class _Mortal:
 
 def _train(directory: Path, url: str, moment: str | None = None, **training: Any) -> None:
     if moment is not None:
-        make = storage.ObjectStorage.__init__
+        make = object_storage.ObjectStorage.__init__
 
-        def mortal(self: storage.ObjectStorage, *arguments: Any) -> None:
+        def mortal(self: object_storage.ObjectStorage, *arguments: Any) -> None:
             make(self, *arguments)
             self._fs = _Mortal(self._fs, moment)
 
-        storage.ObjectStorage.__init__ = mortal  # type: ignore[method-assign]
+        object_storage.ObjectStorage.__init__ = mortal  # type: ignore[method-assign]
     outcome = train_all(ALONE, [Job(values(directory, **TRAINING | {"checkpoints": url} | training))])[0]
     assert outcome == ("finished", ""), outcome
 

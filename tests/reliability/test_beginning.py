@@ -22,8 +22,9 @@ from gentrain.training.beginning import IDENTITY, claim, refuse_wrong_start
 from gentrain.training.callbacks import MetricsFile
 from gentrain.training.checkpoint import CheckpointError, Piece
 from gentrain.training.loop import Trainer, train
+from gentrain.training.object_storage import open_storage
 from gentrain.training.run import CHECKPOINTS, CONFIG, METRICS, save_config
-from gentrain.training.storage import LATEST, OWNER, LocalStorage, open_storage
+from gentrain.training.storage import LATEST, OWNER, LocalStorage
 from gentrain.training.world import World
 from tests.distributed.cases import Job, difference, records, run_of, state_of, train_all, values
 from tests.reliability.kills import die

@@ -17,10 +17,10 @@ from gentrain.config import ConfigError
 from gentrain.training.beginning import refuse_wrong_start
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import train
+from gentrain.training.object_storage import ObjectStorage
 from gentrain.training.remedies import StoreError, has_secret, without_secrets
 from gentrain.training.roles import load_weights
 from gentrain.training.run import CHECKPOINTS, RunConfig, save_config
-from gentrain.training.storage import ObjectStorage
 from gentrain.training.world import World
 from tests.distributed.cases import Job, run_of, state_of, train_all, values
 from tests.reliability.buckets import served

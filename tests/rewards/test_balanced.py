@@ -31,7 +31,7 @@ class Along(Reward):
 @register("flat_reward")
 @dataclass
 class Flat(Reward):
-    range = (0.0, 0.0)
+    range = (0.0, 1.0)
 
     def __call__(self, images: Tensor, asked: Asked, networks: Networks) -> Tensor:
         return images.new_zeros(len(images)).requires_grad_()

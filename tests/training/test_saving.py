@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from gentrain.training import saving
 from gentrain.training import storage as storages
 from gentrain.training.checkpoint import MANIFEST, STATE, Checkpoint, CheckpointError, Piece
+from gentrain.training.object_storage import ObjectStorage
 from gentrain.training.run import Training
 from gentrain.training.saving import Saver, kept
-from gentrain.training.storage import LATEST, LocalStorage, ObjectStorage
+from gentrain.training.storage import LATEST, LocalStorage
 from gentrain.training.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -14,7 +14,8 @@ import torch
 from gentrain.config import ConfigError
 from gentrain.training import storage as storages
 from gentrain.training.checkpoint import MANIFEST, STATE, CheckpointError, Piece
-from gentrain.training.storage import LATEST, LocalStorage, ObjectStorage, Storage, check_storage, open_storage
+from gentrain.training.object_storage import ObjectStorage, check_storage, open_storage
+from gentrain.training.storage import LATEST, LocalStorage, Storage
 from tests.reliability.publishing import publish
 
 FILES = {MANIFEST, STATE, "model.weights.00000.safetensors"}
