@@ -71,6 +71,7 @@ def fork(name: str, folder: Path) -> int | None:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have begun them under nohup
 statuses: dict[str, int] = {}
 folder = Path(sys.argv[1])
 for name, (moment, *command) in CASES.items():
