@@ -214,7 +214,7 @@ def test_a_network_that_does_not_fit_the_data(tmp_path: Path, override: str, key
     "overrides, role, message",
     [
         (["method=classifier"], "classifier", "a network that classifies is needed, and mlp does not; there are: cnn"),
-        (["data=digits", "model=cnn"], "model", "a network that denoises is needed, and cnn does not; there are: autoencoder_kl, dit, "),
+        (["data=digits", "model=cnn"], "model", "a network that denoises is needed, and cnn does not; there are: autoencoder_kl, "),
     ],
 )
 def test_a_network_of_the_other_kind(tmp_path: Path, overrides: list[str], role: str, message: str) -> None:
