@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gentrain.config import ConfigError, Fraction, option, register
-from gentrain.data.base import Data, TensorItems, check_split
+from gentrain.data.base import TensorItems, check_split
+from gentrain.data.labels import Labels
 from gentrain.data.pool import INFO, SAMPLES
 
 
 @register("drawn")
-@dataclass
-class Drawn(Data):
+@dataclass(kw_only=True)
+class Drawn(Labels):
     """The samples of a stage `generate`, each of the class, or the prompt, that it was asked for: data where there are none.
 
     A judge that learns from them tells what the model drew for one prompt from what it drew for another; of the world it knows nothing.
     """
 
     directory: str = option(help="of the stage `generate`")
-    size: list[PositiveInt] = option(help="shape of a sample: [C, H, W] or [D]")
-    classes: list[str] = option(help="the classes or prompts that were drawn, in the order of the stage's labels or prompts")
     held_out: Fraction = option(0.1, "part that is kept from training: the last of the samples")
-
-    def __post_init__(self) -> None:
-        if len(self.size) not in (1, 3):
-            raise ConfigError(f"expected [C, H, W] or [D], got {self.size}", key="size")
-        if not self.classes or len(set(self.classes)) < len(self.classes):
-            raise ConfigError("expected at least one name, and none of them twice", key="classes")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.size)
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        return self.classes
 
     @property
     def licence(self) -> str:

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
-from gentrain.data.base import Data, check_split
+from gentrain.data.base import Data, Items, check_split
 from gentrain.data.toys import UNLIMITED
 from gentrain.noise import Noise, derive
 
@@ -58,6 +58,6 @@ class Labels(Data):
     def licence(self) -> str:
         return "no data were read: the data of the model that this one was made from are described there"
 
-    def split(self, name: str) -> _LabelItems:
+    def split(self, name: str) -> Items:
         check_split(name)
         return _LabelItems(self.shape, len(self.classes), derive(0, "labels", name))
