@@ -120,7 +120,7 @@ def test_an_adopted_pipeline_is_drawn_from_as_it_is(out: Path) -> None:
 
 
 def test_a_judge_learns_what_was_drawn_for_each_prompt(out: Path, tmp_path: Path) -> None:
-    data = Drawn(str(out / "original_drawn"), [3, SIDE, SIDE], ["cat", "dog", "a bus", "red"], held_out=0.25)
+    data = Drawn(directory=str(out / "original_drawn"), size=[3, SIDE, SIDE], classes=["cat", "dog", "a bus", "red"], held_out=0.25)
     train, held_out = data.split("train"), data.split("held_out")
     samples = load_file(out / "original_drawn/samples.safetensors")
     assert (len(train), len(held_out)) == (300, 100)
