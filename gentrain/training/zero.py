@@ -269,20 +269,20 @@ class _ShardedEngine(_DeepSpeedMixin):
         self.optimizer = self.deepspeed.optimizer.optimizer
         if isinstance(self.optimizer, GlobalScalars):
             self.optimizer.sharded = True
-        self._reached: dict[bool, set[str]] = {True: set(), False: set()}  # by the backward that goes on, by those before it
+        self._reached: set[str] = set()  # by the backward that goes on
+        self._reached_before: set[str] = set()  # by those of the same step before it
         if engine.offload_optimizer and engine.zero_stage > 1:
             for name, p in module.named_parameters():
                 p.register_hook(partial(self._reach, name))
 
     def _reach(self, name: str, gradient: Tensor) -> None:
-        self._reached[True].add(name)
+        self._reached.add(name)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         """Raises EngineMisuse where DeepSpeed would drop gradients: offloaded, what the last backward does not reach stays behind."""
         super()._backward(loss, last)
-        now, before = self._reached[True], self._reached[False]
-        lost = sorted(before - now) if last else []
-        self._reached = {True: set(), False: set() if last else before | now}
+        lost = sorted(self._reached_before - self._reached) if last else []
+        self._reached, self._reached_before = set(), set() if last else self._reached_before | self._reached
         if lost:
             raise EngineMisuse(
                 f"the last loss of role {self.role!r} does not reach {lost[0]!r}, which an earlier one of the step does: DeepSpeed then "

@@ -40,24 +40,12 @@ stages:
       training: {samples: 32, batch_size: 16}
   relearning:
     name: relearning
-    run: ${output:model}
-    forget: 3
-    judge: ${output:judge}
-    images: 20
-    attempts: 2
-    count: 20
-    batch_size: 8
+    <<: &attack {run: "${output:model}", forget: 3, judge: "${output:judge}", images: 20, attempts: 2, count: 20, batch_size: 8}
     steps: [1, 2]
     back: 1.0
   inversion:
     name: inversion
-    run: ${output:model}
-    forget: 3
-    judge: ${output:judge}
-    images: 20
-    attempts: 2
-    count: 20
-    batch_size: 8
+    <<: *attack
     steps: 2
 """
 
