@@ -194,3 +194,27 @@ def test_the_median_lies_between_the_quickest_and_the_slowest() -> None:
     from gentrain.recipes.attacks import _ranked
 
     assert _ranked([5, None, 2], 80) == (2.0, 5.0, 80.0)
+
+
+def test_the_strongest_attempt_is_told_by_other_samples_than_those_that_chose_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two attempts of equal strength, told apart by luck alone: the luck of the choice must not be in the value."""
+    drawn: list[int] = []
+
+    class Lucky:
+        x0 = torch.zeros(3, 2)
+
+        def draw(self, count: int, seed: int, condition: Condition | None = None) -> Tensor:
+            drawn.append(seed)
+            return torch.full((count, 2), float(seed != drawn[0]))  # the first is what is shown without the attack
+
+        def hits(self, x: Tensor) -> Tensor:
+            return x[:, 0] > 0  # the samples of the choice, and none that is told
+
+    told: list[Any] = []
+    monkeypatch.setattr(Inversion, "target", lambda self: Lucky())
+    monkeypatch.setattr(Inversion, "_learn", lambda self, *_: None)
+    monkeypatch.setattr(Inversion, "write", lambda self, directory, metric, *_: told.append(metric))
+    monkeypatch.setattr("gentrain.recipes.attacks.embedding", lambda *_: contextlib.nullcontext(([], {})))
+    Inversion(run="r", forget=0, judge="j", attempts=2, count=20).execute(tmp_path)
+    assert told[0].value == 0 and "20 samples of the strongest of 2" in told[0].definition
+    assert len(set(drawn)) == 2 and drawn.count(drawn[0]) == 3  # one seed for what is shown and told, another for the choice
