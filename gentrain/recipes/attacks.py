@@ -179,8 +179,8 @@ class Relearning(Attack):
         for attempt in range(self.attempts):
             target.denoiser.network.load_state_dict(weights)  # type: ignore[attr-defined]
             read: dict[int, float] = {}
-            for step, x in self._attempt(target, attempt):
-                read[step] = target.hits(x).float().mean().item()
+            for step, x, share in self._attempt(target, attempt):
+                read[step] = share
                 if attempt == 0:
                     shown.append(x)
             curve.append({str(step): share for step, share in read.items()})
@@ -194,15 +194,16 @@ class Relearning(Attack):
         )
         self.write(directory, Metric("steps until relearnt", middle, least, most, "higher", told), {"shares": curve}, shown)
 
-    def _attempt(self, target: Target, attempt: int) -> Iterator[tuple[int, Tensor]]:
-        """After 0 and each of the steps the number and samples of the class, until it is back."""
+    def _attempt(self, target: Target, attempt: int) -> Iterator[tuple[int, Tensor, float]]:
+        """After 0 and each of the steps the number, samples of the class and the share read as it, until it is back."""
         network: nn.Module = target.denoiser.network  # type: ignore[assignment]
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.lr, weight_decay=0.0)
         for step in range(self.steps[-1] + 1):
             if step == 0 or step in self.steps:
                 x = target.draw(self.count, derive(self.seed, "drawn", attempt))
-                yield step, x
-                if target.hits(x).float().mean() >= self.back:
+                share = target.hits(x).float().mean().item()
+                yield step, x, share
+                if share >= self.back:
                     return
             network.requires_grad_(True)
             x0, t, eps = target.batch(self.noise(attempt, step, self.batch_size))

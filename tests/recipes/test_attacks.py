@@ -190,6 +190,15 @@ def test_the_class_is_back_at_the_first_step_that_is_looked_at_and_shows_it(tmp_
     assert 4 < last[0] <= 200 and "never" not in finding.metric.definition
 
 
+def test_a_share_of_exactly_back_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Relearning, "target", lambda self: target_of())
+    monkeypatch.setattr(Target, "hits", lambda self, x: torch.arange(len(x)) % 2 == 0)
+    monkeypatch.setattr("gentrain.recipes.attacks.load_weights", lambda run: {})
+    stage(Relearning, steps=[1, 2], attempts=1, count=4, back=0.5).execute(tmp_path)
+    finding = read_finding(str(tmp_path))
+    assert finding.metric.value == 0 and finding.curve["shares"] == [{"0": 0.5}]
+
+
 def test_the_median_lies_between_the_quickest_and_the_slowest() -> None:
     from gentrain.recipes.attacks import _ranked
 
