@@ -326,6 +326,10 @@ def test_a_run_goes_on_with_another_engine(gentrain: Command, folder: Path) -> N
     status, printed = gentrain("train", "toy.yaml", "output=parts", "training.samples=256", "engine.precision=bf16")
     assert status == 2 and "training.samples: parts has seen its 256 samples, so that another engine.precision would change noth" in printed
     assert (folder / "parts/config.yaml").read_text().count("precision: fp32") == 1
+    assert gentrain("train", "toy.yaml", "output=parts", "training.samples=320", "engine.precision=bf16")[0] == 0
+    assert gentrain("train", "toy.yaml", "output=whole", "training.samples=320")[0] == 0
+    assert changed(folder / "parts")[3:] == [(256, {"engine.precision": ["fp32", "bf16"]})]
+    assert 1e-6 < difference(state_of(folder / "parts"), state_of(folder / "whole")) <= 4e-2  # the gate measures it: four steps in bf16
 
 
 @pytest.mark.distributed

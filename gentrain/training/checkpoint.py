@@ -84,14 +84,16 @@ class Checkpoint:
     Every function raises CheckpointError, which names the file and the remedy.
 
     Args:
-        where: names it in messages.
+        place: where it is, for messages.
+        name: of it in that place: the samples that were seen.
         present: names of the files that are there.
         fetch: file name -> a local file with its contents.
         others: the names of other whole checkpoints in the same place, the newest first; asked only when this one is refused.
     """
 
-    def __init__(self, where: str, present: Iterable[str], fetch: Callable[[str], Path], others: Callable[[], list[str]] = list):
-        self.where, self._fetch, self._others = where, fetch, others
+    def __init__(self, place: str, name: str, present: Iterable[str], fetch: Callable[[str], Path], others: Callable[[], list[str]] = list):
+        self.where = where = f"{place}/{name}"
+        self._samples, self._fetch, self._others = int(name), fetch, others
         self._verified: dict[str, Path] = {}
         names = set(present)
         if MANIFEST not in names:
@@ -139,9 +141,12 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """What is not a tensor."""
         try:
-            return dict(json.loads(self.file(STATE).read_text()))
+            state = dict(json.loads(self.file(STATE).read_text()))
         except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.where}/{STATE} is damaged ({error}); {self.instead}") from error
+        if (samples := state.get("samples")) != self._samples:  # renamed, or copied over another
+            raise CheckpointError(f"{self.where} is a checkpoint of {samples!r:.100} samples by its {STATE}; {self.instead}")
+        return state
 
     def shards(self, stem: str, rank: int = 0) -> Shards:
         """The tensors of `<role>.<kind>`, looked for in the file of `rank` first."""

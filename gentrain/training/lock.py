@@ -12,7 +12,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -52,7 +52,7 @@ def hold(directory: Path, name: str = "run", wait_s: float = 0.0) -> Iterator[No
             lock = FileLock(path, fallback_to_soft=False)
             lock.acquire(timeout=wait_s, poll_interval=0.1)
             stack.callback(lock.release)
-            stack.callback(owner.unlink, missing_ok=True)
+            stack.callback(_remove, owner)
             owner.write_text(json.dumps(_myself()))
         except Timeout:
             raise ConfigError(
@@ -63,6 +63,11 @@ def hold(directory: Path, name: str = "run", wait_s: float = 0.0) -> Iterator[No
                 raise cannot_write(directory, error) from error
             log.warning("the file system of %s has no locks: make sure that nothing else writes there", directory)
         yield
+
+
+def _remove(owner: Path) -> None:
+    with suppress(OSError):  # what is in its way was told before
+        owner.unlink()
 
 
 def _myself() -> dict[str, str | int]:

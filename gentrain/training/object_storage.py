@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gentrain.config import ConfigError
 from gentrain.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, sha256
-from gentrain.training.remedies import StoreError, has_secret, store_error, without_secrets
+from gentrain.training.remedies import StoreError, has_secret, refuse_mistaken, store_error, without_secrets
 from gentrain.training.storage import NAME, LocalStorage, Storage
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class ObjectStorage(Storage):
                     raise CheckpointError(f"{self.where}/{name}/{file} is missing; write another one's name into LATEST") from None
                 return directory / file
 
-            yield Checkpoint(f"{self.where}/{name}", self._found().get(name, ()), fetch, others)
+            yield Checkpoint(self.where, name, self._found().get(name, ()), fetch, others)
 
     def sweep(self) -> None:
         self._remove_nameless()
@@ -175,11 +175,12 @@ def open_storage(url: str, scratch: Path) -> Storage:
 
 
 def check_storage(url: str, key: str) -> None:
-    """Raises ConfigError, about `key`, when nothing installed serves the URL, or it holds a secret. Opens nothing."""
+    """Raises ConfigError, about `key`, when nothing installed serves the URL, it holds a secret, or a path looks like one. Opens
+    nothing."""
     import fsspec
 
     if is_local(url):
-        return
+        return refuse_mistaken(url.removeprefix("file://"), key)
     if has_secret(url):
         raise ConfigError(
             f"{without_secrets(url)} holds a secret, which saved configurations and messages would show; leave it out and give it in the "

@@ -65,11 +65,20 @@ def without_secrets(text: str) -> str:
     return _SECRET_QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
 
 
+def refuse_mistaken(directory: str, key: str) -> None:
+    """Raises ConfigError, about `key`, for what would only become a directory with a strange name: `~/run`, `s3:bucket`."""
+    if directory.startswith("~"):
+        raise ConfigError(f"{directory} would be a directory called {directory.split('/')[0]!r} here; write the path out", key=key)
+    if found := re.match("([a-z][a-z0-9+]+):", directory):
+        raise ConfigError(f"{without_secrets(directory)} is neither a path nor a URL; write ./{found[0]}... or {found[0]}//...", key=key)
+
+
 def refuse_url(directory: str, key: str) -> None:
-    """Raises ConfigError, about `key`, for a directory that is written as a URL."""
+    """Raises ConfigError, about `key`, for a directory that is written as a URL, or meant as one."""
     if "://" in directory:
         raise ConfigError(
             f"{without_secrets(directory)} is a URL, and this has to be a directory; choose one, and keep checkpoints in a bucket with "
             "training.checkpoints",
             key=key,
         )
+    refuse_mistaken(directory, key)

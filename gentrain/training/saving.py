@@ -117,7 +117,13 @@ class Saver:
             if not self._world.is_main:
                 return None
             self._storage.sweep()
-            return self._storage.latest()
+            name = self._storage.latest()
+            if beyond := [each for each in self._storage.names() if name is not None and int(each) > int(name)]:
+                log.warning(
+                    "%s/%s names %s; what lies beyond it (%s) is not deleted before the run has passed it",
+                    self._storage.where, LATEST, name, ", ".join(beyond[:5]),
+                )  # fmt: skip
+            return name
 
         with ExitStack() as stack:
             name, opened = together(self._world, find, failed)[0], []
@@ -202,7 +208,8 @@ class Saver:
         training = self._training
         self._metric.pop(newest, None)
         try:
-            names = {int(name): name for name in self._storage.names()}
+            # What lies beyond, of a run that somebody has set back, would take the places of what is new.
+            names = {int(name): name for name in self._storage.names() if int(name) <= int(newest)}
             stay = kept({s: self._metric_of(name) for s, name in names.items()}, training.keep_last, training.keep_every, training.best_is)
         except (OSError, StoreError) as error:
             log.warning("%s is published; which older ones may go could not be found out now: %s", newest, _reason(error))

@@ -223,7 +223,7 @@ class LocalStorage(Storage):
             refuse_foreign(directory / file)
             return directory / file
 
-        yield Checkpoint(str(directory), os.listdir(directory), fetch, others)
+        yield Checkpoint(self.where, name, os.listdir(directory), fetch, others)
 
     def sweep(self) -> None:
         if self.root.is_dir():

@@ -87,6 +87,15 @@ def test_a_holder_that_ends_in_time_is_waited_for(holder: subprocess.Popen[str],
         pass
 
 
+def test_what_is_in_the_way_of_the_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / ".run.owner").mkdir()
+    with pytest.raises(ConfigError, match=r"output: .* cannot be written .*a directory is in the way: move it away"), hold(tmp_path):
+        raise AssertionError("it was held without a name")
+    (tmp_path / ".run.owner").rmdir()
+    with hold(tmp_path):
+        pass
+
+
 def test_names_are_separate_and_a_body_that_fails_frees(tmp_path: Path) -> None:
     with pytest.raises(KeyError), hold(tmp_path), hold(tmp_path, "writer"):
         raise KeyError

@@ -97,12 +97,27 @@ def test_the_best_and_every_so_many_stay_over_attempts(tmp_path: Path, caplog: p
     assert _names(tmp_path) == [45, 70, 75] and "has no metric 'loss'" in caplog.text
 
 
-def test_what_was_just_published_stays_beside_newer_ones(tmp_path: Path) -> None:
-    """After LATEST was set back by hand, the numbers ahead of it are the older attempt's."""
-    saver = _saver(tmp_path, keep_last=1)
-    _save(saver, 300)
+def test_after_latest_was_set_back_what_lies_beyond_counts_once_the_run_has_passed_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The numbers ahead of LATEST are of a continuation that was given up: they must not take the places of what is new."""
+    saver = _saver(tmp_path, keep_last=2)
+    for samples in (100, 300, 400):
+        _save(saver, samples)
+    LocalStorage(tmp_path).point("000000000300")
+    _save(saver, 150)
     _save(saver, 200)
-    assert LocalStorage(tmp_path).latest() == "000000000200" and _names(tmp_path) == [200, 300]
+    assert LocalStorage(tmp_path).latest() == "000000000200" and _names(tmp_path) == [150, 200, 300, 400]
+    with _saver(tmp_path).newest() as checkpoint:
+        assert checkpoint is not None and checkpoint.state["samples"] == 200
+    assert "names 000000000200; what lies beyond it (000000000300, 000000000400) is not deleted before" in caplog.text
+    _save(saver, 350)
+    assert _names(tmp_path) == [300, 350, 400]
+    _save(saver, 450)
+    assert _names(tmp_path) == [400, 450]
+    caplog.clear()
+    with _saver(tmp_path).newest():
+        assert not caplog.text
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from gentrain.config import ConfigError
 from gentrain.training import storage as storages
 from gentrain.training.checkpoint import MANIFEST, STATE, CheckpointError, Piece
 from gentrain.training.object_storage import ObjectStorage, check_storage, open_storage
+from gentrain.training.remedies import refuse_url
 from gentrain.training.storage import LATEST, LocalStorage, Storage
 from tests.reliability.publishing import publish
 
@@ -195,6 +196,44 @@ def test_urls_that_nothing_serves_are_refused_with_what_is_missing(monkeypatch: 
     monkeypatch.setattr("fsspec.get_filesystem_class", missing)
     with pytest.raises(ConfigError, match=r"Install s3fs; pip install 'gentrain\[s3\]'"):
         check_storage("s3://bucket/run", "k")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("~/run", "k: ~/run would be a directory called '~' here; write the path out"),
+        ("file://~me/run", "called '~me' here"),
+        ("s3:bucket/run", r"k: s3:bucket/run is neither a path nor a URL; write \./s3:\.\.\. or s3://\.\.\."),
+        ("file:/scratch/run", "neither a path nor a URL"),
+    ],
+)
+def test_what_only_looks_like_a_place_is_refused(place: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_storage(place, "k")
+    if "://" not in place:
+        with pytest.raises(ConfigError, match=says):
+            refuse_url(place, "k")
+
+
+@pytest.mark.parametrize("place", ["./s3:bucket", "runs/a:b", "/scratch/~run", "C"])
+def test_strange_names_are_paths_all_the_same(place: str) -> None:
+    check_storage(place, "k")
+    refuse_url(place, "k")
+
+
+def test_a_checkpoint_under_another_ones_name_is_refused(make: Callable[[], Storage]) -> None:
+    storage = make()
+    _publish(storage, 64)
+    if isinstance(storage, LocalStorage):
+        (storage.root / "000000000064").rename(storage.root / "000000000128")
+    else:
+        assert isinstance(storage, ObjectStorage)
+        storage._fs.mv(f"{storage._root}/000000000064", f"{storage._root}/000000000128", recursive=True)
+    with (
+        storage.open("000000000128") as checkpoint,
+        pytest.raises(CheckpointError, match=f"128 is a checkpoint of 64 samples by its {STATE}"),
+    ):
+        _ = checkpoint.state
 
 
 def test_a_file_url_is_a_directory(tmp_path: Path) -> None:
