@@ -215,7 +215,7 @@ class Saver:
             log.warning("%s is published; which older ones may go could not be found out now: %s", newest, _reason(error))
             return
         for samples, name in names.items():
-            if samples not in stay and name != newest:
+            if samples not in stay:  # the newest is among the last
                 try:
                     self._storage.delete(name)
                 except (OSError, StoreError) as error:
