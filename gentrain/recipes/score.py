@@ -27,17 +27,22 @@ class Score(Stage):
     """What a reward says of sets of samples and, beside them, of held-out data: the mean of each, metrics.json.
 
     With `text_image` or `towers` this is a CLIP-style score (arXiv:2104.08718, without its factor 2.5). Of a reward that reads texts each
-    set is also scored with the text of another sample: what is there without the words.
+    set is also scored with the text of another sample: what is there without the words. Sets drawn for the same texts may be compared
+    sample by sample: what the texts differ in is not in that interval, which is narrower than those of the means.
     """
 
     samples: dict[str, str] = option(help="name -> directory of a stage `generate` or `draw_captions`")
     reward: Reward = option(help="what scores; take one that the samples' model was not trained on")
     data: Data = option(help="whose captions, or else classes, the samples' labels are")
     weights: dict[str, str] = option(dict, "role of the reward -> the run whose network it reads")
+    against: dict[str, str] = option(dict, "set -> the set, of the same labels in the same order, that it is compared with by sample")
 
     def __post_init__(self) -> None:
         if not self.samples:
             raise ConfigError("expected at least one name: directory of a stage that draws", key="samples")
+        for name, other in self.against.items():
+            if unknown := [each for each in (name, other) if each not in self.samples]:
+                raise ConfigError(f"{unknown[0]!r} is none of the samples: {', '.join(self.samples)}", key=f"against.{name}")
         roles = self.reward.networks()
         if missing := [role for role in roles if role not in self.weights]:
             raise ConfigError(f"the reward reads the network {missing[0]}; name its run", key=f"weights.{missing[0]}")
@@ -56,19 +61,30 @@ class Score(Stage):
         key = "caption" if self.data.captions else "label"
         sets = [*read_samples(self.samples, held_out["x"].shape[1:]), ("held-out data", {"x": held_out["x"], "label": held_out[key]})]
         metrics, known = [], len(self.data.captions or self.data.class_names)
+        scores: dict[str, Tensor] = {}
         for name, samples in sets:
             label = samples["label"]
             if len(label) and int(label.max()) >= known > 0:
                 raise ConfigError(f"label {int(label.max())} is none of the {known} of the data; name those it was drawn for", key="data")
-            metrics.append(self._mean(name, samples["x"], label, key, networks, ""))
+            scores[name] = self._scores(samples["x"], label, key, networks)
+            metrics.append(self._mean(name, scores[name], ""))
             if hasattr(self.reward, "texts") and label.unique().numel() > 1:
-                metrics.append(self._mean(f"{name}, another's text", samples["x"], _moved(label), key, networks, ", of another's text"))
+                others = self._scores(samples["x"], _moved(label), key, networks)
+                metrics.append(self._mean(f"{name}, another's text", others, ", of another's text"))
+        labels = {name: samples["label"] for name, samples in sets}
+        for name, other in self.against.items():
+            if not torch.equal(labels[name], labels[other]):
+                raise ConfigError(f"{name} and {other} were not drawn for the same texts in the same order", key=f"against.{name}")
+            of = ", the difference of samples with the same text,"
+            metrics.append(self._mean(f"{name} less {other}", scores[name] - scores[other], of))
         write_metrics(directory, metrics, to_dict(self))
 
     @torch.no_grad()
-    def _mean(self, name: str, x: Tensor, label: Tensor, key: str, networks: dict[str, Any], of: str) -> Metric:
+    def _scores(self, x: Tensor, label: Tensor, key: str, networks: dict[str, Any]) -> Tensor:
         parts = zip(x.split(_BATCH), label.split(_BATCH), strict=True)
-        scores = torch.cat([self.reward(images, {key: places}, networks) for images, places in parts]).double()
+        return torch.cat([self.reward(images, {key: places}, networks) for images, places in parts]).double()
+
+    def _mean(self, name: str, scores: Tensor, of: str) -> Metric:
         value, low, high = bootstrap_interval(lambda rows: float(rows.mean()), scores)
         which = self.reward.registered_name
         definition = f"mean reward {which}{of} over {len(scores)} images, bootstrap interval; range {_range(self.reward)}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gentrain.config import Component
 from gentrain.data.base import Data
+from gentrain.data.latents import Latents
 from gentrain.models.base import Model
 
 Asked = Mapping[str, Tensor]  # a batch, of which rewards read "label" [B] and "caption" [B] int64, where the data have them
@@ -59,7 +60,9 @@ class Reward(Component, kind="reward"):
 
 
 def check_images(data: Data, channels: Sequence[int] = (1, 3)) -> None:
-    """Raises ValueError unless the data are images of one of these numbers of channels."""
+    """Raises ValueError unless the data are images of one of these numbers of channels, or latents, which are decoded to images first."""
+    if isinstance(data, Latents):
+        return
     if len(data.shape) != 3 or data.shape[0] not in channels:
         kinds = " or ".join(map(str, channels))
         raise ValueError(f"the reward is for images with {kinds} channels, {data.registered_name} has samples of shape {data.shape}")

@@ -94,6 +94,14 @@ def test_what_judges_decoded_pictures_is_built_for_them(pipeline: Path, cache: P
         assert judge.image(torch.zeros(2, 3, 6, 6)).shape == (2, 128)
 
 
+def test_rewards_of_images_follow_what_draws_latents(pipeline: Path, cache: Path) -> None:
+    """Of 4 channels each: they are decoded before a reward sees them."""
+    method = {"name": "draft", "reward": {"name": "brightness"}, "sampler": {"name": "ddim", "steps": 2}}
+    settings = run_settings(pipeline, {"name": "latents", "directory": str(cache)}, method=method)
+    run = run_of(settings | {"roles": {"model": {"weights": "runs/model"}}})
+    assert run.data.shape[0] == 4
+
+
 def test_finished_files_are_kept_and_others_are_written_again(pipeline: Path, cache: Path, tmp_path: Path) -> None:
     encode(pipeline, tmp_path)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))

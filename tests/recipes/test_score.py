@@ -74,6 +74,21 @@ def test_towers_find_the_own_text_nearer_than_anothers(samples: str, towers: str
     assert "of another's text" in other["definition"]
 
 
+def test_sets_of_the_same_texts_are_compared_sample_by_sample(samples: str, tmp_path: Path) -> None:
+    brighter = tmp_path / "brighter"
+    brighter.mkdir()
+    x = torch.linspace(-1, 0.9, 10).reshape(10, 1, 1, 1).expand(10, 3, 6, 6).contiguous()
+    save_file({"x": x + 0.1, "label": torch.arange(10)}, brighter / "samples.safetensors")
+    sets = {"first": samples, "second": str(brighter)}
+    stage(sets, {"name": "brightness"}, against={"second": "first"}).execute(tmp_path / "out")
+    row = {row["name"]: row for row in read_metrics(tmp_path / "out")}["brightness, second less first"]
+    assert row["value"] == pytest.approx(float((x[:, 0, 0, 0] + 0.1 - torch.linspace(-1, 1, 10)).mean()) / 2, abs=2e-3)
+    assert row["high"] - row["low"] < 0.05  # that of either mean is 0.4 wide
+    save_file({"x": x, "label": torch.arange(10).flip(0)}, brighter / "samples.safetensors")
+    with pytest.raises(ConfigError, match="second and first were not drawn for the same texts"):
+        stage(sets, {"name": "brightness"}, against={"second": "first"}).execute(tmp_path / "out")
+
+
 def test_everybody_gets_a_label_of_another() -> None:
     label = torch.tensor([2, 0, 2, 1, 0, 1, 2, 0])
     assert (_moved(label) != label).all() and sorted(_moved(label).tolist()) == sorted(label.tolist())
@@ -85,6 +100,7 @@ def test_everybody_gets_a_label_of_another() -> None:
         ({"reward": {"name": "towers"}}, "weights.towers", "the reward reads the network towers; name its run"),
         ({"reward": {"name": "brightness"}, "weights": {"judge": "x"}}, "weights.judge", "reads no network of this name; it reads: none"),
         ({"reward": {"name": "brightness"}, "samples": {}}, "samples", "expected at least one name"),
+        ({"reward": {"name": "brightness"}, "against": {"drawn": "x"}}, "against.drawn", "'x' is none of the samples: drawn"),
         ({"reward": {"name": "classifier"}, "weights": {"judge": "x"}}, "reward", "needs data with classes"),
     ],
 )
