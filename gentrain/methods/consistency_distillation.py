@@ -50,7 +50,7 @@ class ConsistencyDistillation(Method):
     def loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         student, path, condition = nets.student, nets.student.path, condition_of(batch)
         x0 = path.space.encode(batch["x"])
-        times = torch.cat([path.sampling_times(self.intervals), torch.tensor([path.t_min], dtype=torch.float64)]).to(x0)
+        times = torch.cat([path.jump_times(self.intervals), torch.tensor([path.t_min], dtype=torch.float64)]).to(x0)
         index = noise.randint(0, self.intervals, (len(x0),))
         t, s = times[index], times[index + 1]
         x_t = path.perturb(x0, path.draw_eps(noise, tuple(x0.shape)), t)

@@ -93,6 +93,11 @@ class Path(Component, kind="path"):
         """
         return self.uniform_times(steps)
 
+    def jump_times(self, steps: int) -> Tensor:
+        """As `sampling_times`, for networks that go to clean data from any of them: t_min, where such a call changes nothing, is none."""
+        times = self.sampling_times(steps)
+        return times if float(times[-1]) > self.t_min * (1 + 1e-6) else self.sampling_times(steps + 1)[:-1]
+
     def uniform_times(self, steps: int) -> Tensor:
         """As `sampling_times` where a path has no rule of its own."""
         return self.t_max * (1 - torch.arange(steps, dtype=torch.float64) / steps)

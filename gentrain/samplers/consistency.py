@@ -29,7 +29,7 @@ class Consistency(Chain):
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         path = denoiser.path
-        times = path.sampling_times(self.steps)
+        times = path.jump_times(self.steps)
         for step, t in enumerate(times.tolist()):
             if step > 0:
                 x = path.perturb(x, path.draw_eps(noise, tuple(x.shape)), x.new_full((len(x),), t))
@@ -39,7 +39,7 @@ class Consistency(Chain):
         return x
 
     def jump(self, denoiser: Denoiser, x: Tensor, index: int, condition: Condition | None = None) -> Jump:
-        times = denoiser.path.sampling_times(self.steps)
+        times = denoiser.path.jump_times(self.steps)
         return renoised(denoiser.path, guided_x0(denoiser, x, float(times[index]), condition, self.guidance), times, index)
 
 

@@ -48,7 +48,7 @@ class FlowMap(Sampler):
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         path = denoiser.path
-        times = torch.cat([path.sampling_times(self.steps), torch.tensor([path.t_min], dtype=torch.float64)]).tolist()
+        times = torch.cat([path.jump_times(self.steps), torch.tensor([path.t_min], dtype=torch.float64)]).tolist()
         for t, s in pairwise(times):
             x = flow_map(denoiser, x, x.new_full((len(x),), t), x.new_full((len(x),), s), condition, self.guidance)
         return x

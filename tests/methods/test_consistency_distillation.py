@@ -16,6 +16,7 @@ from gentrain.paths.dual import Dual
 from gentrain.paths.inside import Inside
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
+from gentrain.paths.variance_exploding import VarianceExploding
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.consistency import Consistency
 from gentrain.training.run import parse_run
@@ -149,6 +150,33 @@ def test_the_sampler_is_exact_with_the_exact_function(steps: int) -> None:
     path, count = RectifiedFlow(), 20_000
     x = Consistency(steps=steps).sample(Denoiser(ExactStudent(path), path, "velocity"), (count, 1), noise_of(count))
     assert abs(x.mean() - MEAN) < 0.015 and abs(x.std() - STD) < 0.01
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), TrigFlow(), VariancePreserving(), VarianceExploding()])
+@pytest.mark.parametrize("steps", [2, 4])
+def test_every_call_of_the_sampler_changes_something(path: Path, steps: int) -> None:
+    """Ever closer to the data, and never from where they are reached already: Karras' last level is the variance-exploding path's least."""
+    seen = []
+
+    def network(x: torch.Tensor, t: torch.Tensor, condition: Condition | None) -> torch.Tensor:
+        seen.append(float(t[0]))
+        return torch.zeros_like(x)
+
+    Consistency(steps=steps).sample(Denoiser(network, path, "x0"), (2, 1), noise_of(2))
+    ends = path.network_time(torch.tensor([path.t_min, path.t_max], dtype=torch.float64)).tolist()
+    assert len(seen) == steps and seen[0] == pytest.approx(ends[1])
+    for before, after in zip(seen, [*seen[1:], ends[0]], strict=True):
+        assert after < before - (ends[1] - ends[0]) / (3 * steps)
+
+
+def test_every_interval_of_a_variance_exploding_path_has_two_ends() -> None:
+    path, student = VarianceExploding(), TinyNetwork()
+    group = SimpleNamespace(teacher=Denoiser(lambda x, t, c: torch.zeros_like(x), path, "edm"), student=Denoiser(student, path, "edm"))
+    times: list[torch.Tensor] = []
+    student.register_forward_pre_hook(lambda module, args: times.append(args[1]))
+    ConsistencyDistillation(intervals=3).loss(group, batch_of(64), noise_of(64))
+    s, t = times  # the target's, then the student's
+    assert (s < t).all() and len(t.unique()) == 3
 
 
 @pytest.mark.parametrize("space", [Inside(domain=Box()), Dual(domain=Box(), mean=[0.0], std=[0.01])])
