@@ -1,4 +1,4 @@
-"""Runs inside convex sets as users start them: a one-step student by its recipe; every engine and ZeRO stage on two ranks."""
+"""Runs inside convex sets as users start them: one-step students by their recipe; every engine and ZeRO stage on two ranks."""
 
 from __future__ import annotations
 
