@@ -51,6 +51,17 @@ class BlockItems(Items, Protocol):
     together: int
 
 
+@runtime_checkable
+class BucketItems(Items, Protocol):
+    """Items whose x have several shapes: those of a batch come from one bucket, whose x have one.
+
+    Attributes:
+        buckets: [N] int64, of each item.
+    """
+
+    buckets: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class TensorItems:
     """A split that is held in memory: x [N, C, H, W] or [N, D] float32, label [N] int64."""
@@ -92,6 +103,11 @@ class Data(Component, kind="data"):
     def shape(self) -> tuple[int, ...]:
         """Of one sample: (C, H, W) or (D,)."""
         raise NotImplementedError
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        """Those that samples to train on may have, `shape` first; each step of a run is of one of them."""
+        return (self.shape,)
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -146,6 +162,10 @@ class Wrapped(Data):
         return self.data.shape
 
     @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        return self.data.shapes
+
+    @property
     def class_names(self) -> Sequence[str]:
         return self.data.class_names
 
@@ -177,6 +197,12 @@ class Wrapped(Data):
 
     def split(self, name: str) -> Items:
         return self.data.split(name)
+
+
+def refuse_buckets(items: Items) -> None:
+    """Raises ValueError for items of several shapes, for data sets that make others of them."""
+    if isinstance(items, BucketItems):
+        raise ValueError("items of several shapes cannot be chosen from, marked or mixed; leave out `buckets`")
 
 
 def check_split(name: str) -> None:

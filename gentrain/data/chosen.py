@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveInt
 
 from gentrain.config import ConfigError, option, register
-from gentrain.data.base import BatchItems, Data, Items, TensorItems
+from gentrain.data.base import BatchItems, Data, Items, TensorItems, refuse_buckets
 from gentrain.domains.base import Domain
 
 _ENDLESS = 2**32  # items of a toy are made when asked for: none of them can be picked out by their labels
@@ -62,6 +62,7 @@ class Chosen(Data):
 
     def split(self, name: str) -> Items:
         items = self.data.split(name)
+        refuse_buckets(items)
         if len(items) > _ENDLESS:
             raise ValueError(f"{self.data.registered_name} has no end of items, from which none can be chosen")
         everything = torch.arange(len(items))

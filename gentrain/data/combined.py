@@ -10,7 +10,7 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
-from gentrain.data.base import BlockItems, Data, Items, check_split
+from gentrain.data.base import BlockItems, Data, Items, check_split, refuse_buckets
 
 _LONGEST = 2**40  # items of an epoch, of which toys have no end
 
@@ -102,6 +102,8 @@ class Combined(Data):
     def split(self, name: str) -> MixedItems:
         check_split(name)
         items = [part.data.split(name) for part in self.parts]
+        for each in items:
+            refuse_buckets(each)
         if any(isinstance(each, BlockItems) for each in items):
             raise ValueError("items that are read block by block cannot be mixed; set streaming of that part to false")
         number = {each: index for index, each in enumerate(self.class_names)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gentrain.data.base import CorruptItem
+from gentrain.data.buckets import Side
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # what is left out of Pillow runs other programs or is rarely tested
 _LONGEST = 20  # times the shorter side: beyond it a centre crop shows next to nothing of the image
+_ORIENTATION = 0x0112  # of EXIF; from 5 on height and width are exchanged
 _OVERHEAD = 2**24  # bytes of a file beside its pixels: colour profile, metadata
 
 
 @dataclass(frozen=True)
 class ImageDecoder:
-    """Resizes the shorter side to `size` and crops the centre; transparent parts become white; the camera's orientation is applied.
+    """Resizes to the least size that covers what is asked for, and crops its centre; transparent parts become white; the camera's
+    orientation is applied.
 
     Args:
-        size: height and width of what comes out, pixels.
+        size: height and width of what comes out unless another shape is asked for, pixels.
         max_pixels: larger images are refused: they could fill the memory.
     """
 
@@ -37,16 +40,13 @@ class ImageDecoder:
         if length > (most := 4 * self.max_pixels + _OVERHEAD):
             raise ValueError(f"{length:,} bytes are more than {most:,}")
 
-    def decode(self, file: BinaryIO) -> Tensor:
-        """[C, size, size] float32 in [-1, 1]. Raises ValueError and more: of hostile bytes, Pillow's decoders raise almost anything."""
+    def decode(self, file: BinaryIO, shape: Side | None = None) -> Tensor:
+        """[C, height, width] float32 in [-1, 1]. Raises ValueError and more: of hostile bytes, Pillow's decoders raise almost anything."""
         import numpy as np
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
 
-        try:
-            opened = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"no image that can be read ({', '.join(FORMATS)})") from None  # whose message is about the Python object
-        with opened as image:
+        height, width = shape or (self.size, self.size)
+        with _open(file) as image:
             long, short = max(image.size), min(image.size)
             if long * short > self.max_pixels:
                 raise ValueError(f"{image.width} x {image.height} is more than {self.max_pixels} pixels")
@@ -54,12 +54,29 @@ class ImageDecoder:
                 raise ValueError(f"{image.width} x {image.height} is more than {_LONGEST} times as long as wide")
             if image.mode[0] in "IF":
                 raise ValueError(f"pixels of more than 8 bits (mode {image.mode}) are not supported; convert the image")
-            image.draft("RGB", (2 * self.size, 2 * self.size))  # lets the JPEG decoder skip detail that resizing would drop
+            image.draft("RGB", (2 * max(height, width),) * 2)  # lets the JPEG decoder skip detail that resizing would drop
             upright = _opaque(ImageOps.exif_transpose(image)).convert("RGB" if self.colours == "rgb" else "L")
             # crops first, so that a long image is never enlarged as a whole
-            square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(square)).reshape(self.size, self.size, -1)
+            cropped = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(cropped)).reshape(height, width, -1)
         return pixels.permute(2, 0, 1).float().contiguous() / 127.5 - 1
+
+
+def sides(file: BinaryIO) -> Side:
+    """Height and width of an image as it is seen, in pixels, from the head of its file. Raises as `ImageDecoder.decode` does."""
+    with _open(file) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _open(file: BinaryIO) -> Image:
+    from PIL import Image as images
+    from PIL import UnidentifiedImageError
+
+    try:
+        return images.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"no image that can be read ({', '.join(FORMATS)})") from None  # whose message is about the Python object
 
 
 def corrupt(name: str, error: Exception) -> CorruptItem:

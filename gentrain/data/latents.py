@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import PositiveInt, StringConstraints, TypeAdapter
@@ -33,10 +33,11 @@ class Shard(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What the stage `encode` has written. `encoder`: digest of the weights and templates that encoded."""
+    """What the stage `encode` has written. `encoder`: digest of what encoded. `shapes`: `shape` and others, where there are."""
 
     encoder: str
     shape: list[PositiveInt]
+    shapes: NotRequired[list[list[PositiveInt]]]
     class_names: list[str]
     captions: list[str]
     licence: str
@@ -73,6 +74,10 @@ class Latents(Data):
         return tuple(self.manifest["shape"])
 
     @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        return [tuple(shape) for shape in self.manifest.get("shapes", [self.manifest["shape"]])]
+
+    @property
     def class_names(self) -> Sequence[str]:
         return self.manifest["class_names"]
 
@@ -101,12 +106,16 @@ class Latents(Data):
 
     def split(self, name: str) -> LatentItems:
         check_split(name)
-        texts = self._read(self.manifest["texts"])
-        return LatentItems(
-            self._read(self.manifest["splits"][name]),
+        texts, shards = self._read(self.manifest["texts"]), self._read(self.manifest["splits"][name])
+        items = LatentItems(
+            shards,
             {key: torch.cat([part[key] for part in texts]) for key in (texts[0] if texts else ())},
             "caption" if self.captions else "label",
         )
+        if len(self.shapes) == 1 or name == "held_out":
+            return items
+        places = torch.tensor([self.shapes.index(tuple(shard[MEAN].shape[1:])) for shard in shards])
+        return BucketedLatentItems(**vars(items), buckets=places.repeat_interleave(torch.tensor([len(shard[MEAN]) for shard in shards])))
 
     def _read(self, shards: Sequence[Shard]) -> list[dict[str, Tensor]]:
         return [read_shard(Path(self.directory), shard) for shard in shards]
@@ -159,3 +168,10 @@ class LatentItems:
             batch |= {f"condition/{key}": value[named.clamp(min=0)] for key, value in self.texts.items()}
             batch["condition/null"] = named < 0
         return batch
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BucketedLatentItems(LatentItems):
+    """Latents of several shapes, those of a file alike: the place of each one's shape [N]. `batch` is asked for those of one."""
+
+    buckets: Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from gentrain.data.base import BatchItems, BlockItems, CorruptItem, Items
+from gentrain.data.base import BatchItems, BlockItems, BucketItems, CorruptItem, Items
 from gentrain.noise import Noise, derive
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ _ROUNDS = 10  # with 8 the permutations of 6 items are still measurably uneven
 
 Request = tuple[Tensor, Tensor]  # positions [m] and the items [m] that `order` puts there
 Corrupt = dict[int, str]  # item -> what is wrong with it
+Order = Callable[..., Tensor]  # (positions, shift=0) -> items, see `ordered`
 
 
 def order(seed: int, count: int, positions: Tensor) -> Tensor:
@@ -88,9 +89,77 @@ class BlockOrder:
         return self._starts[blocks[block]] + shuffled - (ends[block] - self._sizes[blocks[block]])
 
 
-def ordered(seed: int, items: Items) -> Callable[[Tensor], Tensor]:
-    """The order of the items: positions [B] int64 -> items [B] int64."""
-    return BlockOrder(seed, items.blocks, items.together) if isinstance(items, BlockItems) else partial(order, seed, len(items))
+def bucket_rows(buckets: Tensor) -> list[Tensor]:
+    """buckets [N] int64 of items -> for each bucket that has items, these [n] in order."""
+    return [(buckets == bucket).nonzero()[:, 0] for bucket in buckets.unique().tolist()]
+
+
+class BucketOrder:
+    """The order of items in buckets: each batch of a run holds items of one bucket. A function of (seed, position), without state.
+
+    Each bucket's items are a stream of its own, one permutation of them after the other. Epoch e of all has the batches that have become
+    full in e + 1 passes of each bucket and had not in e: floor((e + 1) n / B) - floor(e n / B) of n items, whose buckets come in an order
+    of their own. So every item comes once in each pass of its bucket, buckets come in proportion to their items, and nothing is left out
+    or repeated to fill a batch.
+
+    Args:
+        buckets: [N] int64. batch_size: B, of all ranks and micro-batches.
+    """
+
+    def __init__(self, seed: int, buckets: Tensor, batch_size: int):
+        self._seed, self._batch, self._count = seed, batch_size, len(buckets)
+        self._members = bucket_rows(buckets)
+        self._sizes = torch.tensor([len(members) for members in self._members])
+        self._epoch = self._first = -1
+
+    def __call__(self, positions: Tensor, shift: int = 0) -> Tensor:
+        """positions [B] int64 >= 0 -> items [B] int64; `shift`: those that come so many places later in the pass of their bucket."""
+        steps, inverse = (positions // self._batch).unique(return_inverse=True)
+        bucket, number = torch.tensor([self._place(step) for step in steps.tolist()]).T
+        bucket, stream = bucket[inverse], number[inverse] * self._batch + positions % self._batch
+        items = torch.empty_like(positions)
+        for each in bucket.unique().tolist():
+            rows, size = bucket == each, int(self._sizes[each])
+            begun = stream[rows] // size * size
+            items[rows] = self._members[each][order(derive(self._seed, "bucket", each), size, begun + (stream[rows] + shift) % size)]
+        return items
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The bucket of a step, and which of the bucket's batches it is."""
+        epoch = step * self._batch // self._count  # or a later one, for batches that are not full yet
+        while int(self._before(epoch + 1).sum()) <= step:
+            epoch += 1
+        if epoch != self._epoch:
+            self._begin(epoch)
+        return self._places[step - self._first]
+
+    def _begin(self, epoch: int) -> None:
+        before = self._before(epoch)
+        ends = (self._before(epoch + 1) - before).cumsum(0)
+        count = int(ends[-1])
+        buckets = torch.bucketize(order(derive(self._seed, "steps", epoch), count, torch.arange(count)), ends, right=True)
+        numbers = torch.empty_like(buckets)
+        for bucket, first in enumerate(before.tolist()):
+            rows = (buckets == bucket).nonzero()[:, 0]
+            numbers[rows] = first + torch.arange(len(rows))
+        self._epoch, self._first, self._places = epoch, int(before.sum()), list(zip(buckets.tolist(), numbers.tolist()))
+
+    def _before(self, epoch: int) -> Tensor:
+        """Batches of each bucket before an epoch."""
+        return epoch * self._sizes // self._batch
+
+
+def ordered(seed: int, items: Items, batch_size: int) -> Order:
+    """The order of the items: positions [B] int64 -> items [B] int64, or those that come so many places later in the same epoch."""
+    if isinstance(items, BucketItems):
+        return BucketOrder(seed, items.buckets, batch_size)
+    count = len(items)
+    in_place = BlockOrder(seed, items.blocks, items.together) if isinstance(items, BlockItems) else partial(order, seed, count)
+    return partial(_shifted, in_place, count)
+
+
+def _shifted(in_place: Callable[[Tensor], Tensor], count: int, positions: Tensor, shift: int = 0) -> Tensor:
+    return in_place(positions // count * count + (positions + shift) % count)
 
 
 @dataclass(eq=False)
@@ -99,7 +168,7 @@ class Loader:
 
     Micro-batch a of rank r holds rows [(a * world_size + r) * m, + m) of the global batch, m = batch_size / (world_size * micro_batches);
     a batch is {"x": [m, ...], "label": [m], "index": [m] int64 positions in the run}. A corrupt item is replaced by the next readable one
-    of the same epoch's permutation.
+    of the same epoch's permutation, and of its own bucket. Items in buckets come one bucket a step, on all ranks.
 
     Args:
         batch_size: global: over all ranks and micro-batches.
@@ -133,7 +202,7 @@ class Loader:
             raise ValueError("there are no items to read; check the data set and the size of its split")
 
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
-        reader = _Reader(self.items, ordered(self.seed, self.items), self._most_corrupt)
+        reader = _Reader(self.items, ordered(self.seed, self.items, self.batch_size), self._most_corrupt)
         batches: Iterable[tuple[dict[str, Tensor], Corrupt]]
         if self.workers and not isinstance(self.items, BatchItems):
             batches = DataLoader(reader, batch_size=None, sampler=self._requests(), num_workers=self.workers)
@@ -150,9 +219,13 @@ class Loader:
     def _requests(self) -> Iterator[Request]:
         """What this rank reads, one micro-batch after the other."""
         rows = torch.arange(self.batch_size).reshape(self.micro_batches, self.world_size, -1)[:, self.rank]
-        at_once = min(_BLOCK, int(self.items.blocks.float().mean() * self.items.together)) if isinstance(self.items, BlockItems) else _BLOCK
+        at_once = _BLOCK
+        if isinstance(self.items, BlockItems):
+            at_once = min(at_once, int(self.items.blocks.float().mean() * self.items.together))
+        elif isinstance(self.items, BucketItems):  # an epoch of few items costs as much as one of many
+            at_once = min(at_once, len(self.items))
         steps = max(1, at_once // rows.numel())
-        start, order = self.start, ordered(self.seed, self.items)
+        start, order = self.start, ordered(self.seed, self.items, self.batch_size)
         while True:
             positions = start + torch.arange(steps)[:, None, None] * self.batch_size + rows
             items = order(positions.flatten()).reshape_as(positions)
@@ -178,7 +251,7 @@ class Loader:
 class _Reader(Dataset[tuple[dict[str, Tensor], Corrupt]]):
     """Turns a request into a batch, in a worker process or in this one."""
 
-    def __init__(self, items: Items, order: Callable[[Tensor], Tensor], most_corrupt: int):
+    def __init__(self, items: Items, order: Order, most_corrupt: int):
         self.items, self.order, self.most_corrupt = items, order, most_corrupt
 
     def __getitem__(self, request: Request) -> tuple[dict[str, Tensor], Corrupt]:
@@ -196,13 +269,14 @@ class _Reader(Dataset[tuple[dict[str, Tensor], Corrupt]]):
 
     def _read(self, position: int, index: int, corrupt: Corrupt) -> dict[str, Tensor] | None:
         """The item, or the first readable one after it in its epoch, or None past the limit. Adds to `corrupt`."""
-        count = len(self.items)
-        first = position - position % count
+        first, shift = index, 0
         while len(corrupt) <= self.most_corrupt:
+            if shift and index == first:  # of a bucket, which may hold fewer than the limit
+                raise RuntimeError(f"none of {shift} items of one shape can be read; mend or remove them: {corrupt[index]}")
             try:
                 return self.items[index]
             except CorruptItem as error:
                 corrupt[index] = str(error)
-            position = first + (position + 1) % count
-            index = int(self.order(torch.tensor([position])))
+            shift += 1
+            index = int(self.order(torch.tensor([position]), shift))
         return None

@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
-from gentrain.data.base import BatchItems, BlockItems, Items, Wrapped, check_split
+from gentrain.data.base import BatchItems, BlockItems, Items, Wrapped, check_split, refuse_buckets
 from gentrain.data.loader import order
 
 
@@ -97,6 +97,7 @@ class Resampled(Wrapped):
         items = self.data.split(name)
         if name == "held_out":
             return items
+        refuse_buckets(items)
         if isinstance(items, BlockItems):
             raise ValueError("items that are read block by block cannot be repeated; set data.data.streaming to false")
         labels = labels_of(items)

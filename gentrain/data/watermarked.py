@@ -14,7 +14,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
-from gentrain.data.base import BatchItems, Data, Items, check_split
+from gentrain.data.base import BatchItems, Data, Items, check_split, refuse_buckets
 from gentrain.domains.orthonormal_slabs import OrthonormalSlabs
 from gentrain.noise import Noise, derive
 
@@ -129,6 +129,7 @@ class Watermarked(Data):
     def split(self, name: str) -> Items:
         check_split(name)
         items = self.data.split(name)
+        refuse_buckets(items)
         kind = _MarkedBatches if isinstance(items, BatchItems) else _Marked
         marked = kind(items, self.domain, self.margin, derive(0, "watermark", name))
         if self.levels is not None:

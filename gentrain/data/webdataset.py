@@ -22,8 +22,10 @@ from torch import Tensor
 
 from gentrain.config import ConfigError, Fraction, option, register
 from gentrain.data.base import Data, check_split
-from gentrain.data.decode import SUFFIXES, ImageDecoder, corrupt, printable
-from gentrain.data.image_folder import fraction
+from gentrain.data.buckets import Buckets, Side, nearest
+from gentrain.data.captions import MOST, Captions, caption_in, caption_of
+from gentrain.data.decode import SUFFIXES, ImageDecoder, corrupt, printable, sides
+from gentrain.data.image_folder import check_shapes, fraction
 from gentrain.data.tar import BLOCK, STORES, Ahead, Member, ahead, is_local, members, opened
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # key, suffix: the key ends at
 _MOST_SHARDS, _MOST_CLASSES = 1_000_000, 100_000
 _UNLIKE = {True: "no label, unlike what is before it", False: "a label, unlike what is before it"}
 _MOST_JSON = 2**20  # bytes
+_HEAD = 2**16  # bytes of an image in which its size is looked for; of some formats it is told at the end
 _THREADS = 16  # shards indexed at once: most of the time is spent waiting for an object store
 
 
@@ -41,6 +44,7 @@ _THREADS = 16  # shards indexed at once: most of the time is spent waiting for a
 class WebDataset(Data):
     """Images in tar files: members KEY.jpg (or another image format) and, with classes, KEY.cls or KEY.json with a "label".
 
+    With `captioned`, each has a text in place of a class: KEY.txt, or `field` of KEY.json.
     KEY ends at the first dot of the file's name; members with other suffixes are ignored. All headers are read once, so that samples can be
     drawn in any order; nothing is unpacked to disk. Images are cropped as those of image_folder. Whether one is held out depends on its KEY
     alone.
@@ -55,8 +59,14 @@ class WebDataset(Data):
     classes: list[str] | None = option(
         None, "names of the labels 0, 1, ...; [] = ignore labels; null = the numbers up to the largest that is there, which a run records"
     )
+    captioned: bool = option(False, "images have captions, not classes")
+    field: str = option("text", "of KEY.json that holds the caption where there is no KEY.txt")
+    buckets: Buckets | None = option(None, "shapes that images to train on get beside the square; {} = with their defaults")
 
     def __post_init__(self) -> None:
+        self._shapes = check_shapes(self.buckets, self.size)
+        if self.captioned and self.classes:
+            raise ConfigError("captioned images have no classes; leave out one of the two", key="classes")
         try:
             self._archives()
         except ValueError as error:
@@ -67,7 +77,17 @@ class WebDataset(Data):
         return (3 if self.colours == "rgb" else 1, self.size, self.size)
 
     @property
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        return [(self.shape[0], *shape) for shape in self._shapes]
+
+    @property
+    def captions(self) -> Sequence[str]:
+        return self._captions.all if self.captioned else ()
+
+    @property
     def class_names(self) -> Sequence[str]:
+        if self.captioned:
+            return ()
         if self.classes is not None:
             return self.classes
         return [str(label) for label in range(1 + max((sample.label for sample in self._samples), default=-1))]
@@ -80,18 +100,23 @@ class WebDataset(Data):
 
     def split(self, name: str) -> ShardItems:
         check_split(name)
-        samples = [sample for sample in self._samples if (fraction(sample.key) < self.held_out) == (name == "held_out")]
+        places = [place for place, each in enumerate(self._samples) if (fraction(each.key) < self.held_out) == (name == "held_out")]
+        samples = [self._samples[place] for place in places]
         if not samples:
             raise ValueError(f"none of the {len(self._samples)} images falls into the {name} split; change held_out ({self.held_out})")
         classed = bool(self.class_names)
-        return ShardItems(
+        items = ShardItems(
             self._archives(),
             self._stamps,
             "\n".join(sample.image.name for sample in samples),
             torch.tensor([(sample.archive, sample.image.header, sample.image.size, sample.image.check) for sample in samples]),
             torch.tensor([sample.label if classed else -1 for sample in samples]),
             ImageDecoder(self.size, self.colours, self.max_pixels),
+            self._captions.places[places] if self.captioned else None,
         )
+        if self.buckets is None or name == "held_out":
+            return items
+        return BucketedShardItems(**vars(items), shapes=self._shapes, buckets=torch.tensor([sample.bucket for sample in samples]))
 
     def _archives(self) -> list[str]:
         """Every shard's path or URL, in the order of `shards`. Raises ValueError for what names none."""
@@ -106,9 +131,10 @@ class WebDataset(Data):
     @cached_property
     def _index(self) -> list[tuple[str, list[_Sample]]]:
         """Of each shard its stamp and its samples."""
-        archives, labelled = self._archives(), self.classes != []
+        archives, labelled = self._archives(), self.classes != [] and not self.captioned
+        wanted = _Wanted(labelled, self.field if self.captioned else None, self._shapes)
         with ThreadPoolExecutor(_THREADS) as threads:
-            index = list(threads.map(_read_index, itertools.count(), archives, itertools.repeat(labelled)))
+            index = list(threads.map(_read_index, itertools.count(), archives, itertools.repeat(wanted)))
         samples = [sample for _, each in index for sample in each]
         if not samples:
             raise ValueError(f"no images in {archives[0]}, ... ({len(archives)}); looked for members KEY.SUFFIX, {' '.join(SUFFIXES)}")
@@ -117,6 +143,8 @@ class WebDataset(Data):
             where = f"{archives[sample.archive]}: {sample.image.name}"
             if (sample.label >= 0) != labelled:
                 raise ValueError(f"{where}: {_UNLIKE[labelled]}; give every image a label, or let classes=[] ignore them")
+            if self.captioned and sample.caption is None:
+                raise ValueError(f"{where}: no caption; give every image a member KEY.txt, or KEY.json with {self.field!r}")
             if self.classes and sample.label >= len(self.classes):
                 raise ValueError(f"{where}: the label {sample.label} is none of the {len(self.classes)} classes")
         return index
@@ -124,6 +152,10 @@ class WebDataset(Data):
     @cached_property
     def _samples(self) -> list[_Sample]:
         return [sample for _, samples in self._index for sample in samples]
+
+    @cached_property
+    def _captions(self) -> Captions:
+        return Captions([sample.caption or "" for sample in self._samples])
 
     @property
     def _stamps(self) -> list[str]:
@@ -148,26 +180,38 @@ def expand(pattern: str) -> Iterator[str]:
 
 
 class _Sample(NamedTuple):
-    """archive: its number. label: -1 where there is none."""
+    """archive: its number. label: -1 where there is none. caption: None where there is none. bucket: the number of its shape."""
 
     archive: int
     key: str
     image: Member
     label: int
+    caption: str | None
+    bucket: int
 
 
-def _read_index(number: int, archive: str, labelled: bool) -> tuple[str, list[_Sample]]:
+class _Wanted(NamedTuple):
+    """What is read of a sample beside its image. field: of captions, None = no captions. shapes: of buckets."""
+
+    labels: bool
+    field: str | None
+    shapes: Sequence[Side]
+
+
+def _read_index(number: int, archive: str, wanted: _Wanted) -> tuple[str, list[_Sample]]:
     """The archive's stamp and its samples. Raises ValueError, which names archive and member, whatever its storage raises."""
     try:
         with opened(archive) as shard:
-            return shard.stamp, list(_samples_of(ahead(shard, archive), number, archive, labelled))
+            return shard.stamp, list(_samples_of(ahead(shard, archive), number, archive, wanted))
     except Exception as error:  # libraries of object stores raise exceptions of their own
         raise ValueError(printable(f"{archive}: {error or type(error).__name__}")) from error
 
 
-def _samples_of(shard: Ahead, number: int, archive: str, labelled: bool) -> Iterator[_Sample]:
+def _samples_of(shard: Ahead, number: int, archive: str, wanted: _Wanted) -> Iterator[_Sample]:
     images: dict[str, Member] = {}
+    buckets: dict[str, int] = {}
     labels: dict[str, int] = {}
+    captions: dict[str, str] = {}
     keys: set[str] = set()
     for member in members(shard):
         named = _NAME.fullmatch(member.name)
@@ -179,7 +223,15 @@ def _samples_of(shard: Ahead, number: int, archive: str, labelled: bool) -> Iter
             if key in images:
                 raise ValueError(f"{member.name}: a second image beside {images[key].name}")
             images[key] = member
-        elif labelled and (suffix == ".cls" or (suffix == ".json" and key not in labels)):
+            buckets[key] = _bucket(shard, member, wanted.shapes)
+        elif wanted.field is not None and (suffix == ".txt" or (suffix == ".json" and key not in captions)):
+            try:
+                caption = _caption(shard, member, suffix, wanted.field)
+            except ValueError as error:
+                raise ValueError(f"{member.name}: {error}") from error
+            if caption is not None:
+                captions[key] = caption
+        elif wanted.labels and (suffix == ".cls" or (suffix == ".json" and key not in labels)):
             try:
                 label = _label(shard, member, suffix)
             except ValueError as error:
@@ -189,7 +241,24 @@ def _samples_of(shard: Ahead, number: int, archive: str, labelled: bool) -> Iter
     if len(images) < len(keys):
         log.warning("%s: %d keys have no image and are left out", printable(archive), len(keys) - len(images))
     for key, image in images.items():
-        yield _Sample(number, key, image, labels.get(key, -1))
+        yield _Sample(number, key, image, labels.get(key, -1), captions.get(key), buckets[key])
+
+
+def _bucket(shard: Ahead, member: Member, shapes: Sequence[Side]) -> int:
+    """The number of the shape that is nearest to the image's; 0 where its head cannot be read: it will count as corrupt."""
+    for length in (min(_HEAD, member.size), member.size) if len(shapes) > 1 else ():
+        try:
+            return nearest(*sides(io.BytesIO(shard.read(member.header + BLOCK, length))), shapes)
+        except Exception:  # of hostile bytes, Pillow's decoders raise almost anything
+            continue
+    return 0
+
+
+def _caption(shard: Ahead, member: Member, suffix: str, field: str) -> str | None:
+    if member.size > (most := MOST if suffix == ".txt" else _MOST_JSON):
+        raise ValueError(f"{member.size:,} bytes are more than {most:,}")
+    data = shard.read(member.header + BLOCK, member.size)
+    return caption_of(data) if suffix == ".txt" else caption_in(data, field)
 
 
 def _label(shard: Ahead, member: Member, suffix: str) -> int | None:
@@ -221,7 +290,7 @@ class ShardItems:
         archives, stamps: of all shards.
         names: of the images, one a line: worker processes share one text, but would come to copy a list of many.
         places: [N, 4] int64: the shard's number, where the member's header begins, its bytes, the check of its header.
-        label: [N] int64.
+        label: [N] int64. captions: [N] int64, or None.
     """
 
     archives: Sequence[str]
@@ -230,6 +299,7 @@ class ShardItems:
     places: Tensor
     label: Tensor
     decoder: ImageDecoder
+    captions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label)
@@ -237,12 +307,16 @@ class ShardItems:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         number, header, size, check = self.places[index].tolist()
         try:
-            return {"x": self._read(number, header, size, check), "label": self.label[index]}
+            item = {"x": self._read(number, header, size, check, self._shape(index)), "label": self.label[index]}
         except Exception as error:
             name = self.names.split("\n")[index]
             raise corrupt(f"{self.archives[number]}: {name}", error) from error
+        return item if self.captions is None else {**item, "caption": self.captions[index]}
 
-    def _read(self, number: int, header: int, size: int, check: int) -> Tensor:
+    def _shape(self, index: int) -> Side | None:
+        return None
+
+    def _read(self, number: int, header: int, size: int, check: int, shape: Side | None) -> Tensor:
         self.decoder.check_length(size)
         with opened(self.archives[number]) as archive:
             if archive.stamp != self.stamps[number]:
@@ -250,4 +324,15 @@ class ShardItems:
             data = archive.read(header, BLOCK + size)
         if crc32(data[:BLOCK]) != check:
             raise ValueError("the archive has changed since its headers were read; start again")
-        return self.decoder.decode(io.BytesIO(data[BLOCK:]))
+        return self.decoder.decode(io.BytesIO(data[BLOCK:]), shape)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BucketedShardItems(ShardItems):
+    """Images in the shapes of their buckets [N]."""
+
+    shapes: Sequence[Side]
+    buckets: Tensor
+
+    def _shape(self, index: int) -> Side | None:
+        return self.shapes[int(self.buckets[index])]

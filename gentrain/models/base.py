@@ -27,7 +27,7 @@ class Codec:
     This one leaves data as they are; the condition is the class.
 
     Attributes:
-        shape: of x as networks see it.
+        shape: of x as networks see it. shapes: those that x may have in training, `shape` first.
         decoded_shape: of what `decode` gives.
         names: what the labels that `condition` takes stand for.
         takes_prompts: `condition` does.
@@ -37,6 +37,7 @@ class Codec:
 
     def __init__(self, data: Data):
         self.data, self.shape = data, tuple(data.shape)
+        self.shapes = [tuple(shape) for shape in data.shapes]
         self.decoded_shape = self.shape
         self.names: Sequence[str] = data.class_names
 
@@ -103,6 +104,13 @@ class Model(Component, kind="model"):
     def law(self) -> tuple[Path, Prediction] | None:
         """The path and prediction that its weights were trained with; None for weights that are random, or `to_come`."""
         return None
+
+    def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Raises ValueError unless one network takes samples of each of these shapes, the first of which `build` is given."""
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{self.registered_name} is for samples of one shape; leave out `buckets`, or take unet or a pipeline's network"
+            )
 
     def codec(self, data: Data) -> Codec:
         """What stands between the data and the network. Raises ValueError when the data do not fit."""

@@ -95,6 +95,11 @@ class Pretrained(Model):
         with torch.no_grad(), torch.device("cpu"):
             return self.family.null(self.family.text_pipeline(), self.null_prompt, torch.device("cpu"))
 
+    def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        if len(shapes) > 1:
+            for shape in shapes:
+                self.family.check_shape(*shape[1:])
+
     def law(self) -> tuple[Path, Prediction] | None:
         return None if self.to_come else self.family.law()
 
@@ -188,10 +193,11 @@ class PretrainedCodec(Codec):
         factor, grain = self.family.factor, self.family.grain
         if len(self.shape) != 3 or self.shape[0] != 3:
             raise ValueError(f"the pipeline in {model.directory} is for colour images (3, H, W), the data have shape {self.shape}")
-        height, width = self.shape[1:]
-        if height % grain or width % grain:
-            raise ValueError(f"images of {height}x{width} pixels are not divisible by {grain}, as its latents need; resize them")
-        self.shape = (self.family.channels, height // factor, width // factor)
+        for _, height, width in self.shapes:
+            if height % grain or width % grain:
+                raise ValueError(f"images of {height}x{width} pixels are not divisible by {grain}, as its latents need; resize them")
+        self.shapes = [(self.family.channels, height // factor, width // factor) for _, height, width in self.shapes]
+        self.shape = self.shapes[0]
 
     def to(self, device: torch.device) -> Codec:
         self.device = device

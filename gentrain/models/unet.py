@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -44,15 +45,8 @@ class UNet(Model):
         """
         from diffusers import UNet2DModel
 
-        if len(shape) != 3:
-            raise ValueError(f"unet is for images (C, H, W), got samples of shape {shape}; use mlp for vectors")
+        self.check_shapes([shape])
         channels, height, width = shape
-        factor = self.space_to_depth * 2 ** (len(self.channels) - 1)
-        if height % factor or width % factor:
-            raise ValueError(
-                f"images of {height}x{width} pixels are not divisible by {factor} = space_to_depth {self.space_to_depth} times 2 for each "
-                f"of {len(self.channels)} levels but one; use fewer channels or a smaller space_to_depth, or resize the images"
-            )
         levels = ["Attn" if level in self.attention else "" for level in range(len(self.channels))]
         backbone = UNet2DModel(
             sample_size=(height // self.space_to_depth, width // self.space_to_depth),
@@ -68,3 +62,15 @@ class UNet(Model):
             num_class_embeds=num_classes + 1 if num_classes else None,
         )
         return ConditionalNetwork(backbone, num_classes or None, self.space_to_depth, self.time_scale)
+
+    def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        factor = self.space_to_depth * 2 ** (len(self.channels) - 1)
+        for shape in shapes:
+            if len(shape) != 3:
+                raise ValueError(f"unet is for images (C, H, W), got samples of shape {shape}; use mlp for vectors")
+            _, height, width = shape
+            if height % factor or width % factor:
+                raise ValueError(
+                    f"images of {height}x{width} pixels are not divisible by {factor} = space_to_depth {self.space_to_depth} times 2 for "
+                    f"each of {len(self.channels)} levels but one; use fewer channels or a smaller space_to_depth, or resize the images"
+                )

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from gentrain.config import ConfigError, option, register, to_dict
-from gentrain.data.base import BatchItems, CorruptItem, Data, Items
+from gentrain.data.base import BatchItems, BucketItems, CorruptItem, Data, Items
 from gentrain.data.latents import DEVIATION, MANIFEST, MEAN, Manifest, Shard, file_digest
+from gentrain.data.loader import bucket_rows
 from gentrain.models.base import Model
 from gentrain.models.pretrained import Pretrained, PretrainedCodec
 from gentrain.recipes.base import Stage
@@ -64,19 +65,20 @@ class Encode(Stage):
             encoder=encoder, shape=list(codec.shape), class_names=list(self.data.class_names), captions=list(self.data.captions),
             licence=self.data.licence, data=to_dict(self.data), splits=splits, texts=self._texts(writer, codec),
         )  # fmt: skip
+        if len(codec.shapes) > 1:
+            manifest["shapes"] = [list(shape) for shape in codec.shapes]
         temporary = directory / f".{MANIFEST}"
         temporary.write_text(json.dumps(manifest, indent=1))
         os.replace(temporary, directory / MANIFEST)
 
     def _images(self, writer: _Writer, codec: PretrainedCodec, split: str) -> list[Shard]:
         items, shards = self.data.split(split), []
-        for number, first in enumerate(range(0, len(items), self.shard)):
-            rows = range(first, min(first + self.shard, len(items)))
+        for number, rows in enumerate(part for bucket in _buckets(items) for part in bucket.split(self.shard)):
             shard = writer.present(split, number)
             if shard is None:
                 parts = [_encoded(codec, batch) for batch in _batches(items, rows)]
                 if not parts:
-                    raise ConfigError(f"none of the images {rows.start} to {rows.stop - 1} of {split} can be read", key="data")
+                    raise ConfigError(f"none of the {len(rows)} images of {split} from number {rows[0]} on can be read", key="data")
                 shard = writer.write(split, number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
             shards.append(shard)
         return shards
@@ -121,15 +123,19 @@ class _Writer:
         return Shard(file=path.name, rows=len(next(iter(tensors.values()))), sha256=file_digest(path))
 
 
-def _batches(items: Items, rows: range) -> Iterator[dict[str, Tensor]]:
+def _buckets(items: Items) -> list[Tensor]:
+    """The items whose x have one shape, in order."""
+    return bucket_rows(items.buckets) if isinstance(items, BucketItems) else [torch.arange(len(items))]
+
+
+def _batches(items: Items, rows: Tensor) -> Iterator[dict[str, Tensor]]:
     """The readable ones of these items, some at once."""
-    for first in range(rows.start, rows.stop, _AT_ONCE):
-        part = range(first, min(first + _AT_ONCE, rows.stop))
+    for part in rows.split(_AT_ONCE):
         if isinstance(items, BatchItems):
-            yield items.batch(torch.tensor(part))
+            yield items.batch(part)
             continue
         read = []
-        for index in part:
+        for index in part.tolist():
             try:
                 read.append(items[index])
             except CorruptItem as error:

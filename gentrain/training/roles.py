@@ -207,6 +207,7 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
             fit = ", ".join(name for name, other in Model.available().items() if other.classifies == classifies)
             what = "classifies" if classifies else "denoises"
             raise ValueError(f"a network that {what} is needed, and {model.registered_name} does not; there are: {fit}")
+        model.check_shapes(codec.shapes)
         network, inputs = model.build(shape, classes), run.method.roles[role].inputs
         if run.method.roles[role].denoiser:
             inputs = (*inputs, *run.data.inputs)

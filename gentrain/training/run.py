@@ -229,6 +229,8 @@ class RunConfig:
                 raise ConfigError("it would lose what a role learns beside its network; set it to false", key=f"training.{key}")
             if getattr(self.training, key) and any(self.engine_of(name).registered_name != "torch" for name in self.method.roles):
                 raise ConfigError("it goes with engine: torch only; set that, or this to false", key=f"training.{key}")
+        if self.method.pools() and len(self.data.shapes) > 1:
+            raise ConfigError("samples of the method's pools have one shape; leave it out", key="data.buckets")
         for name in self.method.forward_mode:
             if not self.engine_of(name).forward_mode:
                 raise ConfigError(

@@ -1,4 +1,5 @@
 import itertools
+import json
 import logging
 import os
 import pickle
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gentrain.config import Document, build, to_dict
+from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.data.base import BatchItems, CorruptItem, Data
 from gentrain.data.image_folder import ImageFolder
 from gentrain.data.loader import Loader
@@ -221,3 +222,108 @@ def test_training_goes_on_past_hostile_images(folder, workers, caplog):
     assert len(loader.corrupt) == len(HOSTILE) == len(items) - 30
     assert all(sum(f"bee/{name}: " in record.message for record in caplog.records) == 1 for name in HOSTILE)
     assert all(batch["x"].shape == (10, 3, 8, 8) for batch in batches)
+
+
+# --- captions -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Six images, two of them in the folder itself; three captions lie beside, three in files of metadata."""
+    for number, (file, text) in enumerate(
+        {"a.png": "a red rose", "b.jpg": "", "deep/c.png": "two\n  dogs ", "deep/d.png": None, "deep/er/e.png": None, "f.png": None}.items()
+    ):
+        save(tmp_path / file, (number * 40, 0, 0))
+        if text is not None:
+            (tmp_path / file).with_suffix(".txt").write_text(text, encoding="utf-8")
+    lines = [{"file_name": "deep/d.png", "text": "a cat", "other": 1}, {"file_name": "./f.png", "text": "a red rose"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n", encoding="utf-8")
+    (tmp_path / "deep/metadata.jsonl").write_text(json.dumps({"file_name": "er/e.png", "text": "été"}), encoding="utf-8")
+    return tmp_path
+
+
+def captions_of(data):
+    items = data.split("train")
+    return {name: data.captions[int(items[index]["caption"])] for index, name in enumerate(items.files)}
+
+
+def test_captions_lie_beside_images_or_in_metadata(captioned):
+    data = ImageFolder(str(captioned), size=8, held_out=0, captioned=True)
+    expected = {
+        "a.png": "a red rose",
+        "b.jpg": "",
+        "deep/c.png": "two dogs",
+        "deep/d.png": "a cat",
+        "deep/er/e.png": "été",
+        "f.png": "a red rose",
+    }
+    assert captions_of(data) == expected
+    assert data.captions == ["", "a cat", "a red rose", "two dogs", "été"] and data.class_names == ()
+    item = pickle.loads(pickle.dumps(data.split("train")))[0]
+    assert item["label"] == -1 and item["caption"].dtype == torch.int64 and item["x"].shape == (3, 8, 8)
+    data.fit()
+    recorded = build(Data, Document(to_dict(data), "config.yaml"))
+    assert captions_of(recorded) == expected
+    assert "caption" not in ImageFolder(str(captioned), size=8, held_out=0).split("train")[0]
+
+
+def test_captions_belong_to_their_images_in_both_splits(tmp_path):
+    for number in range(40):
+        save(tmp_path / f"{number}.png", (number * 6, 0, 0))
+        (tmp_path / f"{number}.txt").write_text(f"number {number}")
+    data = ImageFolder(str(tmp_path), size=8, captioned=True, held_out=0.3)
+    for name in ("train", "held_out"):
+        items = data.split(name)
+        for index in range(len(items)):
+            number = round(float(items[index]["x"][0, 0, 0] + 1) * 127.5) // 6
+            assert data.captions[int(items[index]["caption"])] == f"number {number}"
+    assert len(data.captions) == 40
+
+
+def test_another_field_may_hold_the_caption(captioned):
+    for folder in (captioned, captioned / "deep"):
+        file = folder / "metadata.jsonl"
+        file.write_text(file.read_text().replace('"text"', '"caption"'))
+    assert captions_of(ImageFolder(str(captioned), size=8, held_out=0, captioned=True, field="caption"))["deep/d.png"] == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.txt", None, r"a\.png has no caption; write a\.txt beside it"),
+        ("f.txt", "another", r"f\.png has one caption beside it and another one in metadata\.jsonl"),
+        ("a.txt", "é".encode("latin-1"), r"a\.txt: .*utf-8.*; write a caption in UTF-8"),
+        ("a.txt", "\x1b[2J", r"a\.txt: holds characters that cannot be printed"),
+        ("a.txt", "x" * 70_000, r"a\.txt: 70,000 bytes are more than 65,536"),
+        ("metadata.jsonl", '{"file_name": "f.png"}', r"line 1 of .*metadata\.jsonl: no object with file_name and 'text'; mend it"),
+        ("metadata.jsonl", "\n[1, 2]", r"line 2 of .*metadata\.jsonl: no object; mend it"),
+        ("metadata.jsonl", '{"text": "x", "file_name": 3}', r"line 1 of .*: no object with file_name"),
+        ("metadata.jsonl", '{"file_name": "f.png", "text": 1}', r"line 1 of .*: 'text' is no text"),
+        ("metadata.jsonl", "{" * 10_000, r"line 1 of .*metadata\.jsonl: "),
+        ("deep/metadata.jsonl", '{"file_name": "../f.png", "text": "x"}', r"f\.png has two captions in files metadata\.jsonl"),
+    ],
+)
+def test_captions_that_cannot_be_meant_are_told(captioned, file, content, message):
+    path = captioned / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        _ = ImageFolder(str(captioned), size=8, captioned=True).captions
+
+
+def test_a_caption_that_is_a_link_or_a_pipe_is_not_followed(captioned):
+    (captioned / "a.txt").unlink()
+    (captioned / "a.txt").symlink_to("/etc/passwd")
+    with pytest.raises(ValueError, match=r"a\.txt: "):
+        _ = ImageFolder(str(captioned), size=8, captioned=True).captions
+    (captioned / "a.txt").unlink()
+    os.mkfifo(captioned / "a.txt")
+    with pytest.raises(ValueError, match=r"a\.txt: not a regular file"):
+        _ = ImageFolder(str(captioned), size=8, captioned=True).captions
+
+
+def test_captioned_images_have_no_classes(captioned):
+    with pytest.raises(ConfigError, match="classes: captioned images have no classes"):
+        ImageFolder(str(captioned), captioned=True, classes=["a"])

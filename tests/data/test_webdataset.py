@@ -27,6 +27,7 @@ from PIL import Image
 from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.data import tar
 from gentrain.data.base import BatchItems, CorruptItem, Data
+from gentrain.data.buckets import Buckets
 from gentrain.data.image_folder import ImageFolder
 from gentrain.data.loader import Loader
 from gentrain.data.webdataset import WebDataset, expand
@@ -124,6 +125,74 @@ def test_an_image_comes_out_as_from_a_folder(tmp_path: Path) -> None:
     for colours in ("rgb", "grey"):
         one = WebDataset(str(tmp_path / "a.tar"), size=16, held_out=0, colours=colours).split("train")[0]["x"]  # type: ignore[arg-type]
         assert one.equal(ImageFolder(str(tmp_path), size=16, held_out=0, colours=colours).split("train")[0]["x"])  # type: ignore[arg-type]
+
+
+def test_captions_are_those_that_were_written(tmp_path: Path) -> None:
+    content = [
+        ("1.png", png(1)), ("1.txt", b"two\n dogs "), ("1.cls", b"3"), ("2.json", b'{"text": "a cat", "label": 1}'), ("2.png", png(2)),
+        ("3.json", b'{"text": "no"}'), ("3.txt", b""), ("3.png", png(3)), ("4.txt", b"a cat"), ("4.json", b'{"text": "no"}'),
+        ("4.png", png(4)),
+    ]  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(archive(content))
+    data = WebDataset(str(tmp_path / "a.tar"), size=8, held_out=0, captioned=True)
+    items = pickle.loads(pickle.dumps(data.split("train")))
+    assert data.captions == ["", "a cat", "two dogs"] and data.class_names == ()
+    found = {numbers({"x": items[index]["x"][None]})[0]: data.captions[int(items[index]["caption"])] for index in range(4)}
+    assert found == {1: "two dogs", 2: "a cat", 3: "", 4: "a cat"} and int(items[0]["label"]) == -1
+    data.fit()
+    assert build(Data, Document(to_dict(data), "config.yaml")).captions == data.captions  # type: ignore[type-abstract]
+    assert "caption" not in WebDataset(str(tmp_path / "a.tar"), size=8, held_out=0, classes=[]).split("train")[0]
+
+
+def test_captions_belong_to_their_images_in_both_splits(tmp_path: Path) -> None:
+    content = [each for number in range(40) for each in ((f"{number}.png", png(number)), (f"{number}.json", b'{"alt": "is %d"}' % number))]
+    (tmp_path / "a.tar").write_bytes(archive(content))
+    data = WebDataset(str(tmp_path / "a.tar"), size=8, held_out=0.3, captioned=True, field="alt")
+    for name in ("train", "held_out"):
+        items = data.split(name)
+        found = [
+            (numbers({"x": item["x"][None]})[0], data.captions[int(item["caption"])]) for item in map(items.__getitem__, range(len(items)))
+        ]
+        assert len(found) > 5 and all(text == f"is {number}" for number, text in found)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (("1.txt", b"\xff"), r"a\.tar: 1\.txt: .*utf-8"),
+        (("1.txt", b"x" * 70_000), r"a\.tar: 1\.txt: 70,000 bytes are more than 65,536"),
+        (("1.json", b'{"text": 3}'), r"a\.tar: 1\.json: 'text' is no text"),
+        (("1.json", b"[" * 10_000), r"a\.tar: 1\.json: "),
+        (("1.json", b'{"label": 3}'), r"a\.tar: 1\.png: no caption; give every image a member KEY\.txt"),
+    ],
+)
+def test_captions_that_cannot_be_meant_are_told(tmp_path: Path, member: tuple[str, bytes], message: str) -> None:
+    (tmp_path / "a.tar").write_bytes(archive([("1.png", png(1)), member]))
+    with pytest.raises(ValueError, match=message):
+        WebDataset(str(tmp_path / "a.tar"), size=8, held_out=0, captioned=True).split("train")
+    with pytest.raises(ConfigError, match="classes: captioned images have no classes"):
+        WebDataset(str(tmp_path / "a.tar"), captioned=True, classes=["a"])
+
+
+def test_images_come_in_the_shapes_of_their_buckets_as_from_a_folder(tmp_path: Path) -> None:
+    rng, sizes = np.random.default_rng(0), [(24, 24), (36, 16), (16, 36), (20, 60)]
+    forms = ("png", "jpg", "webp", "tiff")  # some tell their size only at the end
+    content = []
+    for number, (height, width) in enumerate(sizes * 4):
+        name = f"{number:02}.{forms[number // 4]}"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / name)
+        content.append((name, (tmp_path / name).read_bytes()))
+    (tmp_path / "hostile.tar").write_bytes(archive([*content, ("99.png", b"no image")]))
+    options: Any = {"size": 24, "held_out": 0, "buckets": Buckets(step=4)}
+    for name, _ in content:
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    folder: Any = ImageFolder(str(tmp_path), captioned=True, **options).split("train")
+    items: Any = pickle.loads(pickle.dumps(WebDataset(str(tmp_path / "hostile.tar"), **options).split("train")))
+    assert items.buckets[:16].tolist() == folder.buckets.tolist() and len(set(items.buckets.tolist())) == 4 and int(items.buckets[16]) == 0
+    for index in range(16):
+        assert items[index]["x"].equal(folder[index]["x"])
+    with pytest.raises(CorruptItem, match=r"99\.png"):
+        items[16]
 
 
 def test_without_labels_there_are_no_classes(shards: Path, tmp_path: Path) -> None:

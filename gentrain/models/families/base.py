@@ -69,6 +69,9 @@ class Family(Component, kind="family"):
 
     # --- latents ---
 
+    def check_shape(self, height: int, width: int) -> None:
+        """Raises ValueError unless the denoiser takes latents of these sides, in places of a latent, whatever size it was made for."""
+
     @property
     def factor(self) -> int:
         """Pixels of the image along a side of a latent."""

@@ -24,6 +24,10 @@ class DiT(Family):
             # methods drop labels, from the noise of each sample; the model's own dropping would draw from torch's generator
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
+    def check_shape(self, height: int, width: int) -> None:
+        if height != width:
+            raise ValueError("DiTTransformer2DModel is for square images; leave out `buckets`")
+
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         output: Tensor = network(x, t, class_labels=condition["label"], return_dict=False)[0]
         return output[:, : x.shape[1]]

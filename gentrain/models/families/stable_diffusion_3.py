@@ -22,6 +22,15 @@ class StableDiffusion3(Family):
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     optional_components = ("tokenizer_3", "text_encoder_3")
 
+    def check_shape(self, height: int, width: int) -> None:
+        most = int(self.config["pos_embed_max_size"]) * int(self.config["patch_size"])
+        if max(height, width) > most:
+            pixels = most * self.factor
+            raise ValueError(
+                f"its positions end at {pixels} pixels along a side, and images have {max(height, width) * self.factor}; "
+                "lower buckets.ratio or the size"
+            )
+
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         texts = {"encoder_hidden_states": condition["prompt"], "pooled_projections": condition["pooled"]}
         output: Tensor = network(hidden_states=x, timestep=t, **texts, return_dict=False)[0]
