@@ -304,11 +304,16 @@ class RunConfig:
         return self.role_settings(role).model or self.method.roles[role].model or self.model
 
     def part_of(self, role: str) -> Adapter | str | None:
-        """What a role that learns does so with: an adapter, or the parameters that a regular expression names; None = its whole network."""
+        """What a role that learns does so with: an adapter, or the parameters that a regular expression names; None = its whole network.
+
+        The run's adapter is of the run's network: a role whose network is the method's own learns it whole.
+        """
         if not isinstance(self.method.roles[role], Trained):
             return None
         own = self.role_settings(role)
-        part = own.adapter or own.trainable or self.adapter or self.trainable
+        part = own.adapter or own.trainable
+        if part is None and self.method.roles[role].model is None:
+            part = self.adapter or self.trainable
         return None if isinstance(part, Adapter) and not part.rank else part
 
     def codec(self) -> Codec:
