@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 from gentrain import cli
 
@@ -46,7 +47,7 @@ def rendered(example: str) -> dict[str, str]:
     printed = io.StringIO()
     arguments = ["submit", *EXAMPLES[example], "--dry-run"]
     before = cli.console.file
-    with contextlib.chdir(HERE.parent):
+    with contextlib.chdir(HERE.parent), patch("gentrain.cluster.versions.PYTHON", "3.11"):
         cli.console.file = printed
         try:
             status = cli._guarded(lambda **options: cli.app(args=arguments, **options))

@@ -71,7 +71,10 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)] = False,
-) -> None: ...
+) -> None:
+    from gentrain.cluster.versions import refuse_others
+
+    refuse_others()
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pydantic import PositiveInt
 
 from gentrain.cluster.places import Allocation, Handle, PlaceError, State, Submission
 from gentrain.cluster.room import refuse_cramped
+from gentrain.cluster.versions import stamp
 from gentrain.config import ConfigError, option, register
 
 _POLL_S = 5.0  # between questions about a job that is followed
@@ -34,6 +35,13 @@ exec {command}
 """
 _ASK = 'kill -s TERM "$(cat /tmp/gentrain.pid)"'
 _ASK_AND_WAIT = f'{_ASK} && while kill -0 "$(cat /tmp/gentrain.pid)"; do sleep 1; done'
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes what occurs twice twice, without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 @register("kuberay")
@@ -61,7 +69,7 @@ class KubeRay(Allocation):
         name = _name(submission)
         resource = self._cluster_resource(submission) if self.interactive else self._job(submission)
         objects = [self._config_map(submission), self._network_policy(name), resource]
-        return {"config.yaml": submission.config, "manifest.yaml": yaml.safe_dump_all(objects, sort_keys=False, width=140)}
+        return {"config.yaml": submission.config, "manifest.yaml": yaml.dump_all(objects, Dumper=_Plain, sort_keys=False, width=140)}
 
     def submit(self, submission: Submission) -> Handle:
         name, kind = _name(submission), "raycluster" if self.interactive else "rayjob"
@@ -242,7 +250,7 @@ class KubeRay(Allocation):
         }  # fmt: skip
 
     def _environment(self, submission: Submission) -> list[dict[str, Any]]:
-        values = {"OMP_NUM_THREADS": str(submission.cpus_per_worker), "RAY_USAGE_STATS_ENABLED": "0", **submission.environment}
+        values = {"OMP_NUM_THREADS": str(submission.cpus_per_worker), "RAY_USAGE_STATS_ENABLED": "0", **stamp(), **submission.environment}
         return [
             {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
             *({"name": key, "value": value} for key, value in values.items()),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from gentrain.cluster.packages import contents, zipped
 from gentrain.cluster.places import Handle, Place, PlaceError, State, Submission
 from gentrain.cluster.stopping import STOPPED
+from gentrain.cluster.versions import stamp
 from gentrain.config import ConfigError, option, register
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class RayJobs(Place):
     def submit(self, submission: Submission) -> Handle:
         identity = f"{submission.name}-{secrets.token_hex(4)}"
         with tempfile.TemporaryDirectory() as folder, self._client() as client:
+            self._refuse_other_ray(client)
             package = Path(folder, "package.zip")
             package.write_bytes(zipped(self._files(submission)))
             self._warn_of_risks()
@@ -114,7 +117,8 @@ class RayJobs(Place):
 
     def _request(self, submission: Submission, package: str) -> dict[str, Any]:
         """What the job server is asked for."""
-        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(self.grace_s)), **self.environment}  # Ray's own is 3 s: too short for a checkpoint
+        grace = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(self.grace_s))}  # Ray's own is 3 s: too short for a checkpoint
+        variables = {**grace, **stamp(), **self.environment}
         runtime: dict[str, Any] = {"working_dir": package, "env_vars": variables}
         if self.wheel is not None:
             runtime["py_modules"] = [str(_wheel(self.wheel))]
@@ -159,6 +163,12 @@ class RayJobs(Place):
             ) from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise PlaceError(f"no Ray cluster answers at {self.address}; start it, or correct cluster.submit.address") from error
+
+    def _refuse_other_ray(self, client: Any) -> None:
+        """Of gentrain and Python there the job itself tells."""
+        there, here = client._server_ray_version, version("ray")  # what the client asked for when it was made
+        if there != here:
+            raise PlaceError(f"the cluster at {self.address} runs Ray {there}, and here is Ray {here}; install the same on one of them")
 
     def _warn_of_risks(self) -> None:
         import requests

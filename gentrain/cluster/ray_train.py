@@ -65,8 +65,15 @@ def train_with_ray(run: RunConfig, stop: StopFlag, milestone: Milestone) -> Outc
 def _attempt(run: RunConfig, stop: StopFlag, milestone: Milestone) -> str | Exception:
     """One controller of Ray Train, from its start to its end, or to `grace_s` after a request to stop."""
     result: list[str | Exception] = []
+
+    def fit() -> None:
+        try:
+            result.append(_fit(run, milestone))
+        except Exception as error:  # a thread cannot raise into its parent
+            result.append(error)
+
     # In a thread, so that Ray Train leaves the signal handlers alone: its own would abort the run without a checkpoint.
-    thread = threading.Thread(target=lambda: result.append(_fit(run, milestone)), name="ray-train", daemon=True)
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     asked: float | None = None
     while thread.is_alive():
@@ -107,8 +114,8 @@ def workers_with_room(cluster: Cluster) -> int:
     return sum(min(int(node.get(kind, 0) / each + 1e-9) for kind, each in needs.items()) for node in nodes)
 
 
-def _fit(run: RunConfig, milestone: Milestone) -> str | Exception:
-    """Runs Ray Train's controller to its end; what went wrong is returned, since a thread cannot raise into its parent."""
+def _fit(run: RunConfig, milestone: Milestone) -> str:
+    """Runs Ray Train's controller to its end. Raises as `train_with_ray` does."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
     from ray.train import RunConfig as RayRunConfig
@@ -144,18 +151,16 @@ def _fit(run: RunConfig, milestone: Milestone) -> str | Exception:
     try:
         result = trainer.fit().return_value
     except TrainingFailedError as error:
-        return TrainingFailed(
+        raise TrainingFailed(
             f"Ray Train gave up on {run.output} after {cluster.max_failures} restarts: {last_failure(directory) or error}"
-        )
+        ) from error
     except RayError as error:
-        return ClusterLost(f"Ray lost the controller of {run.output}: {error}")
-    except Exception as error:  # a thread cannot raise into its parent
-        return error
+        raise ClusterLost(f"Ray lost the controller of {run.output}: {error}") from error
     if "outcome" in result:
         milestone.samples = result["samples"]  # the workers watch a copy
         return result["outcome"]
     note(directory, "failed", reason=short(f"{result['error']}: {result['message']}"))
-    return _FINAL[result["error"]](result["message"])
+    raise _FINAL[result["error"]](result["message"])
 
 
 def _restarts(directory: Path, max_failures: int, backoff_s: float) -> Any:

@@ -18,6 +18,7 @@ from pydantic import PositiveInt
 from gentrain.cluster.places import Allocation, Handle, PlaceError, State, Submission
 from gentrain.cluster.room import refuse_cramped
 from gentrain.cluster.stopping import STOPPED
+from gentrain.cluster.versions import stamp
 from gentrain.config import ConfigError, option, register
 
 _POLL_S = 2.0  # between looks at a log that is followed
@@ -133,7 +134,7 @@ class Slurm(Allocation):
         step = [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
         interface = self.interface or ""
         environment = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
-        environment |= self.environment
+        environment |= stamp() | self.environment
         venv = self.venv or sys.prefix
         lines = [
             "#!/usr/bin/env bash",

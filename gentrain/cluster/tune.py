@@ -92,7 +92,14 @@ def _tune(sweep: LoadedSweep, journal: Journal, stop: StopFlag) -> None:
     """Runs Tune to its end in a thread, so that it leaves the signal handlers alone."""
     failures: list[Exception] = []
     watch = _Watch(journal, stop)
-    thread = threading.Thread(target=lambda: failures.extend(_fit(sweep, journal, watch, stop)), name="ray-tune", daemon=True)
+
+    def fit() -> None:
+        try:
+            _fit(sweep, journal, watch, stop)
+        except Exception as error:  # a thread cannot raise into its parent
+            failures.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
@@ -134,8 +141,8 @@ class _Watch:
 _MEND = {error.__name__: error for error in (ConfigError, CheckpointError)}
 
 
-def _fit(sweep: LoadedSweep, journal: Journal, watch: _Watch, stop: StopFlag) -> list[Exception]:
-    """Runs Tune to its end; what went wrong is returned, since a thread cannot raise into its parent."""
+def _fit(sweep: LoadedSweep, journal: Journal, watch: _Watch, stop: StopFlag) -> None:
+    """Runs Tune to its end. Raises ClusterLost, and what Tune raises."""
     run = sweep.trials[0].run
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # a trial writes its own metrics
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one tells of Tune's own files, whatever `verbose` says
@@ -178,10 +185,7 @@ def _fit(sweep: LoadedSweep, journal: Journal, watch: _Watch, stop: StopFlag) ->
         try:
             tuner.fit()
         except RayError as error:
-            return [ClusterLost(f"Ray lost the sweep {sweep.directory}: {error}")]
-        except Exception as error:  # a thread cannot raise into its parent
-            return [error]
-    return []
+            raise ClusterLost(f"Ray lost the sweep {sweep.directory}: {error}") from error
 
 
 def _resources(cluster: Cluster) -> dict[str, float]:

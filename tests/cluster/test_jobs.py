@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import yaml
 
 from gentrain.cluster.places import Submission
 from gentrain.cluster.ray_jobs import RayJobs
+from gentrain.cluster.versions import SUBMITTED_WITH, installed
 from gentrain.training.run import METRICS
 from tests.distributed.cases import newest
 from tests.reliability.accounts import repeated, seen
@@ -42,11 +44,23 @@ for line in sys.stdin:
     status = cli._guarded(lambda **options: cli.app(args=json.loads(line), **options))
     print(f"status {status}", flush=True)
 """
+# `ray start` lets no further node join on loopback.
+NODE = """
+import signal, sys
+from ray._private import node, parameter
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+joined = parameter.RayParams(
+    gcs_address=sys.argv[1], node_ip_address="127.0.0.1", num_cpus=int(sys.argv[2]), min_worker_port=0, max_worker_port=0,
+    node_manager_port=0, dashboard_agent_listen_port=0, include_log_monitor=False, temp_dir=sys.argv[3],
+)
+node.Node(joined, head=False, shutdown_at_exit=True, spawn_reaper=True)
+signal.pause()
+"""
 
 
 @dataclass
 class Head:
-    """A Ray cluster of one node, and how to speak to it."""
+    """A Ray cluster, and how to speak to it."""
 
     address: str
     folder: Path
@@ -56,8 +70,14 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """When it ends, nothing that it or its jobs started is left."""
-    folder, scratch = tmp_path_factory.mktemp("jobs"), Path(tempfile.mkdtemp(prefix="gt-"))  # Ray's sockets want short names
+    with cluster(tmp_path_factory.mktemp("jobs"), cpus=2) as started:
+        yield started
+
+
+@contextmanager
+def cluster(folder: Path, cpus: int, further_nodes: int = 0) -> Iterator[Head]:
+    """A head, and as many further nodes, of so many cores each. When it ends, nothing that they or their jobs started is left."""
+    scratch = Path(tempfile.mkdtemp(prefix="gt-"))  # Ray's sockets want short names
     ports = []
     for _ in range(3):
         with socket.socket() as probe:
@@ -72,18 +92,23 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1",
         f"--port={ports[0]}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}", f"--ray-client-server-port={ports[2]}", f"--temp-dir={scratch}/r",
     ]  # fmt: skip
-    with (folder / "head.log").open("wb") as log:
-        process = subprocess.Popen(command, env=server, stdout=log, stderr=subprocess.STDOUT)
+    started: list[subprocess.Popen] = []
     try:
-        _await(lambda: _listens(ports[1]), process, lambda: (folder / "head.log").read_text())
+        with (folder / "head.log").open("wb") as log:
+            # Of nodes that share a directory of Ray's, one would delete what was sent to the other.
+            further = ([sys.executable, "-c", NODE, f"127.0.0.1:{ports[0]}", str(cpus), f"{scratch}/{n}"] for n in range(further_nodes))
+            for each in [command, *further]:
+                started.append(subprocess.Popen(each, env=server, stdout=log, stderr=subprocess.STDOUT))
+                _await(lambda: _listens(ports[1]), started[0], lambda: (folder / "head.log").read_text())
         yield Head(f"http://127.0.0.1:{ports[1]}", folder, client, scratch)
     finally:
-        process.terminate()
-        process.wait(60)
+        for process in reversed(started):
+            process.terminate()
+            process.wait(60)
         try:
             await_none(scratch, 60)
         finally:
@@ -206,6 +231,15 @@ def test_who_has_not_the_token_is_refused(head: Head, token: str) -> None:
     assert not (head.folder / "runs/other/submission.json").exists()
 
 
+def test_a_cluster_with_another_gentrain_says_so(head: Head, shell: Shell) -> None:
+    """The job meets what it would meet in an image that is older than what submits to it."""
+    other = f"cluster.submit.environment={{{SUBMITTED_WITH}: 'gentrain 99.0, Ray 2.60.0, Python 3.11'}}"
+    assert shell("submit", str(config(head)), "output=runs/newer", other)[0] == 0
+    printed = shell("logs", "newer", "-f")[1]
+    assert f"submitted with gentrain 99.0, Ray 2.60.0, Python 3.11, and here are {installed()}; install the same" in printed
+    assert "failed" in shell("status", "newer")[1] and not (head.folder / "runs/newer" / METRICS).exists()
+
+
 def test_no_secret_is_in_a_file_or_an_argument(head: Head) -> None:
     written = [path for path in head.folder.rglob("*") if path.is_file()] + [path for path in head.scratch.rglob("*") if path.is_file()]
     assert any(path.name == "submission.json" for path in written)
@@ -226,6 +260,8 @@ def test_a_head_that_cannot_start_jobs_yet_is_waited_for(tmp_path: Path, monkeyp
     answers = ["500: No available agent to submit job, please try again later.", "", "400: no such thing"]
 
     class Client:
+        _server_ray_version = version("ray")
+
         def submit_job(self, **request: Any) -> None:
             if answer := answers.pop(0):
                 raise RuntimeError(answer)

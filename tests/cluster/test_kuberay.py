@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -90,6 +91,27 @@ def test_the_manifests_keep_to_the_schemas_of_kuberay(settings: dict[str, Any]) 
         _schema(kind).validate(objects[kind])
 
 
+@pytest.mark.parametrize("kubernetes", ["1.30", "1.37"])
+@pytest.mark.parametrize("settings", [{}, {"claim": None, "storage": None, "queue": None, "node_selector": {"pool": "gpu"}}])
+def test_the_manifests_keep_to_the_schemas_of_kubernetes(settings: dict[str, Any], kubernetes: str) -> None:
+    """KubeRay's schema leaves parts of a pod open; what it makes of a template is a Pod."""
+
+    def validate(value: dict[str, Any]) -> None:
+        kubernetes_validate.validate(value, kubernetes, strict=True)
+
+    objects = _objects(_place(**settings))
+    validate(objects["ConfigMap"])
+    validate(objects["NetworkPolicy"])
+    pods = _pods(objects)
+    for pod in pods:
+        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod}
+        validate(whole)
+        pod["containers"][0]["resources"]["limit"] = {}
+        with pytest.raises(kubernetes_validate.ValidationError, match="'limit' was unexpected"):
+            validate(whole)
+    assert len(pods) == 3
+
+
 @pytest.mark.parametrize("interactive", [False, True])
 def test_who_has_no_token_and_is_no_part_of_the_run_reaches_nothing(interactive: bool) -> None:
     rendered = _place(interactive=interactive).render(SUBMISSION)["manifest.yaml"]
@@ -100,6 +122,7 @@ def test_who_has_no_token_and_is_no_part_of_the_run_reaches_nothing(interactive:
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "$POD_IP"
     assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    assert not [each for each in yaml.scan(rendered) if isinstance(each, yaml.AnchorToken)]  # people read it, and tools without anchors
     policy = objects["NetworkPolicy"]["spec"]
     assert policy["policyTypes"] == ["Ingress"] and all(rule["from"] for rule in policy["ingress"])
     own = {"from": [{"podSelector": policy["podSelector"]}]}

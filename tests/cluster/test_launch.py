@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from gentrain.cluster import ray_train
 from gentrain.cluster.attempts import ATTEMPTS
 from gentrain.cluster.generation import generate
 from gentrain.cluster.launch import launch
@@ -199,3 +200,14 @@ def test_training_in_this_process_needs_no_ray(tmp_path: Path) -> None:
         "training=dict(samples=64, batch_size=32)), 'test')))\nassert 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_what_ray_train_cannot_begin_with_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the job's directory is gone."""
+
+    def fail(*_: Any) -> str:
+        raise FileNotFoundError("no such directory")
+
+    monkeypatch.setattr(ray_train, "_fit", fail)
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        launch(_run(tmp_path / "run", 1))

@@ -20,7 +20,7 @@ from gentrain.cluster.attempts import ATTEMPTS
 from gentrain.cluster.launch import launch
 from gentrain.cluster.ray_train import workers_with_room
 from gentrain.cluster.session import session
-from gentrain.cluster.stopping import STOP_FILE
+from gentrain.cluster.stopping import STOP_FILE, StopFlag
 from gentrain.cluster.sweeps import Journal, LoadedSweep, Range, Sweep, load_sweep, read_record
 from gentrain.cluster.tune import _at_a_time, _scheduler, advance, run_sweep, run_trial
 from gentrain.config import ConfigError, to_dict
@@ -240,6 +240,17 @@ def test_a_trial_that_diverges_is_over_and_no_other(write: Write) -> None:
 
 
 # --- the record and the scheduler -------------------------------------------------------------------------------------------
+
+
+def test_what_tune_cannot_begin_with_is_told_as_it_is(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = load_sweep(write())
+
+    def fail(*_: Any) -> None:
+        raise FileNotFoundError("no such directory")
+
+    monkeypatch.setattr(tune, "_fit", fail)
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        tune._tune(sweep, Journal(sweep), StopFlag())
 
 
 def test_the_record_goes_on_and_refuses_another_sweep(write: Write) -> None:

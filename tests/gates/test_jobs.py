@@ -1,15 +1,37 @@
-"""A job of Ray Jobs whose workers are Ray Train's."""
+"""A job of Ray Jobs whose workers are Ray Train's, on two nodes that this machine poses as."""
 
 from __future__ import annotations
 
 import json
+import time
+import urllib.request
+from collections.abc import Iterator
 
 import pytest
 
 from gentrain.training.run import METRICS
-from tests.cluster.test_jobs import Head, Shell, config, head, shell  # noqa: F401  # the last two are fixtures
+from tests.cluster.test_jobs import Head, Shell, cluster, config, shell  # noqa: F401  # the last one is a fixture
 
 pytestmark = [pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """One core on each node, so that two workers are on two nodes."""
+    with cluster(tmp_path_factory.mktemp("jobs"), cpus=1, further_nodes=1) as started:
+        deadline = time.monotonic() + 60
+        while (cores := _cores(started)) != [1.0, 1.0]:
+            assert time.monotonic() < deadline, cores
+            time.sleep(0.2)
+        yield started
+
+
+def _cores(head: Head) -> list[float]:
+    """Of each node that is alive."""
+    token = {"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{head.address}/api/v0/nodes?detail=1", headers=token), timeout=60) as answer:
+        nodes = json.load(answer)["data"]["result"]["result"]
+    return [node["resources_total"].get("CPU", 0.0) for node in nodes if node["state"] == "ALIVE"]
 
 
 def test_workers_of_ray_train_live_in_the_cluster_of_the_job(head: Head, shell: Shell) -> None:  # noqa: F811
