@@ -107,18 +107,23 @@ def roles_table(name: str, run: RunConfig) -> Table:
     place = f"{sizes} workers under Ray Train" if cluster.place == "ray" else "this process"
     share = run.training.batch_size // (run.training.micro_batches * cluster.most)
     table = Table("role", "network", "parameters", "that learn", "average", "engine", title=f"{name}: {place}, micro-batches of {share}")
-    unknown = any(run.model_of(role).to_come for role in run.method.roles)  # the shape of its latents is, too
+    unknown = _unknown(run)
     for role, part in run.method.roles.items():
         learns = isinstance(part, Trained)
         engine = ", ".join(f"{key} {value}" for key, value in to_dict(run.engine_of(role)).items() if value) if learns else "frozen"
         average = "yes" if isinstance(part, Trained) and part.ema else ""
         if unknown:
-            numbers = ("known when its pipeline is written", "")
+            numbers = ("known when its data are written" if run.data.to_come else "known when its pipeline is written", "")
         else:
             count, learning = count_parameters(run, role)
             numbers = (f"{count:,}", f"{learning:,}" if learns else "")
         table.add_row(role, run.model_of(role).registered_name, *numbers, average, engine)
     return table
+
+
+def _unknown(run: RunConfig) -> bool:
+    """Whether an earlier stage has still to write what tells the shapes: a pipeline (and so its latents), or data."""
+    return run.data.to_come or any(run.model_of(role).to_come for role in run.method.roles)
 
 
 def plan_tables(runs: Mapping[str, RunConfig], limit: int | None) -> list[Table | str]:
@@ -130,7 +135,7 @@ def plan_tables(runs: Mapping[str, RunConfig], limit: int | None) -> list[Table 
     found: list[Table | str] = []
     for name, run in runs.items():
         found.append(roles_table(name, run))
-        if not any(run.model_of(role).to_come for role in run.method.roles):
+        if not _unknown(run):
             found += memory_report(name, run, limit)
     return found
 

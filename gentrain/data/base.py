@@ -130,6 +130,11 @@ class Data(Component, kind="data"):
         return False
 
     @property
+    def to_come(self) -> bool:
+        """Whether the file is missing that tells its shape: an earlier stage of a recipe may write it."""
+        return False
+
+    @property
     def licence(self) -> str:
         """Where the data come from and under which licence: goes into the model card."""
         raise NotImplementedError

@@ -69,6 +69,10 @@ class Preferences(Data):
             raise ValueError(f"{self.file} holds no pairs ({error}); it needs preferred and rejected, [N, ...] float32") from error
 
     @property
+    def to_come(self) -> bool:
+        return not Path(self.file).exists()
+
+    @property
     def voted(self) -> bool:
         """Whether the file tells votes. Raises ValueError as `shape` does."""
         _ = self.shape

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gentrain.config import Component
 from gentrain.data.base import Data
 from gentrain.data.pool import Pool
-from gentrain.models.base import Condition, Model
+from gentrain.models.base import Codec, Condition, Model
 from gentrain.models.denoiser import Prediction
 from gentrain.noise import Noise
 from gentrain.paths.base import Path
@@ -200,6 +200,15 @@ class Method(Component, kind="method"):
     def diverged(self, record: Mapping[str, float]) -> str | None:
         """Why the run must end, if so, with the remedy: told each line of metrics, the same on every rank."""
         return None
+
+    @property
+    def held_out(self) -> int:
+        """How many held-out items `examine` is to see, at most, for each line of metrics; 0 = it is not asked."""
+        return 0
+
+    def examine(self, network: nn.Module, batch: Batch, codec: Codec) -> dict[str, float]:
+        """What held-out data say of the network of its first role: name -> number. Called on every rank, with the same result."""
+        raise NotImplementedError
 
     def own_sampler(self) -> Sampler:
         """What draws from the generator where the configuration names no sampler."""

@@ -15,7 +15,9 @@ from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Group, Loss, Method, Nets, Role, Trained, Update
 from gentrain.methods.classifier import shift_images
 from gentrain.methods.contrastive_loss import Exchange, sigmoid_contrastive_loss, softmax_contrastive_loss
-from gentrain.models.towers import Embeddings, unpack
+from gentrain.metrics.retrieval import retrieval
+from gentrain.models.base import Codec
+from gentrain.models.towers import Embeddings, embedded, unpack
 from gentrain.noise import Noise
 
 __all__ = ["Contrastive", "same_caption", "sigmoid_contrastive_loss", "softmax_contrastive_loss"]
@@ -42,12 +44,24 @@ class Contrastive(Method):
         "match", "what pairs of one caption are to each other, for the sigmoid loss; match holds a byte for each pair of the rank's rows"
     )
     shift: NonNegativeInt = option(2, "images move by up to this much along each axis", unit="pixels")
+    examined: NonNegativeInt = option(
+        0, "held-out pairs, at most, of which each line of metrics tells retrieval and zero-shot classification; 0 = none", unit="pairs"
+    )
 
     roles: ClassVar[dict[str, Role]] = {"towers": Trained(denoiser=False)}
 
     def check_data(self, data: Data) -> None:
         if len(data.shape) != 3:
             raise ValueError(f"contrastive is for images with captions, {data.registered_name} has samples of shape {data.shape}")
+
+    @property
+    def held_out(self) -> int:
+        return self.examined
+
+    def examine(self, network: nn.Module, batch: Batch, codec: Codec) -> dict[str, float]:
+        texts = {"caption": torch.arange(len(codec.data.captions))}
+        image, text = embedded(network, batch["x"], codec.encode(texts, Noise(0, texts["caption"]))["tokens"])
+        return {f"held_out/{metric.name}": metric.value for metric in retrieval(image, text, batch["caption"])}
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("towers", self.pair_loss)

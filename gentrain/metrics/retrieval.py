@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gentrain.metrics.base import Metric, proportion
@@ -23,3 +24,15 @@ def recall(similarity: Tensor, right: Tensor, k: int, what: str) -> Metric:
     chance = k / similarity.shape[1]
     definition = f"{what}: right one among the {k} nearest of {similarity.shape[1]}; chance {chance:.2%}; Wilson interval"
     return proportion(f"{what} @{k}", rank <= k, "higher", definition)
+
+
+def retrieval(image: Tensor, text: Tensor, caption: Tensor) -> list[Metric]:
+    """Recalls @1 and @5, both ways among pairs and among all texts: normalised image [N, D], text [M, D], each image's text [N] int64.
+
+    Each text has at most one image.
+    """
+    own, every = image @ text[caption].T, torch.arange(len(image), device=image.device)
+    metrics = []
+    for k in (1, 5):
+        metrics += [recall(own, every, k, "image to text"), recall(own.T, every, k, "text to image")]
+    return metrics + [recall(image @ text.T, caption, k, "zero-shot class") for k in (1, 5)]

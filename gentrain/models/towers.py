@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path as FilePath
 from typing import ClassVar, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from gentrain.noise import Noise
 INITIAL_SCALE = math.log(10)  # arXiv:2303.15343, section 3.2
 _GRAMS = (3, 4, 5)  # letters; arXiv:1607.04606 takes 3 to 6
 _TEXTS_AT_ONCE = 64
+_AT_ONCE = 256
 
 
 class Embeddings(NamedTuple):
@@ -41,6 +42,14 @@ def unpack(output: Tensor) -> Embeddings:
     """What the forward of the towers gives, [B, 2 D + 2]: engines hand on one tensor."""
     image, text, scalars = output.split([(output.shape[1] - 2) // 2] * 2 + [2], 1)
     return Embeddings(image, text, scalars[0, :1], scalars[0, 1:])
+
+
+def embedded(towers: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised embeddings, without gradient, of any numbers of images and of texts: x [N, C, H, W], tokens [M, ...] -> [N, D], [M, D]."""
+    with torch.no_grad():
+        image = torch.cat([towers.image(part) for part in x.split(_AT_ONCE)])  # type: ignore[operator]
+        text = torch.cat([towers.text(part) for part in tokens.split(_AT_ONCE)])  # type: ignore[operator]
+    return normalize(image.float(), dim=1), normalize(text.float(), dim=1)
 
 
 def matches(found: Embeddings) -> Tensor:
@@ -188,18 +197,22 @@ class Towers(Model):
             rows = [torch.tensor(pieces(text, self.buckets), dtype=torch.int64) for text in texts]
             longest = max(1, *(len(row) for row in rows))
             return torch.stack([pad(row, (0, longest - len(row))) for row in rows]).to(device)
-        tokens = side.tokens(texts).to(device)
-        if self.lock != "text":
-            return tokens
-        with torch.no_grad():
-            tower = _locked(side).to(device)
-            return torch.cat([tower(part) for part in tokens.split(_TEXTS_AT_ONCE)])
+        if self.lock == "text":
+            return _embedded(side, tuple(texts), torch.device(device))
+        return side.tokens(texts).to(device)
 
 
 @cache
 def _locked(side: Side) -> nn.Module:
     with torch.device("cpu"):
         return side.tower().eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=2)  # training and what judges it read the same texts
+@torch.no_grad()
+def _embedded(side: Side, texts: tuple[str, ...], device: torch.device) -> Tensor:
+    tower, tokens = _locked(side).to(device), side.tokens(list(texts)).to(device)
+    return torch.cat([tower(part) for part in tokens.split(_TEXTS_AT_ONCE)])
 
 
 class Locked(nn.Module):

@@ -7,19 +7,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.data.loader import Loader
-from gentrain.metrics.base import Metric
-from gentrain.metrics.retrieval import recall
+from gentrain.metrics.retrieval import retrieval
+from gentrain.models.towers import embedded
 from gentrain.noise import Noise
 from gentrain.recipes.base import Stage
 from gentrain.recipes.evaluate import write_metrics
 from gentrain.training.roles import load_network
 from gentrain.training.run import RunConfig, open_run
-
-_BATCH = 256  # images at once
 
 
 def embed_held_out(directory: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,10 +24,7 @@ def embed_held_out(directory: str) -> tuple[Tensor, Tensor, Tensor]:
     towers, run = load_network(directory)
     batch = _held_out(run)
     tokens: Tensor = run.codec().encode({"caption": torch.arange(len(run.data.captions))}, Noise(0, torch.arange(1)))["tokens"]
-    with torch.no_grad():
-        image = torch.cat([towers.image(part) for part in batch["x"].split(_BATCH)])
-        text = torch.cat([towers.text(part) for part in tokens.split(_BATCH)])
-    return normalize(image, dim=1), normalize(text, dim=1), batch["caption"]
+    return *embedded(towers, batch["x"], tokens), batch["caption"]
 
 
 def _held_out(run: RunConfig) -> dict[str, Tensor]:
@@ -52,12 +46,3 @@ class Retrieval(Stage):
         if open_run(self.run).method.registered_name != "contrastive":
             raise ConfigError(f"{self.run} is not a run of contrastive, whose towers this asks", key="run")
         write_metrics(directory, retrieval(*embed_held_out(self.run)), to_dict(self))
-
-
-def retrieval(image: Tensor, text: Tensor, caption: Tensor) -> list[Metric]:
-    """Of embeddings as `embed_held_out` gives them; each caption has one image."""
-    own, every = image @ text[caption].T, torch.arange(len(image))
-    metrics = []
-    for k in (1, 5):
-        metrics += [recall(own, every, k, "image to text"), recall(own.T, every, k, "text to image")]
-    return metrics + [recall(image @ text.T, caption, k, "zero-shot class") for k in (1, 5)]

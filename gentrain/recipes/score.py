@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.data.base import Data
-from gentrain.metrics.base import Metric, bootstrap_interval
+from gentrain.metrics.base import Metric, bootstrap_interval, proportion
 from gentrain.recipes.base import Stage
 from gentrain.recipes.evaluate import read_held_out, read_samples, write_metrics
 from gentrain.rewards.base import Reward
@@ -43,20 +43,10 @@ class Score(Stage):
         for name, other in self.against.items():
             if unknown := [each for each in (name, other) if each not in self.samples]:
                 raise ConfigError(f"{unknown[0]!r} is none of the samples: {', '.join(self.samples)}", key=f"against.{name}")
-        roles = self.reward.networks()
-        if missing := [role for role in roles if role not in self.weights]:
-            raise ConfigError(f"the reward reads the network {missing[0]}; name its run", key=f"weights.{missing[0]}")
-        if unknown := [role for role in self.weights if role not in roles]:
-            raise ConfigError(
-                f"the reward reads no network of this name; it reads: {', '.join(roles) or 'none'}", key=f"weights.{unknown[0]}"
-            )
-        try:
-            self.reward.check_data(self.data)
-        except ValueError as error:
-            raise ConfigError(str(error), key="reward") from error
+        require_weights(self.reward, self.weights, self.data)
 
     def execute(self, directory: Path) -> None:
-        networks = {role: load_network(self.weights[role])[0] for role in self.reward.networks()}
+        networks = read_weights(self.reward, self.weights)
         held_out = read_held_out(self.data, _HELD_OUT)
         key = "caption" if self.data.captions else "label"
         sets = [*read_samples(self.samples, held_out["x"].shape[1:]), ("held-out data", {"x": held_out["x"], "label": held_out[key]})]
@@ -66,29 +56,52 @@ class Score(Stage):
             label = samples["label"]
             if len(label) and int(label.max()) >= known > 0:
                 raise ConfigError(f"label {int(label.max())} is none of the {known} of the data; name those it was drawn for", key="data")
-            scores[name] = self._scores(samples["x"], label, key, networks)
+            scores[name] = judged(self.reward, samples["x"], label, key, networks)
             metrics.append(self._mean(name, scores[name], ""))
             if hasattr(self.reward, "texts") and label.unique().numel() > 1:
-                others = self._scores(samples["x"], _moved(label), key, networks)
+                others = judged(self.reward, samples["x"], _moved(label), key, networks)
                 metrics.append(self._mean(f"{name}, another's text", others, ", of another's text"))
         labels = {name: samples["label"] for name, samples in sets}
         for name, other in self.against.items():
             if not torch.equal(labels[name], labels[other]):
                 raise ConfigError(f"{name} and {other} were not drawn for the same texts in the same order", key=f"against.{name}")
             of = ", the difference of samples with the same text,"
-            metrics.append(self._mean(f"{name} less {other}", scores[name] - scores[other], of))
+            difference = scores[name] - scores[other]
+            metrics.append(self._mean(f"{name} less {other}", difference, of))
+            definition = f"share of {len(difference)} texts whose sample scores higher, Wilson interval"
+            metrics.append(proportion(f"{self.reward.registered_name}, {name} above {other}", difference > 0, "higher", definition))
         write_metrics(directory, metrics, to_dict(self))
-
-    @torch.no_grad()
-    def _scores(self, x: Tensor, label: Tensor, key: str, networks: dict[str, Any]) -> Tensor:
-        parts = zip(x.split(_BATCH), label.split(_BATCH), strict=True)
-        return torch.cat([self.reward(images, {key: places}, networks) for images, places in parts]).double()
 
     def _mean(self, name: str, scores: Tensor, of: str) -> Metric:
         value, low, high = bootstrap_interval(lambda rows: float(rows.mean()), scores)
         which = self.reward.registered_name
         definition = f"mean reward {which}{of} over {len(scores)} images, bootstrap interval; range {_range(self.reward)}"
         return Metric(f"{which}, {name}", value, low, high, "higher", definition)
+
+
+def require_weights(reward: Reward, weights: dict[str, str], data: Data) -> None:
+    """Raises ConfigError unless runs are named for just the networks that the reward reads, and it can judge images of the data."""
+    roles = reward.networks()
+    if missing := [role for role in roles if role not in weights]:
+        raise ConfigError(f"the reward reads the network {missing[0]}; name its run", key=f"weights.{missing[0]}")
+    if unknown := [role for role in weights if role not in roles]:
+        raise ConfigError(f"the reward reads no network of this name; it reads: {', '.join(roles) or 'none'}", key=f"weights.{unknown[0]}")
+    try:
+        reward.check_data(data)
+    except ValueError as error:
+        raise ConfigError(str(error), key="reward") from error
+
+
+def read_weights(reward: Reward, weights: dict[str, str]) -> dict[str, Any]:
+    """The networks that the reward reads."""
+    return {role: load_network(weights[role])[0] for role in reward.networks()}
+
+
+@torch.no_grad()
+def judged(reward: Reward, x: Tensor, label: Tensor, key: str, networks: dict[str, Any]) -> Tensor:
+    """The reward of each sample, [N] float64. key: what the labels are, "caption" or "label"."""
+    parts = zip(x.split(_BATCH), label.split(_BATCH), strict=True)
+    return torch.cat([reward(images, {key: places}, networks) for images, places in parts]).double()
 
 
 def _moved(label: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from gentrain.config import ConfigError, to_dict
+from gentrain.data.loader import Loader
 from gentrain.images import save_grid
 from gentrain.methods.base import Clock, Trained
 from gentrain.noise import Noise, derive
+from gentrain.training.batches import encoded
 from gentrain.training.beginning import identity_of, samples_of
 from gentrain.training.remedies import remedy
 from gentrain.training.run import METRICS, SAMPLES, RunConfig
@@ -49,6 +51,10 @@ def sayable(record: Mapping[str, Any]) -> dict[str, Any]:
 
 class Callback:
     """Called on every rank at the same places, so that it may communicate."""
+
+    def measure(self, trainer: Trainer) -> Mapping[str, float]:
+        """Numbers that it adds to the line of metrics of a logging step."""
+        return {}
 
     def on_log(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
         """After a logging step, with its line of metrics."""
@@ -122,6 +128,26 @@ class Previews(Callback):
         images = trainer.roles.group.gather(images)[: run.training.preview_count]
         if world.is_main:
             save_grid(images.cpu(), preview_file(run, trainer.clock.samples), columns=min(classes or 8, 16))
+
+
+class HeldOut(Callback):
+    """Adds to every line of metrics what the method says of held-out data, with the weights of the step."""
+
+    def __init__(self, trainer: Trainer):
+        self._network: nn.Module | None = None
+
+    def measure(self, trainer: Trainer) -> Mapping[str, float]:
+        run, roles = trainer.run, trainer.roles
+        if not run.method.held_out:
+            return {}
+        role = next(iter(run.method.roles))
+        if self._network is None:
+            self._network = roles.spare(role)
+            items = run.data.split("held_out")
+            batch = next(iter(Loader(items, seed=0, batch_size=min(len(items), run.method.held_out))))[0]
+            self._batch = encoded(batch, run.data, roles.codec, run.seed, trainer.world.device)
+        self._network.load_state_dict(roles.engines[role].weights())
+        return run.method.examine(self._network, self._batch, roles.codec)
 
 
 class Trackers(Callback):

@@ -21,7 +21,7 @@ from gentrain.noise import Noise, derive
 from gentrain.training.averages import power_decay
 from gentrain.training.batches import batches, encoded
 from gentrain.training.beginning import claim, note_published
-from gentrain.training.callbacks import Callback, MetricsFile, Previews, Trackers, due, sayable
+from gentrain.training.callbacks import Callback, HeldOut, MetricsFile, Previews, Trackers, due, sayable
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError
 from gentrain.training.lock import hold
 from gentrain.training.logs import logged
@@ -35,7 +35,7 @@ from gentrain.training.world import RankGroup, World
 
 log = logging.getLogger(__name__)
 
-CALLBACKS: tuple[Callable[[Trainer], Callback], ...] = (MetricsFile, Previews, Trackers, Profiler)  # trackers show what was drawn
+CALLBACKS: tuple[Callable[[Trainer], Callback], ...] = (HeldOut, MetricsFile, Previews, Trackers, Profiler)  # trackers show what was drawn
 
 
 class Outcome(Enum):
@@ -107,6 +107,8 @@ class Trainer:
             self.step_s = time.monotonic() - begun
             if due(self.clock, run.training.log_every):
                 record = self._metrics = self._record()
+                for callback in callbacks:
+                    record |= callback.measure(self)
                 for callback in callbacks:
                     callback.on_log(self, record)
                 self._refuse_diverged(record)

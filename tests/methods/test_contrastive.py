@@ -196,7 +196,7 @@ def parsed(**changes: Any) -> RunConfig:
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_twenty_steps_find_the_pairs(tmp_path: Path, loss: str) -> None:
-    run = parsed(method={"name": "contrastive", "shift": 0, "loss": loss}, output=str(tmp_path / loss))
+    run = parsed(method={"name": "contrastive", "shift": 0, "loss": loss, "examined": 100}, output=str(tmp_path / loss))
     save_config(run)
     assert train(run, World(0, 1, torch.device("cpu")), lambda: False) is Outcome.FINISHED
     lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
@@ -209,6 +209,8 @@ def test_twenty_steps_find_the_pairs(tmp_path: Path, loss: str) -> None:
     found = retrieval(*embed_held_out(str(run.directory)))
     assert [metric.value > 0.6 for metric in found[:2]] == [True] * 2, found  # captions that were never seen; chance is 1 / 8
     assert all("zero-shot class" in metric.name for metric in found[4:])
+    assert {metric.name: lines[-1][f"held_out/{metric.name}"] for metric in found} == {metric.name: metric.value for metric in found}
+    assert lines[0]["held_out/text to image @1"] < lines[-1]["held_out/text to image @1"]
 
 
 def test_a_caption_that_repeats_is_a_match() -> None:

@@ -81,9 +81,11 @@ def test_sets_of_the_same_texts_are_compared_sample_by_sample(samples: str, tmp_
     save_file({"x": x + 0.1, "label": torch.arange(10)}, brighter / "samples.safetensors")
     sets = {"first": samples, "second": str(brighter)}
     stage(sets, {"name": "brightness"}, against={"second": "first"}).execute(tmp_path / "out")
-    row = {row["name"]: row for row in read_metrics(tmp_path / "out")}["brightness, second less first"]
+    rows = {row["name"]: row for row in read_metrics(tmp_path / "out")}
+    row, above = rows["brightness, second less first"], rows["brightness, second above first"]
     assert row["value"] == pytest.approx(float((x[:, 0, 0, 0] + 0.1 - torch.linspace(-1, 1, 10)).mean()) / 2, abs=2e-3)
     assert row["high"] - row["low"] < 0.05  # that of either mean is 0.4 wide
+    assert above["value"] == pytest.approx(float((x[:, 0, 0, 0] + 0.1 > torch.linspace(-1, 1, 10)).float().mean()))
     save_file({"x": x, "label": torch.arange(10).flip(0)}, brighter / "samples.safetensors")
     with pytest.raises(ConfigError, match="second and first were not drawn for the same texts"):
         stage(sets, {"name": "brightness"}, against={"second": "first"}).execute(tmp_path / "out")
