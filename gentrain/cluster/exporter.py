@@ -16,8 +16,6 @@ class Exporter(Callback):
     """What a rank of a run measures of itself."""
 
     def __init__(self, trainer: Trainer):
-        from ray.util.metrics import Gauge
-
         tags = {"run": trainer.run.directory.name, "attempt": trainer.attempt, "rank": str(trainer.world.rank)}
         self._step = histogram("gentrain_step_seconds", "from the wait for its data to the end of a step", tags)
         self._wait = histogram("gentrain_loader_wait_seconds", "that a step waited for its data", tags)
@@ -25,8 +23,7 @@ class Exporter(Callback):
         if trainer.world.is_main:
             names = {"samples": "samples seen, over all attempts", "samples_per_second": "since the record before, over all ranks"}
             for name, what in names.items():
-                self._gauges[name] = Gauge(f"gentrain_{name}", what, tag_keys=tuple(tags))
-                self._gauges[name].set_default_tags(tags)
+                self._gauges[name] = gauge(f"gentrain_{name}", what, tags)
         self._last = (trainer.clock.samples, trainer.seconds)
 
     def after_step(self, trainer: Trainer) -> None:
@@ -46,6 +43,15 @@ def histogram(name: str, what: str, tags: Mapping[str, str]) -> Any:
     from ray.util.metrics import Histogram
 
     made = Histogram(name, what, boundaries=_SECONDS, tag_keys=tuple(tags))
+    made.set_default_tags(dict(tags))
+    return made
+
+
+def gauge(name: str, what: str, tags: Mapping[str, str]) -> Any:
+    """A number that is set anew."""
+    from ray.util.metrics import Gauge
+
+    made = Gauge(name, what, tag_keys=tuple(tags))
     made.set_default_tags(dict(tags))
     return made
 

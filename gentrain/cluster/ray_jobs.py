@@ -12,6 +12,7 @@ import secrets
 import shlex
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class RayJobs(Place):
     )
     ignore: list[str] = option(list, "patterns of names in it that are not sent, beside caches, runs, .git and usual places of secrets")
     size_limit_mib: PositiveInt = option(50, "of what is sent, before compression", unit="MiB")
-    wheel: str | None = option(None, "wheel of gentrain that the job uses; left out: the one installed on the cluster")
+    wheel: str | None = option(None, "wheel of gentrain whose contents are sent and used; left out: the one installed on the cluster")
     python: str = option("python", "interpreter on the cluster's nodes")
     cpus: NonNegativeFloat = option(0.0, "cores that the command itself takes; more than none for a run with cluster.place inline")
     gpus: NonNegativeFloat = option(0.0, "accelerators that the command itself takes")
@@ -119,9 +120,7 @@ class RayJobs(Place):
         """What the job server is asked for."""
         grace = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(self.grace_s))}  # Ray's own is 3 s: too short for a checkpoint
         variables = {**grace, **stamp(), **self.environment}
-        runtime: dict[str, Any] = {"working_dir": package, "env_vars": variables}
-        if self.wheel is not None:
-            runtime["py_modules"] = [str(_wheel(self.wheel))]
+        runtime = {"working_dir": package, "env_vars": variables}
         # `exec`: the signal of `stop` must reach the command, not a shell above it.
         entrypoint = "exec " + shlex.join([self.python, "-m", "gentrain.cli", *submission.command[1:]])
         return {
@@ -132,7 +131,9 @@ class RayJobs(Place):
     def _files(self, submission: Submission) -> dict[str, bytes]:
         """What is in the job's directory."""
         config, plugins = _with_plugins(submission.config)
-        named = {**plugins, "config.yaml": config.encode()}
+        # Unpacked: Ray would let pip install the wheel on each node with all that it depends on.
+        wheel = _unpacked(self.wheel) if self.wheel is not None else {}
+        named = {**wheel, **plugins, "config.yaml": config.encode()}
         directory = Path(self.working_directory).resolve() if self.working_directory is not None else None
         if directory is not None and not directory.is_dir():
             raise ConfigError(f"{directory} is no directory; correct the path", key="cluster.submit.working_directory")
@@ -210,11 +211,13 @@ class _Disconnected(Exception):
     """The stream of a job's log broke off."""
 
 
-def _wheel(path: str) -> Path:
+def _unpacked(path: str) -> dict[str, bytes]:
+    """What is in a wheel of pure Python. The job's current directory goes before what is installed."""
     wheel = Path(path).resolve()
-    if wheel.suffix != ".whl" or not wheel.is_file():
-        raise ConfigError(f"{wheel} is no wheel; name a file *.whl", key="cluster.submit.wheel")
-    return wheel
+    if not wheel.name.endswith("-none-any.whl") or not zipfile.is_zipfile(wheel):
+        raise ConfigError(f"{wheel} is no wheel of pure Python; name a file *-none-any.whl", key="cluster.submit.wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
 
 
 def _with_plugins(config: str) -> tuple[str, dict[str, bytes]]:

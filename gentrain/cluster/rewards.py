@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gentrain.cluster import session
-from gentrain.cluster.exporter import histogram
+from gentrain.cluster.exporter import gauge, histogram
 from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.data.base import Data
 from gentrain.rewards.base import Reward
@@ -98,6 +98,7 @@ class RewardFleet:
         self._next = 0
         role = {"role": reward.registered_name}
         self._latency = histogram("gentrain_reward_seconds", "from when an actor takes a batch to its scores", role)
+        self._waiting = gauge("gentrain_reward_queue", "batches that no actor has taken yet", role)
         self._idle: list[Any] = []
         self._starting: dict[Any, tuple[Any, float]] = {}  # object -> actor, deadline
         size = min(actors, max(1, int(ray.cluster_resources().get("CPU", 1))))  # one that has no core would wait for ever
@@ -166,6 +167,7 @@ class RewardFleet:
             actor, part = self._idle.pop(), self._queue.popleft()
             part.attempts += 1
             self._running[actor.score.remote(part.images, part.asked)] = (actor, part, time.monotonic() + self._timeout_s)
+        self._waiting.set(len(self._queue))
 
     def _advance(self) -> None:
         """Waits until something ends: a start, a score, a death or a time limit."""

@@ -21,12 +21,13 @@ import psutil
 import pytest
 import yaml
 
-from gentrain.cluster import packages, submissions
+from gentrain.cluster import packages, ray_jobs, submissions
 from gentrain.cluster.local import Local
 from gentrain.cluster.packages import contents, listed, zipped
 from gentrain.cluster.places import PlaceError, State, Submission
 from gentrain.cluster.ray_jobs import RayJobs
 from gentrain.cluster.submissions import find, output_at, place_of, read, send, submission_of
+from gentrain.cluster.versions import stamp
 from gentrain.config import ConfigError, Document
 from gentrain.training.cluster import Cluster, Network
 
@@ -172,7 +173,8 @@ def test_what_a_ray_job_would_be_sent(folder: Path) -> None:
     _tree(folder / "code", ["helper.py", ".env"])
     for name in ("one", "two"):
         _tree(folder / name, ["plugin.py"])
-    _tree(folder, ["gentrain-0-py3-none-any.whl"])
+    (folder / "gentrain-0-py3-none-any.whl").write_bytes(zipped({"gentrain/__init__.py": b"", "gentrain-0.dist-info/METADATA": b""}))
+    _tree(folder, ["empty-0-py3-none-any.whl", "gentrain-0.tar.gz"])
     place = _place({
         "name": "ray", "working_directory": "code", "wheel": "gentrain-0-py3-none-any.whl", "environment": {"OMP_NUM_THREADS": "2"},
         "python": "/opt/a b/python", "secrets": ["TOKEN"], "cpus": 1, "grace_s": 90,
@@ -182,17 +184,40 @@ def test_what_a_ray_job_would_be_sent(folder: Path) -> None:
     files = place.render(sent)
     request = json.loads(files["job.json"])
     assert request["entrypoint"] == "exec '/opt/a b/python' -m gentrain.cli train config.yaml"
-    assert request["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "90", "OMP_NUM_THREADS": "2"}
-    assert request["runtime_env"]["py_modules"] == [str(folder / "gentrain-0-py3-none-any.whl")]
+    assert request["runtime_env"] == {
+        "working_dir": "the files of package.txt, zipped",
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "90", "OMP_NUM_THREADS": "2", **stamp()},
+    }
     config = yaml.safe_load(files["config.yaml"])
     plugins = [*config["plugins"], *config["stages"]["a"]["run"]["plugins"]]
     assert plugins[2] == "installed.module" and len(set(plugins)) == 3
     packaged = place._files(sent)
-    assert {packaged[name] for name in plugins[:2]} == {b"plugin.py"} and set(packaged) == {"config.yaml", "helper.py", *plugins[:2]}
+    assert {packaged[name] for name in plugins[:2]} == {b"plugin.py"}
+    unpacked = {"gentrain/__init__.py", "gentrain-0.dist-info/METADATA"}
+    assert set(packaged) == {"config.yaml", "helper.py", *plugins[:2], *unpacked}
     assert [line.split()[-1] for line in files["package.txt"].splitlines()] == sorted(packaged)
     for key, value in {"wheel": "nowhere.whl", "working_directory": "nowhere"}.items():
         with pytest.raises(ConfigError, match="nowhere"):
             replace(place, **{key: value}).render(sent)
+    for wheel in ("empty-0-py3-none-any.whl", "gentrain-0.tar.gz"):
+        with pytest.raises(ConfigError, match="is no wheel of pure Python"):
+            replace(place, wheel=wheel).render(sent)
+
+
+def test_a_log_is_followed_through_a_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray sends it from its beginning each time; nothing is told twice."""
+    streams = [["a"], ["a", "b", "c"], ["a", "b", "c", "d"]]
+    states = [State.RUNNING, State.SUCCEEDED]
+
+    def tail(place: RayJobs, identity: str) -> Iterator[str]:
+        yield from streams.pop(0)
+        raise ray_jobs._Disconnected
+
+    monkeypatch.setattr(RayJobs, "_tail", tail)
+    monkeypatch.setattr(RayJobs, "_so_far", lambda place, identity: iter(streams.pop(0)))  # once the job is over
+    monkeypatch.setattr(RayJobs, "status", lambda place, handle: states.pop(0))
+    assert list(RayJobs().logs({"id": "toy"}, follow=True)) == ["a", "b", "c", "d"]
+    assert streams == [] and states == []
 
 
 # --- the place `local`, and the record ---------------------------------------------------------------------------------------

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
+import zipfile
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
+import gentrain
 from gentrain.training.run import METRICS
 from tests.cluster.test_jobs import Head, Shell, cluster, config, shell  # noqa: F401  # the last one is a fixture
 
@@ -34,10 +38,23 @@ def _cores(head: Head) -> list[float]:
     return [node["resources_total"].get("CPU", 0.0) for node in nodes if node["state"] == "ALIVE"]
 
 
+def _wheel(folder: Path) -> Path:
+    """Of this gentrain, which tells in a file which processes import it."""
+    wheel, root = folder / "gentrain-0-py3-none-any.whl", Path(gentrain.__file__).parent
+    tell = f"\nimport os\nwith open({str(folder / 'imported')!r}, 'a') as _file:\n    print(os.getpid(), file=_file)\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".html"):
+                text = path.read_text() + (tell if path == root / "__init__.py" else "")
+                archive.writestr(path.relative_to(root.parent).as_posix(), text)
+        archive.writestr("gentrain-0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: gentrain\nVersion: {version('gentrain')}\n")
+    return wheel
+
+
 def test_workers_of_ray_train_live_in_the_cluster_of_the_job(head: Head, shell: Shell) -> None:  # noqa: F811
-    """Same losses as in one process of this machine: one configuration, two places."""
+    """Same losses as in one process of this machine: one configuration, two places. What runs there is the wheel that was sent."""
     workers = ["cluster.place=ray", "cluster.workers=2", "cluster.network.interface=lo", "training.samples=800", "method.step_s=0"]
-    status, printed = shell("submit", str(config(head)), "output=runs/there", *workers)
+    status, printed = shell("submit", str(config(head)), "output=runs/there", f"cluster.submit.wheel={_wheel(head.folder)}", *workers)
     assert status == 0, printed
     status, printed = shell("logs", "there", "-f")
     assert "trained: " in printed and "succeeded" in shell("status", "there")[1], printed
@@ -49,3 +66,4 @@ def test_workers_of_ray_train_live_in_the_cluster_of_the_job(head: Head, shell: 
     assert [line["loss/model"] for line in there] == pytest.approx([line["loss/model"] for line in here], rel=1e-5)
     (started, *_) = map(json.loads, (head.folder / "runs/there/attempts.jsonl").read_text().splitlines())
     assert started["ranks"] == 2
+    assert len(set((head.folder / "imported").read_text().split())) >= 3  # the command and two workers

@@ -101,9 +101,14 @@ def test_a_late_rank_is_named_the_run_starts_again_and_its_numbers_can_be_scrape
     }  # fmt: skip
 
 
-def test_the_latency_of_rewards_can_be_scraped(tmp_path: Path) -> None:
+def test_the_queue_and_the_latency_of_rewards_can_be_scraped(tmp_path: Path) -> None:
     with fleet(tmp_path, {}, actors=1) as members:
-        members(*numbered(0, 10)[:2])
-    until(lambda: "reward_seconds_count" in _scrape(), 60, "the latency is served")
+        members.submit(*numbered(0, 10)[:2])  # three batches, of which none is taken before the actor is there
+        until(lambda: "reward_queue" in _scrape(), 60, "the queue is served")
+        ((tags, waiting),) = _scrape()["reward_queue"]
+        assert (tags["role"], waiting) == ("test_troubled", 3.0)
+        list(members.results())
+        until(lambda: _scrape().get("reward_seconds_count"), 60, "the latency is served")
+        until(lambda: _scrape()["reward_queue"][0][1] == 0.0, 60, "the queue is empty")
     ((tags, count),) = _scrape()["reward_seconds_count"]
     assert (tags["role"], count) == ("test_troubled", 3.0)  # batches

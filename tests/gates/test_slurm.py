@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from gentrain import cli
 from gentrain.cluster.launch import launch
 from gentrain.cluster.places import State
 from gentrain.cluster.slurm import Slurm
+from gentrain.cluster.submissions import find
 from gentrain.config import Document
+from gentrain.report import SWEEP, write_report
 from gentrain.training.loop import Outcome
 from gentrain.training.run import METRICS, parse_run
 from tests.cluster.test_slurm import config, events, needs_slurm, submit
@@ -66,3 +70,25 @@ def test_the_time_limit_itself_ends_in_a_checkpoint_a_requeue_and_at_last_a_stop
     assert samples == list(range(32, 32 + samples[-1], 32)) and samples[-1] > noted[2]["samples"]
     assert any("the time is up; start 2 of this job goes on" in line for line in lines)
     assert any("cluster.submit.restarts = 1 are used; gentrain resume goes on" in line for line in lines)
+
+
+def test_the_trials_of_a_sweep_are_tasks_of_an_array_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = {"samples": 64_000, "batch_size": 32, "log_every": 1_600}
+    sweep = {"metric": "loss/model", "choices": {"optimizer.lr": [1e-2, 1e-3, 1e-5, 1e-6]}, "grace": 8_000, "reduction": 2}
+    submit = {"name": "slurm", "array": "trials", "at_once": 2, "environment": ENVIRONMENT}
+    values = config(Path("runs/toy"), 0, training=training, sweep=sweep, cluster={"submit": submit})
+    Path("toy.yaml").write_text(yaml.safe_dump(values))
+    assert cli._guarded(lambda **options: cli.app(args=["submit", "toy.yaml"], **options)) == 0
+    place, record = find("toy")
+    lines = list(place.logs(record["handle"], follow=True))
+    assert place.status(record["handle"]) is State.SUCCEEDED, lines[-20:]
+    trials = json.loads(Path("runs/toy", SWEEP).read_text())["trials"]
+    assert sorted(trials) == ["000", "001", "002", "003"] and trials["000"]["status"] == "finished"
+    assert {trial["status"] for trial in trials.values()} <= {"finished", "stopped early"}
+    for name, trial in trials.items():
+        assert [line["samples"] for line in _records(Path("runs/toy/trials", name))] == list(range(1_600, trial["rungs"][-1][0] + 1, 1_600))
+    spans = {name: [event["time"] for event in events(Path("runs/toy/trials", name))] for name in trials}
+    assert any(one[0] < other[-1] and other[0] < one[-1] for a, one in spans.items() for b, other in spans.items() if a < b)
+    page = write_report(Path("runs/toy")).read_text()
+    assert all(name in page for name in trials) and "stopped early" in page
