@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gentrain.config import Component
 from gentrain.data.base import Data
 from gentrain.data.pool import Pool
+from gentrain.extractors.base import Extractor
 from gentrain.models.base import Codec, Condition, Model
 from gentrain.models.denoiser import Prediction
 from gentrain.noise import Noise
@@ -58,6 +59,7 @@ class Role:
         inputs: what its network reads of the condition beside the label, see models.inputs. Weights without them may be loaded.
         model: its network where the config names none for the role; None = the run's.
         given: the config must name its weights, or a pretrained network: random ones would teach nothing.
+        control: its network has a branch for this control, see models.control. Weights without one may be loaded.
     """
 
     init: str | None = None
@@ -66,13 +68,18 @@ class Role:
     inputs: tuple[str, ...] = ()
     model: Model | None = None
     given: bool = False
+    control: Extractor | None = None
 
 
 @dataclass(frozen=True)
 class Trained(Role):
-    """A role that learns. `ema`: keep an exponential moving average of its weights; samples are drawn from the average."""
+    """A role that learns. `ema`: keep an exponential moving average of its weights; samples are drawn from the average.
+
+    `trainable`: regular expression, it learns only the parameters in whose names this is found, where the configuration says no other part.
+    """
 
     ema: bool = False
+    trainable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,11 @@ class Method(Component, kind="method"):
     def examine(self, network: nn.Module, batch: Batch, codec: Codec) -> dict[str, float]:
         """What held-out data say of the network of its first role: name -> number. Called on every rank, with the same result."""
         raise NotImplementedError
+
+    @property
+    def steering(self) -> Extractor | None:
+        """The control that its generator is given beside the condition; None = it has none."""
+        return None if self.generator is None else self.roles[self.generator].control
 
     def own_sampler(self) -> Sampler:
         """What draws from the generator where the configuration names no sampler."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from gentrain.models.base import Condition
+from gentrain.models.control import DiTControl, Form, UNetControl, branch_of, control_in
 from gentrain.models.inputs import Inputs
 
 
 def class_index(condition: Condition | None, x: Tensor, num_classes: int) -> Tensor:
     """Row of the label embedding for each of the B samples of x: the label, or `num_classes` (the null class). [B] int64."""
-    if condition is None or "label" not in condition:
+    if condition is None or "label" not in condition or num_classes == 0:
         return torch.full((len(x),), num_classes, dtype=torch.int64, device=x.device)
     label: Tensor = condition["label"]
     return torch.where(label < 0, num_classes, label)
@@ -51,6 +53,7 @@ class ConditionalNetwork(nn.Module):
         super().__init__()
         self.backbone, self.num_classes, self.space_to_depth, self.time_scale = backbone, num_classes, space_to_depth, time_scale
         self.inputs: Inputs | None = None
+        self.control: UNetControl | DiTControl | None = None
 
     def add_inputs(self, names: Sequence[str]) -> None:
         """Has the network read further entries of the condition, see `Inputs`; its output stays as it is until they learn."""
@@ -64,10 +67,23 @@ class ConditionalNetwork(nn.Module):
             width = self.backbone.get_submodule("time_embedding.linear_2").out_features
         self.inputs = Inputs(names, width)
 
+    def add_control(self, form: Form) -> None:
+        """Has the network read a control; its output stays as it is until the branch learns. Raises ValueError when it does not fit."""
+        self.control = branch_of(self.backbone, form)
+
+    def begin_control(self) -> None:
+        """Has the branch begin as a copy of the network's weights of now."""
+        assert self.control is not None
+        self.control.begin(self.backbone)
+
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """x [B, C, H, W], t [B] in [0, 1000], condition {"label": [B] int64, -1 = null} -> [B, C, H, W] in the weights' dtype."""
         labels = None if self.num_classes is None else class_index(condition, x, self.num_classes)
         given = labels if self.inputs is None else (labels, self.inputs(t, condition))
         # t stays as it is: half precision cannot tell neighbouring times apart
         hidden = pixel_unshuffle(x.to(next(self.backbone.parameters()).dtype), self.space_to_depth)
-        return pixel_shuffle(self.backbone(hidden, t * self.time_scale, class_labels=given, return_dict=False)[0], self.space_to_depth)
+        t, control = t * self.time_scale, control_in(self.control, condition)
+        steered = nullcontext() if control is None else self.control.steering(self.backbone, hidden, t, given, control)  # type: ignore[union-attr]
+        with steered:
+            output = self.backbone(hidden, t, class_labels=given, return_dict=False)[0]
+        return pixel_shuffle(output, self.space_to_depth)

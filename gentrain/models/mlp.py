@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 from gentrain.config import option, register
 from gentrain.models.base import Condition, Model
 from gentrain.models.conditional import class_index
+from gentrain.models.control import Form, MLPControl, control_in
 from gentrain.models.inputs import TIME_SCALE, Inputs
 
 
@@ -46,10 +47,20 @@ class MLPNetwork(nn.Module):
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth))
         self.output = nn.Linear(width, dim)
         self.inputs: Inputs | None = None
+        self.control: MLPControl | None = None
 
     def add_inputs(self, names: Sequence[str]) -> None:
         """Has the network read further entries of the condition, see `Inputs`; its output stays as it is until they learn."""
         self.inputs = Inputs(names, self.input.out_features)
+
+    def add_control(self, form: Form) -> None:
+        """Has the network read a control; its output stays as it is until the branch learns."""
+        self.control = MLPControl(self, form)
+
+    def begin_control(self) -> None:
+        """Has the branch begin as a copy of the network's weights of now."""
+        assert self.control is not None
+        self.control.begin(self)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         dtype = self.input.weight.dtype
@@ -58,7 +69,8 @@ class MLPNetwork(nn.Module):
             embedding = embedding + self.label_embedding(class_index(condition, x, self.num_classes))
         if self.inputs is not None:
             embedding = embedding + self.inputs(t, condition)
-        hidden = self.input(x.to(dtype))
-        for layer in self.layers:
-            hidden = hidden + layer(silu(hidden + embedding))
+        hidden, control = self.input(x.to(dtype)), control_in(self.control, condition)
+        added = [0.0] * len(self.layers) if control is None else self.control(x.to(dtype), embedding, control)  # type: ignore[misc]
+        for layer, more in zip(self.layers, added, strict=True):
+            hidden = hidden + layer(silu(hidden + embedding)) + more
         return self.output(silu(hidden))

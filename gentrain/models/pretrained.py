@@ -18,6 +18,8 @@ from gentrain.data.base import Data
 from gentrain.data.latents import DEVIATION, Latents
 from gentrain.models.base import Codec, Condition, Model
 from gentrain.models.conditional import class_index
+from gentrain.models.control import CONTROL, Form, control_in
+from gentrain.models.control_net import ControlNet
 from gentrain.models.families.base import Family, Texts, family_of
 from gentrain.models.families.source import Source, is_to_come
 from gentrain.models.inputs import WIDTH, Inputs
@@ -123,6 +125,7 @@ class PretrainedNetwork(nn.Module):
         for name, value in null.items():  # the pipeline's, so that no checkpoint need hold them
             self.register_buffer(f"null_{name}", value.clone(), persistent=False)
         self.inputs: Inputs | None = None
+        self.control: ControlNet | None = None
         self._embedding = (backbone.get_submodule(family.time_embedding) if family.time_embedding else None,)
         known = getattr(self._embedding[0], "cond_proj", None)
         if known is not None:  # a latent consistency model
@@ -136,6 +139,15 @@ class PretrainedNetwork(nn.Module):
             raise ValueError(f"the network of a {self.family.pipelines[0]} takes no further input ({', '.join(names)}){remedy}")
         if self.inputs is None:
             self._read_guidance()
+
+    def add_control(self, form: Form) -> None:
+        """Has the network read a control by a ControlNet; its output stays as it is until that learns. Raises ValueError."""
+        self.control = ControlNet(self.family, self.backbone, form)
+
+    def begin_control(self) -> None:
+        """Has the ControlNet begin as a copy of the network's weights of now."""
+        assert self.control is not None
+        self.control.begin(self.backbone)
 
     def _read_guidance(self) -> Inputs:
         embedding: Any = self._embedding[0]
@@ -157,11 +169,14 @@ class PretrainedNetwork(nn.Module):
         if self.family.takes_text:
             if condition is not None and "null" not in condition and "label" in condition and bool((condition["label"] >= 0).any()):
                 raise ValueError("the network takes prompts, not classes; take the data set `concepts` to have it forget")
-            given = {name: self._filled(name, condition, len(x)) for name in self._null}
+            given: dict[str, Any] = {name: self._filled(name, condition, len(x)) for name in self._null}
         else:
             given = {"label": class_index(condition, x, self.family.num_classes)}
         if self.inputs is not None and "guidance" in (condition or {}):
             given["guidance"] = self.inputs(t, condition)
+        control = control_in(self.control, condition)
+        if self.control is not None and control is not None:
+            given[CONTROL] = self.family.steering(self.control, x.to(dtype), t, given, control)
         # t stays as it is: half precision cannot tell neighbouring times apart
         return self.family.predict(self.backbone, x.to(dtype), t, given)
 

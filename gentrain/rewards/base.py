@@ -65,7 +65,7 @@ def check_images(data: Data, channels: Sequence[int] = (1, 3)) -> None:
         return
     if len(data.shape) != 3 or data.shape[0] not in channels:
         kinds = " or ".join(map(str, channels))
-        raise ValueError(f"the reward is for images with {kinds} channels, {data.registered_name} has samples of shape {data.shape}")
+        raise ValueError(f"it reads images with {kinds} channels, {data.registered_name} has samples of shape {data.shape}")
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ from gentrain.config import ConfigError, to_dict
 from gentrain.data.loader import Loader
 from gentrain.images import save_grid
 from gentrain.methods.base import Clock, Trained
+from gentrain.models.control import CONTROL
 from gentrain.noise import Noise, derive
 from gentrain.training.batches import encoded
 from gentrain.training.beginning import identity_of, samples_of
+from gentrain.training.controls import controls_of
 from gentrain.training.remedies import remedy
 from gentrain.training.run import METRICS, SAMPLES, RunConfig
 from gentrain.training.storage import replace_file
@@ -122,8 +124,11 @@ class Previews(Callback):
         rows = torch.arange(world.rank * share, (world.rank + 1) * share)
         noise = Noise(derive(run.seed, "preview"), rows, world.device)
         codec, classes = trainer.roles.codec, len(trainer.roles.codec.names)
+        labels, controls = controls_of(run, rows % classes if classes else torch.full_like(rows, -1), trainer.roles.frozen)
         with torch.no_grad():
-            condition = codec.condition((rows % classes).to(world.device)) if classes else None
+            condition = codec.condition(labels.to(world.device)) if classes else None
+            if controls is not None:
+                condition = {**(condition or {}), CONTROL: controls.to(world.device)}
             images = codec.decode(run.sampler.sample(trainer.roles.as_seen(role, self._network), (share, *codec.shape), noise, condition))
         images = trainer.roles.group.gather(images)[: run.training.preview_count]
         if world.is_main:

@@ -276,11 +276,12 @@ def _adapters(run: RunConfig) -> Changes:
     """For a run whose roles start from weights that know something; the other way round where it has one."""
     learning = [role for role, part in run.method.roles.items() if isinstance(part, Trained)]
     changed = copy.copy(run)
-    if any(run.part_of(role) is not None for role in learning):
+    named = [key for key in ("adapter", "trainable") if _names(run, key)]
+    if named:
         changed.adapter = changed.trainable = None
         changed.roles = {name: replace(settings, adapter=None, trainable=None) for name, settings in run.roles.items()}
-        yield " ".join(f"{key}=null" for key in ("adapter", "trainable") if _names(run, key)), changed
-    elif all(_knows(run, role) for role in learning):
+        yield " ".join(f"{key}=null" for key in named), changed
+    elif all(_knows(run, role) and run.part_of(role) is None for role in learning):
         changed.adapter = Adapter(rank=16)
         yield "adapter={rank: 16}", changed
 

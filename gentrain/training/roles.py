@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gentrain.config import ConfigError, to_dict
+from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Nets, Trained
 from gentrain.models.adapters import Adapted, Adapter, Base, OnBase, digest_of
 from gentrain.models.base import Model
+from gentrain.models.control import Form
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.partial import Partial
 from gentrain.noise import derive
@@ -27,6 +29,7 @@ from gentrain.training.saving import together
 from gentrain.training.world import RankGroup, World
 from gentrain.training.zero import shard_frozen
 
+_GAINED = ("inputs.", "control.")
 _AUGMENT = ("inputs.projections.augment.weight",)
 
 
@@ -208,8 +211,10 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
             what = "classifies" if classifies else "denoises"
             raise ValueError(f"a network that {what} is needed, and {model.registered_name} does not; there are: {fit}")
         model.check_shapes(codec.shapes)
-        network, inputs = model.build(shape, classes), run.method.roles[role].inputs
-        if run.method.roles[role].denoiser:
+        part, steering = run.method.roles[role], run.method.steering
+        labels_steer = steering is not None and steering.labels and part.denoiser
+        network, inputs = model.build(shape, 0 if labels_steer else classes), part.inputs
+        if part.denoiser:
             inputs = (*inputs, *run.data.inputs)
         if inputs:
             add_inputs: Callable[[tuple[str, ...]], None] | None = getattr(network, "add_inputs", None)
@@ -219,10 +224,19 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
                     f"{model.registered_name} does not take"
                 )
             add_inputs(inputs)
+        if part.control is not None:
+            _add_control(network, part.control, codec.decoded_shape, model)
         return network
     except ValueError as error:
         key = f"roles.{role}.model" if run.role_settings(role).model is not None else "model"
         raise ConfigError(str(error), source=run.output, key=key) from error
+
+
+def _add_control(network: nn.Module, control: Extractor, shape: tuple[int, ...], model: Model) -> None:
+    add: Callable[[Form], None] | None = getattr(network, "add_control", None)
+    if add is None:
+        raise ValueError(f"{model.registered_name} takes no control; take unet, dit or mlp")
+    add(control.form(shape))
 
 
 def count_parameters(run: RunConfig, role: str) -> tuple[int, int]:
@@ -269,8 +283,8 @@ def _first_base(run: RunConfig, role: str) -> Base:
 
 def place_of(run: RunConfig, role: str) -> str:
     """Roles with one of these may share a frozen network."""
-    settings = run.role_settings(role)
-    return f"{_origin(run, role)} {run.engine_of(role).live_dtype} {settings.placement} {run.method.roles[role].inputs}"
+    settings, part = run.role_settings(role), run.method.roles[role]
+    return f"{_origin(run, role)} {run.engine_of(role).live_dtype} {settings.placement} {part.inputs} {part.control}"
 
 
 def _origin(run: RunConfig, role: str) -> str:
@@ -306,8 +320,8 @@ def _first_weights(run: RunConfig, role: str, module: nn.Module) -> State:
 
 
 def _load_into(module: nn.Module, weights: State, key: str) -> None:
-    # inputs that the weights' network did not have add nothing at first: see models.inputs
-    gained = {name: value for name, value in module.state_dict().items() if name.startswith("inputs.") and name not in weights}
+    # inputs and controls that the weights' network did not have add nothing at first: see models.inputs, models.control
+    gained = {name: value for name, value in module.state_dict().items() if name.startswith(_GAINED) and name not in weights}
     # what a network was told of the augmentation of its images adds nothing where nobody tells it
     weights = {name: value for name, value in weights.items() if name not in _AUGMENT or name in module.state_dict()} | gained
     mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (module.state_dict(), weights))
@@ -320,6 +334,8 @@ def _load_into(module: nn.Module, weights: State, key: str) -> None:
             f"the weights are of another network: {name!r} is {shapes}; give the role the `model:` of the run they come from", key=key
         )
     module.load_state_dict(weights)
+    if any(name.startswith("control.") for name in gained):
+        module.begin_control()  # type: ignore[operator]
 
 
 def _source(run: RunConfig, role: str) -> str:

@@ -314,6 +314,7 @@ class RunConfig:
         part = own.adapter or own.trainable
         if part is None and self.method.roles[role].model is None:
             part = self.adapter or self.trainable
+        part = part or getattr(self.method.roles[role], "trainable", None)
         return None if isinstance(part, Adapter) and not part.rank else part
 
     def codec(self) -> Codec:
@@ -376,25 +377,10 @@ def weight_settings(run: RunConfig) -> dict[str, Any]:
     for key in ("cluster", "output", "plugins", "trackers"):
         del values[key]
     for key in (
-        "log_every",
-        "checkpoint_every",
-        "checkpoints",
-        "async_checkpoints",
-        "keep_last",
-        "keep_every",
-        "keep_best",
-        "best_is",
-        "preview_every",
-        "preview_count",
-        "data_workers",
-        "hang_timeout_s",
-        "max_corrupt",
-        "max_skipped",
-        "spike_guard",
-        "recompute",
-        "compile",
-        "profile",
-    ):
+        "log_every", "checkpoint_every", "checkpoints", "async_checkpoints", "keep_last", "keep_every", "keep_best", "best_is",
+        "preview_every", "preview_count", "data_workers", "hang_timeout_s", "max_corrupt", "max_skipped", "spike_guard", "recompute",
+        "compile", "profile",
+    ):  # fmt: skip
         del values["training"][key]
     return values
 

@@ -28,6 +28,7 @@ class Family(Component, kind="family"):
         takes_text: its conditions are prompts; else classes, of which `num_classes` tells the number.
         text_components: what turns prompts into conditions; optional_components: what helps them where the pipeline has it.
         guidance_input: what a network that reads the guidance weight is told.
+        control_net: diffusers' ControlNetModel is made for its denoiser.
         time_embedding: the denoiser's layer that is given what latent consistency models make of a guidance weight; None: it has none.
     """
 
@@ -37,6 +38,7 @@ class Family(Component, kind="family"):
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     optional_components: ClassVar[tuple[str, ...]] = ()
     time_embedding: ClassVar[str | None] = None
+    control_net: ClassVar[bool] = False
 
     def __init__(self, source: Source, guidance_input: float = 1.0):
         self.source, self.guidance_input = source, guidance_input
@@ -57,14 +59,18 @@ class Family(Component, kind="family"):
     def prepare(self, network: nn.Module) -> None:
         """Mends what the denoiser would do in training beside what methods ask of it."""
 
-    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
         """The denoiser's own output [B, C, H, W] for latents x [B, C, H, W].
 
         Args:
             t: [B] float, diffusers' timestep.
             condition: texts of every row, or {"label": [B] int64, num_classes = null}; "guidance" [B, width] for `time_embedding` where
-                the network reads one and is told it.
+                the network reads one and is told it; "control", what `steering` gave.
         """
+        raise NotImplementedError
+
+    def steering(self, branch: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Any], control: Tensor) -> dict[str, Any]:
+        """What a ControlNet makes of the control [B, channels, 8 H, 8 W], as further arguments of the denoiser; where it takes one."""
         raise NotImplementedError
 
     # --- latents ---

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gentrain.config import register
+from gentrain.models.control import CONTROL
 from gentrain.models.families.base import Family, Texts
 
 
@@ -23,10 +24,20 @@ class StableDiffusion(Family):
     denoiser = "unet"
     time_embedding = "time_embedding"
 
-    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        told = {"timestep_cond": condition.get("guidance"), "return_dict": False}
-        output: Tensor = network(x, t, encoder_hidden_states=condition["prompt"], **told)[0]
+    control_net = True
+
+    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Any]) -> Tensor:
+        told = {**self.told(x, condition), **condition.get(CONTROL, {}), "timestep_cond": condition.get("guidance")}
+        output: Tensor = network(x, t, **told, return_dict=False)[0]
         return output
+
+    def steering(self, branch: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Any], control: Tensor) -> dict[str, Any]:
+        down, middle = branch(x, t, controlnet_cond=control, **self.told(x, condition), return_dict=False)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+    def told(self, x: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
+        """What the UNet, and a ControlNet of it, are told beside latents x [B, C, H, W] and time."""
+        return {"encoder_hidden_states": condition["prompt"]}
 
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         return {"prompt": pipeline.encode_prompt(list(prompts), device, 1, False)[0]}

@@ -6,31 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gentrain.config import register
-from gentrain.models.families.base import Family, Texts
+from gentrain.models.families.base import Texts
+from gentrain.models.families.stable_diffusion import StableDiffusion
 
 
 @register("stable_diffusion_xl")
-class StableDiffusionXL(Family):
+class StableDiffusionXL(StableDiffusion):
     """UNet2DConditionModel, two CLIP text encoders, the pooled text and the image's sizes beside the time.
 
     The sizes given are those of the image itself, nothing cropped: (H, W, 0, 0, H, W).
     """
 
     pipelines = ("StableDiffusionXLPipeline",)
-    denoiser = "unet"
-    time_embedding = "time_embedding"
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
-    def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def told(self, x: Tensor, condition: dict[str, Any]) -> dict[str, Any]:
         height, width = (self.factor * side for side in x.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], dtype=x.dtype, device=x.device).expand(len(x), -1)
-        added = {"text_embeds": condition["pooled"], "time_ids": sizes}
-        told = {"added_cond_kwargs": added, "timestep_cond": condition.get("guidance"), "return_dict": False}
-        output: Tensor = network(x, t, encoder_hidden_states=condition["prompt"], **told)[0]
-        return output
+        return {**super().told(x, condition), "added_cond_kwargs": {"text_embeds": condition["pooled"], "time_ids": sizes}}
 
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         prompt, _, pooled, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
