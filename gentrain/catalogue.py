@@ -14,6 +14,7 @@ from gentrain.cluster.places import Place
 from gentrain.config import Component, ConfigError, build, describe, load, load_plugins, option, to_dict
 from gentrain.data.base import Data
 from gentrain.domains.base import Domain
+from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Method, Trained
 from gentrain.models.base import Model
 from gentrain.paths.base import Path, TimeLaw
@@ -38,6 +39,7 @@ _KINDS: tuple[type[Component], ...] = (
     Data,
     Sampler,
     Reward,
+    Extractor,
     Optimizer,
     Schedule,
     Engine,

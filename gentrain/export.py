@@ -155,6 +155,8 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
     network, path = denoiser.network, denoiser.path
     if not isinstance(network, ConditionalNetwork):
         raise ValueError(f"only the networks unet and dit can be exported to diffusers, this one is a {type(network).__name__}")
+    if network.control is not None:
+        raise ValueError("no pipeline of diffusers reads this network's control; draw samples with gentrain instead")
     if not isinstance(path.space, Free):
         raise ValueError(f"no diffusers pipeline undoes the space {path.space.registered_name}; draw samples with gentrain instead")
     scheduler = sampler.diffusers_scheduler(path, denoiser.prediction)

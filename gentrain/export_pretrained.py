@@ -21,7 +21,7 @@ from gentrain.samplers.base import Sampler
 from gentrain.samplers.lcm import LCM, lcm_sampling_timesteps
 from gentrain.samplers.one_step import OneStep, time_at
 
-Form = Literal["pipeline", "adapter"]
+Form = Literal["pipeline", "adapter", "control_net"]
 
 _BACKBONE = "backbone."  # begins the names of PretrainedNetwork's layers
 
@@ -33,6 +33,11 @@ _LORA_USE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{origin}")
 pipeline.load_lora_weights("{name}")  # needs peft"""
+
+_CONTROL_USE = """from diffusers import ControlNetModel, {cls}
+
+controlnet = ControlNetModel.from_pretrained("{name}")
+pipeline = {cls}.from_pretrained("{origin}", controlnet=controlnet)"""
 
 _LCM_USE = """
 from diffusers import LCMScheduler
@@ -120,13 +125,13 @@ def export_pretrained(
         out: must not exist, or be an empty directory; it appears whole or not at all.
         network: a `PretrainedNetwork`, or what was learnt on one.
         form: "pipeline": all components, an adapter merged in. "adapter": the adapter alone, in diffusers' LoRA format where the
-            pipeline has `load_lora_weights`, else as a directory of peft.
+            pipeline has `load_lora_weights`, else as a directory of peft. "control_net": the ControlNet of a run that learnt a control.
         licence, config, metrics: as for `export`.
         sampler: the run's; the card says how to draw with one that the pipeline's own scheduler does not replace.
 
     Raises:
         FileExistsError: `out` is there and not an empty directory. OSError: it cannot be written.
-        ValueError: there is no adapter to write, or it changes what the pipeline has not.
+        ValueError: there is no adapter or no ControlNet to write, or the pipeline would lack what was learnt.
     """
     refuse_present(out)
     inner = pretrained_network(network)
@@ -139,8 +144,18 @@ def export_pretrained(
             use = _write_adapter(partial, network, family) + how_to_draw(sampler, inner)
             _write_card(partial, out.name, use, "An adapter", family, licence, config, metrics)
         return out
+    if (form == "control_net") != (inner.control is not None):
+        has = "learnt a control, which no pipeline holds; set form=control_net"
+        raise ValueError(f"the run {has if inner.control is not None else 'learnt no control; export the pipeline'}")
     if isinstance(network, OnBase):
         network.fold()
+    if inner.control is not None:
+        with appearing(out) as partial:
+            inner.control.net.save_pretrained(partial)
+            draw = how_to_draw(sampler, inner).replace("pipeline(prompt, ", "pipeline(prompt, control, ")
+            use = _CONTROL_USE.replace("{cls}", inner.control.pipeline) + draw
+            _write_card(partial, out.name, use, "A ControlNet", family, licence, config, metrics)
+        return out
     pipeline = family.source.pipeline(**{family.denoiser: inner.pipelines_own()})
     with appearing(out) as partial:
         pipeline.save_pretrained(partial)

@@ -13,6 +13,7 @@ from gentrain.cluster import session
 from gentrain.cluster.progress import shown
 from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.methods.base import Trained
+from gentrain.models.control import CONTROL
 from gentrain.noise import Noise, derive
 from gentrain.samplers.base import Sampler
 from gentrain.training.roles import load_network
@@ -35,23 +36,32 @@ class Generator:
         # By its settings, not as an object: its class may be of a plugin, which only opening the run has imported here.
         self.sampler, self.seed = with_weaker(build(Sampler, Document(sampler, "sampler")), self.run, self.device), seed
 
-    def draw(self, first: int, labels: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-        """Samples number first, first + 1, ... with `labels` [B] (-1 = the null class): [B, ...] float32 on the host."""
+    def draw(self, first: int, labels: Tensor, prompts: Sequence[str] | None = None, controls: Tensor | None = None) -> Tensor:
+        """Samples number first, first + 1, ... with `labels` [B] (-1 = the null class) and controls: [B, ...] float32 on the host."""
         rows = torch.arange(first, first + len(labels))
         noise = Noise(derive(self.seed, "generate"), rows, self.device)
         with torch.no_grad():
             condition = self.codec.condition(labels.to(self.device), prompts)
+            if controls is not None:
+                condition = {**(condition or {}), CONTROL: controls.to(self.device)}
             samples = self.codec.decode(self.sampler.sample(self.denoiser, (len(labels), *self.codec.shape), noise, condition))
         return samples.cpu()
 
 
 def generate(
-    directory: str | Path, sampler: Sampler, labels: Tensor, seed: int = 0, actors: int = 0, prompts: Sequence[str] | None = None
+    directory: str | Path,
+    sampler: Sampler,
+    labels: Tensor,
+    seed: int = 0,
+    actors: int = 0,
+    prompts: Sequence[str] | None = None,
+    controls: Tensor | None = None,
 ) -> Tensor:
     """Draws one sample per label from the newest checkpoint of a run. Sample i depends on (seed, i, its label), not on `actors`.
 
     Args:
         labels: [N] int64 classes, or places in `prompts` where these are given; -1 = the null class.
+        controls: [N, ...], of a generator that is given one.
         actors: size of the Ray fleet, at most one per core of the cluster; 0 = in this process, without Ray.
 
     Returns:
@@ -64,7 +74,8 @@ def generate(
         raise ConfigError(f"{directory} holds a {run.method.registered_name}, which generates nothing")
     if isinstance(run.method.roles[run.method.generator], Trained) and run.storage.latest() is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
-    chunks = [(first, labels[first : first + CHUNK], prompts) for first in range(0, len(labels), CHUNK)]
+    parts = [slice(first, first + CHUNK) for first in range(0, len(labels), CHUNK)]
+    chunks = [(part.start, labels[part], prompts, None if controls is None else controls[part]) for part in parts]
     if actors == 0:
         generator = Generator(str(directory), to_dict(sampler), seed)
         return torch.cat(list(shown((generator.draw(*chunk) for chunk in chunks), len(chunks), "samples, in hundreds")))
@@ -78,10 +89,10 @@ def generate(
     fleet = [actor.remote(str(Path(directory).resolve()), to_dict(sampler), seed, threads=1) for _ in range(size)]
     try:
         drawn = ActorPool(fleet).map(lambda member, chunk: member.draw.remote(*chunk), chunks)
-        parts = list(shown(drawn, len(chunks), "samples, in hundreds"))
+        done = list(shown(drawn, len(chunks), "samples, in hundreds"))
     except ray.exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
     finally:
         for member in fleet:
             ray.kill(member)
-    return torch.cat(parts)
+    return torch.cat(done)

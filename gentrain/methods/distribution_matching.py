@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Frozen, Group, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.jdm import decoupled_guidance
+from gentrain.methods.decoupled import decoupled_guidance
 from gentrain.methods.prompt_critic import PromptCritic, prompt_critic_loss, prompt_student_loss
 from gentrain.methods.sfd import score_identity_loss
 from gentrain.models.base import Condition

@@ -9,8 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
+from gentrain.data.base import Data
+from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, weighed
+from gentrain.methods.controlled import BRANCH, check_control, control_of, steered
 from gentrain.methods.matching import loss_by_noise_level, noised
+from gentrain.methods.rewarded import reward_roles
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw
 from gentrain.paths.times import LogitNormal
@@ -36,6 +40,18 @@ class FlowMatching(Method):
 
     times: TimeLaw = option(LogitNormal, "law of the training times", source="arXiv:2403.03206, section 5.1")
     label_dropout: Fraction = option(0.1, "probability that a label becomes the null class", source="arXiv:2207.12598")
+    control: Extractor | None = option(
+        None, "what it is given beside, by a branch that alone learns; roles.model.weights names what it steers", source="arXiv:2302.05543"
+    )
+
+    def __post_init__(self) -> None:
+        if self.control is not None:
+            model = Trained(ema=True, given=True, control=self.control, trainable=BRANCH)
+            vars(self)["roles"] = {"model": model} | ({} if self.control.labels else reward_roles(self.control))
+
+    def check_data(self, data: Data) -> None:
+        if self.control is not None:
+            check_control(self.control, data)
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", self.loss)
@@ -43,6 +59,9 @@ class FlowMatching(Method):
     def loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         path = nets.model.path
         sample = noised(batch, noise, path, self.times, self.label_dropout)
-        predicted = nets.model.velocity(sample.x_t, sample.t, sample.condition)
+        condition = sample.condition
+        if self.control is not None:
+            condition = steered(None if self.control.labels else condition, control_of(self.control, nets, batch))
+        predicted = nets.model.velocity(sample.x_t, sample.t, condition)
         loss = weighed(flow_matching_loss(predicted, path.velocity(sample.x0, sample.eps, sample.t)), batch)
         return Loss(loss.mean(), loss_by_noise_level(loss, path.log_snr(sample.t)))

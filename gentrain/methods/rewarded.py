@@ -6,13 +6,14 @@ from torch import Tensor
 
 from gentrain.config import ConfigError
 from gentrain.data.base import Data
+from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Batch, Frozen, Nets, Role
 from gentrain.paths.base import Path
 from gentrain.rewards.base import Reward
 
 
-def reward_roles(reward: Reward) -> dict[str, Role]:
-    """The frozen roles that a reward reads. The configuration must name the weights of each."""
+def reward_roles(reward: Reward | Extractor) -> dict[str, Role]:
+    """The frozen roles that a reward, or an extractor, reads. The configuration must name the weights of each."""
     return {
         name: Frozen(given=True, denoiser=False, classifier=judge.classifier, model=judge.model)
         for name, judge in reward.networks().items()

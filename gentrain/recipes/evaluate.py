@@ -22,6 +22,7 @@ from gentrain.metrics.distances import distance_metric, energy_distance, frechet
 from gentrain.metrics.neighbours import neighbour_metrics
 from gentrain.models.adapters import digest_of
 from gentrain.recipes.base import Stage
+from gentrain.recipes.controls import condition_error
 from gentrain.recipes.features import apply_network, cached_features
 from gentrain.recipes.generate import INFO, SAMPLES
 from gentrain.training.roles import load_network, load_weights
@@ -38,7 +39,7 @@ class Evaluate(Stage):
 
     With a judge (a trained classifier run): class accuracy, and of its penultimate features the Frechet and the kernel distance, precision,
     recall, density and coverage; its own accuracy on the held-out data comes last. Without one: sliced Wasserstein and energy distance,
-    precision, recall, density and coverage of the samples themselves.
+    precision, recall, density and coverage of the samples themselves. Of samples that were drawn for controls also the condition error.
     """
 
     samples: dict[str, str] = option(help="name -> directory of a generate stage")
@@ -56,6 +57,7 @@ class Evaluate(Stage):
         data = self.data or open_run(str(self.judge)).data
         held_out = read_held_out(data, self.reference)
         metrics = self._with_judge(held_out) if self.judge is not None else self._without_judge(held_out)
+        metrics += [metric for name, place in self.samples.items() for metric in condition_error(name, place)]
         settings = {key: value for key, value in to_dict(self).items() if key in ("judge", "samples")}
         settings |= {"reference": f"{len(held_out['x'])} held-out items"}
         settings |= {"weights": {name: digest for name, place in self.samples.items() if (digest := weights_of(place)) is not None}}
@@ -77,7 +79,8 @@ class Evaluate(Stage):
         real = cached_features(str(self.judge), judge, held_out["x"])
         of = f"of the judge's {real.shape[1]} penultimate features"
         for name, samples in read_samples(self.samples, held_out["x"].shape[1:]):
-            metrics.append(class_accuracy(apply_network(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
+            if (samples["label"] >= 0).any():  # they were drawn of some class
+                metrics.append(class_accuracy(apply_network(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
             features = apply_network(judge.features, samples["x"])
             if min(len(features), len(real)) <= real.shape[1]:
                 raise ConfigError(

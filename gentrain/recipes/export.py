@@ -36,7 +36,10 @@ class Export(Stage):
 
     run: str = option(help="the run to export")
     sampler: Sampler | None = option(None, "whose steps the pipeline takes; null = the run's")
-    form: Form = option("pipeline", "pipeline: complete, an adapter merged in; adapter: that alone, of a network that is pretrained")
+    form: Form = option(
+        "pipeline",
+        "pipeline: complete, an adapter merged in; of a network that is pretrained adapter: that alone, control_net: its ControlNet",
+    )
     scores: str | None = option(None, "directory of an evaluate stage, for the card")
     gate: str | None = option(None, "directory of a stage `unlearning` whose conditions must be met")
     force: bool = option(False, "export what does not meet them; the card says so")
@@ -88,6 +91,8 @@ class Export(Stage):
             return export_pretrained(out, network, self.form, sampler=run.drawn_with(self.sampler), **about)
         if self.form == "adapter":
             raise ConfigError("the network came from no pipeline of diffusers; its adapter goes with it: form=pipeline", key="form")
+        if self.form == "control_net":
+            raise ConfigError("diffusers' ControlNets are for UNets of pipelines; draw samples with gentrain instead", key="form")
         if isinstance(network, OnBase):
             denoiser = Denoiser(network.fold(), denoiser.path, denoiser.prediction)
         return export(

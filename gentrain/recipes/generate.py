@@ -17,8 +17,11 @@ from gentrain.data.pool import INFO as INFO
 from gentrain.data.pool import SAMPLES as SAMPLES
 from gentrain.images import save_grid
 from gentrain.models.adapters import digest_of
+from gentrain.models.control import CONTROL
 from gentrain.recipes.base import Stage
+from gentrain.recipes.controls import paired
 from gentrain.samplers.base import Sampler
+from gentrain.training.controls import controls_of
 from gentrain.training.roles import load_weights
 from gentrain.training.run import open_run
 
@@ -28,7 +31,11 @@ GRID = "grid.png"
 @register("generate")
 @dataclass
 class Generate(Stage):
-    """Draws samples from a run: samples.safetensors (x [N, ...], label [N]), info.json and, of images, grid.png."""
+    """Draws samples from a run: samples.safetensors (x [N, ...], label [N]), info.json and, of images, grid.png.
+
+    A generator that is given a control other than the class takes those of the held-out items in turn, with their labels; the file has
+    them as "control", and the grid a row of them above each row of samples where they are images of the same size.
+    """
 
     run: str = option(help="the run to draw from")
     count: PositiveInt = option(1_000, "samples", unit="samples")
@@ -61,12 +68,16 @@ class Generate(Stage):
             raise ConfigError(f"class {max(asked)} does not exist; those of {self.run} are 0 to {classes - 1}", key="labels")
         labels = torch.tensor(asked).repeat(-(-self.count // len(asked)))[: self.count]
         sampler = run.drawn_with(self.sampler)
-        x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts)
+        found, controls = controls_of(run, labels)
+        labels = found if self.prompts is None else labels
+        x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts, controls)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INFO).unlink(missing_ok=True)  # whatever is killed here, it never tells of other samples
-        save_file({"x": x, "label": labels}, directory / SAMPLES)
+        save_file({"x": x, "label": labels} | ({} if controls is None else {CONTROL: controls}), directory / SAMPLES)
         if x.ndim == 4 and x.shape[1] in (1, 3):
-            save_grid(x[: self.grid], directory / GRID, self.columns)
+            beside = controls is not None and controls.shape == x.shape
+            images = paired(2 * controls - 1, x, self.columns) if beside and controls is not None else x
+            save_grid(images[: self.grid], directory / GRID, self.columns)
         info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
         info["names"] = list(self.prompts if self.prompts is not None else run.codec().names)  # what the labels stand for
         info["weights"] = digest_of(load_weights(self.run))  # training refuses samples of other weights than its reference has

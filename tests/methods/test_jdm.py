@@ -6,13 +6,33 @@ Data x ~ N(0, 1), condition c | x ~ N(x, TAU2), student x = a c + b z with z ~ N
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gentrain.config import ConfigError, register
+from gentrain.data.toys import Mixture
+from gentrain.extractors.base import Extractor
+from gentrain.extractors.closed_form import DownSampling, Signs
+from gentrain.methods.base import Clock
 from gentrain.methods.distribution_matching import pseudo_target_loss
-from gentrain.methods.jdm import condition_loss, decoupled_guidance
+from gentrain.methods.jdm import JDM, condition_loss, decoupled_guidance
+from gentrain.methods.sfd import score_identity_loss
+from gentrain.models.control import CONTROL, Form
+from gentrain.models.denoiser import Denoiser
+from gentrain.noise import Noise
+from gentrain.paths.base import Path, TimeLaw
+from gentrain.paths.rectified_flow import RectifiedFlow
+from gentrain.rewards.base import Reward
+from gentrain.rewards.closed_form import Brightness
+from gentrain.samplers.euler import Euler
+from gentrain.samplers.one_step import OneStep, time_at
+from gentrain.training.run import load_run
 
 TAU2 = 0.3
 V = 1 + TAU2  # variance of c
@@ -48,6 +68,14 @@ def test_the_joint_divergence_is_fidelity_plus_condition_less_the_conditional_en
     entropy = 0.5 * (2 * math.pi * math.e * V * b**2 / student).log()
     log_likelihood = -condition(a, b) - 0.5 * math.log(2 * math.pi * TAU2)
     assert abs(joint(a, b) - (fidelity(a, b) - log_likelihood - entropy)).item() < 1e-10
+
+
+def test_with_a_fake_score_that_sees_the_control_the_entropy_is_back() -> None:
+    """The mean over c of KL(p_G(x | c) || p(x)), plus condition, less H(c), is the joint divergence."""
+    a, b = number(0.3), number(0.9)
+    of_each = 0.5 * (b**2 + a**2 * V - 1 - (b**2).log())
+    entropy = 0.5 * math.log(2 * math.pi * math.e * V)
+    assert abs(joint(a, b) - (of_each + condition(a, b) + 0.5 * math.log(2 * math.pi * TAU2) - entropy)).item() < 1e-10
 
 
 def test_the_gradient_of_the_bound_is_that_of_the_closed_form() -> None:
@@ -114,3 +142,357 @@ def test_each_bracket_has_its_own_weight_per_row() -> None:
     one = torch.ones(2, 1, dtype=torch.float64)
     got = decoupled_guidance(3 * one, one, 5 * one, 2 * one, 0.5, torch.tensor([1.0, 10.0]), torch.tensor([100.0, 1000.0]))
     torch.testing.assert_close(got, torch.tensor([[2.0 - 150], [20.0 - 1500]], dtype=torch.float64))
+
+
+# --- the method -------------------------------------------------------------------------------------------------------------
+
+PATH, SIGMA, AT = RectifiedFlow(), 2.5, 0.4  # all scores are compared at this time
+ALPHA_T, SIGMA_T = 1 - AT, AT
+
+
+@register("test_itself")
+@dataclass
+class Itself(Extractor):
+    """The sample itself, with noise of variance TAU2."""
+
+    def form(self, shape: tuple[int, ...]) -> Form:
+        return Form(shape)
+
+    def read(self, x: Tensor, networks: Any) -> Tensor:
+        return x
+
+    def loss(self, control: Tensor, x: Tensor, networks: Any) -> Tensor:
+        return condition_loss(control, x, TAU2**0.5)
+
+
+@register("test_at")
+@dataclass
+class At(TimeLaw):
+    """Always the same time."""
+
+    t: float = AT
+
+    def sample(self, uniform: Tensor, path: Path) -> Tensor:
+        return torch.full_like(uniform, self.t)
+
+
+@dataclass
+class Linear(Reward):
+    """slope x."""
+
+    slope: float = 1.0
+
+    def __call__(self, images: Tensor, asked: Any, networks: Any) -> Tensor:
+        return self.slope * images.squeeze(1)
+
+
+class Student(nn.Module):
+    """x = a c + b z + m, given sigma(t) z at the time where sigma / alpha = 2.5."""
+
+    def __init__(self, a: float = 0.5, b: float = 0.7, m: float = 0.0):
+        super().__init__()
+        self.a, self.b, self.m = (nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (a, b, m))
+        self.start = time_at(PATH, SIGMA)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        assert set(condition) == {CONTROL}
+        torch.testing.assert_close(t, torch.full_like(t, 1000 * self.start))
+        return self.a * condition[CONTROL] + self.b * x / self.start + self.m
+
+
+class Exact(nn.Module):
+    """E[x0 | x_t] where x0 ~ N(mean c + shift, variance) with the control it is given, or without one N(shift, variance)."""
+
+    def __init__(self, variance: float, mean: float | None = None, shift: float = 0.0):
+        super().__init__()
+        self.variance, self.mean, self.seen = variance, mean, []
+        self.shift = nn.Parameter(torch.tensor(shift, dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        self.seen.append(condition)
+        alpha, sigma = 1 - t[:, None] / 1000, t[:, None] / 1000
+        mean = self.shift + (0.0 if self.mean is None else self.mean * condition[CONTROL])
+        return mean + alpha * self.variance / (alpha**2 * self.variance + sigma**2) * (x - alpha * mean)
+
+
+def nets_of(**roles: nn.Module) -> Any:
+    return SimpleNamespace(**{name: Denoiser(network, PATH, "x0") for name, network in roles.items()}, decode=lambda x: x)
+
+
+def jdm(**values: Any) -> JDM:
+    return JDM(**{"control": Itself(), "generator_loss": "vsd", "times": At(), **values})
+
+
+def batch_of(count: int) -> dict[str, Tensor]:
+    """Items whose control, themselves, is of the data's law N(0, 1 + TAU2)."""
+    rows = torch.arange(count)
+    return {"x": Noise(7, rows).normal((count, 1), torch.float64) * V**0.5}
+
+
+def loss_of(method: JDM, nets: Any, count: int) -> Any:
+    return method.student_loss(nets, batch_of(count), Noise(1, torch.arange(count)))
+
+
+def weighed_fidelity(a: Tensor, b: Tensor) -> Tensor:
+    """What vsd descends: sigma^2 / alpha times the divergence at AT, of which alpha (fake - teacher) is the gradient."""
+    return SIGMA_T**2 / ALPHA_T * fidelity(a, b, ALPHA_T, SIGMA_T)
+
+
+def given_control(a: Tensor, b: Tensor) -> Tensor:
+    """E over c of the divergence of N(a c, b^2) from N(0, 1), both noised to AT, times sigma^2 / alpha."""
+    student, data = ALPHA_T**2 * b**2 + SIGMA_T**2, ALPHA_T**2 + SIGMA_T**2
+    return SIGMA_T**2 / ALPHA_T * 0.5 * (student / data + ALPHA_T**2 * a**2 * V / data - 1 - (student / data).log())
+
+
+@pytest.mark.parametrize("conditioning", ["marginal", "control"])
+def test_the_student_descends_the_closed_form(conditioning: str) -> None:
+    """With exact scores. The fake score that sees the control descends another objective: of each control's own law."""
+    student = Student()
+    a, b = student.a.item(), student.b.item()
+    fake = Exact(a**2 * V + b**2) if conditioning == "marginal" else Exact(b**2, mean=a)
+    nets = nets_of(student=student, teacher=Exact(1.0), fake_score=fake)
+    loss_of(jdm(condition_weight=0.3, fake_score_conditioning=conditioning), nets, 200_000).value.backward()
+    got = torch.stack([student.a.grad, student.b.grad])
+    objectives = {"marginal": weighed_fidelity, "control": given_control}
+    found = {}
+    for name, objective in objectives.items():
+        at = number(a), number(b)
+        found[name] = torch.stack(torch.autograd.grad(objective(*at) + 0.3 * condition(*at), at))
+    assert torch.cosine_similarity(got, found[conditioning], 0) > 0.999
+    assert got.norm().item() == pytest.approx(found[conditioning].norm().item(), rel=0.02)
+    other = found["control" if conditioning == "marginal" else "marginal"]
+    assert got.norm().item() != pytest.approx(other.norm().item(), rel=0.02)
+
+
+def test_each_term_has_the_sign_and_the_scale_that_is_said() -> None:
+    """Fidelity alone, condition alone: their gradients add up, each per coordinate of a sample."""
+    got = {}
+    for weight in (0.0, 1.0, 3.0):
+        student = Student()
+        loss_of(jdm(condition_weight=weight), nets_of(student=student, teacher=Exact(1.0), fake_score=Exact(0.8)), 1000).value.backward()
+        got[weight] = torch.stack([student.a.grad, student.b.grad])
+    torch.testing.assert_close(got[3.0] - got[0.0], 3 * (got[1.0] - got[0.0]))
+    # by hand: c - x, of which the gradient of |c - x|^2 / (2 tau^2) is - (c - x) / tau^2 times that of x
+    c, z = batch_of(1000)["x"], Noise(1, torch.arange(1000)).normal((1000, 1))
+    error = -(c - (0.5 * c + 0.7 * z)) / TAU2
+    torch.testing.assert_close(got[1.0] - got[0.0], torch.stack([(error * c).mean(), (error * z).mean()]))
+
+
+def test_nothing_but_the_student_gets_a_gradient_and_none_passes_through_scores() -> None:
+    student, teacher, fake = Student(), Exact(1.0), Exact(0.8)
+    loss_of(jdm(), nets_of(student=student, teacher=teacher, fake_score=fake), 50).value.backward()
+    assert teacher.shift.grad is None and fake.shift.grad is None
+    c, z, eps = batch_of(50)["x"], *_draws(50)
+    x = (0.5 * c + 0.7 * z).requires_grad_()
+    x_t = ALPHA_T * x + SIGMA_T * eps
+    gradient = ALPHA_T * (fake(x_t, torch.full((50,), 1000 * AT)) - teacher(x_t, torch.full((50,), 1000 * AT))) - (c - x) / TAU2
+    torch.testing.assert_close(student.b.grad, (gradient * z).mean())
+
+
+def _draws(count: int) -> tuple[Tensor, Tensor]:
+    """(z, eps) as the losses draw them."""
+    noise = Noise(1, torch.arange(count))
+    z = noise.normal((count, 1))
+    noise.uniform((count,))
+    return z, noise.normal((count, 1))
+
+
+def test_the_teacher_and_a_marginal_fake_score_never_see_the_control() -> None:
+    for conditioning, sees in (("marginal", False), ("control", True)):
+        student, teacher = Student(), Exact(1.0)
+        fake = Exact(0.8, mean=0.5 if sees else None)
+        method, nets = jdm(fake_score_conditioning=conditioning), nets_of(student=student, teacher=teacher, fake_score=fake)
+        loss_of(method, nets, 20)
+        method.fake_score_loss(nets, batch_of(20), Noise(1, torch.arange(20)))
+        assert all(seen is None or CONTROL not in seen for seen in teacher.seen)
+        assert len(fake.seen) == 2 and all((seen is not None and CONTROL in seen) == sees for seen in fake.seen)
+        assert (method.roles["fake_score"].control is not None) == sees
+
+
+def test_what_the_teacher_knows_goes_to_it_and_the_control_does_not() -> None:
+    """A known label is kept by all three; a control that is the label is kept from both scores."""
+    seen: dict[str, Any] = {}
+
+    def network(name: str) -> Any:
+        def call(x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+            seen[name] = condition
+            return x * 0.5
+
+        return call
+
+    for control, known in ((DownSampling(factor=2), {"label"}), (_label(), set())):
+        nets: Any = SimpleNamespace(**{name: Denoiser(network(name), PATH, "x0") for name in ("student", "teacher", "fake_score")})
+        nets.decode, nets.judge = lambda x: x, lambda x: x.flatten(1)[:, :3]
+        batch = {"x": torch.rand(4, 1, 2, 2), "label": torch.arange(4) % 3}
+        JDM(control=control).student_loss(nets, batch, Noise(1, torch.arange(4)))
+        assert set(seen["student"]) == {CONTROL, *known}
+        assert all(set(seen[name] or {}) == known for name in ("teacher", "fake_score"))
+
+
+def _label() -> Extractor:
+    from gentrain.extractors.label import Label
+
+    label = Label()
+    label.check_data(Mixture(components=3))
+    return label
+
+
+def test_noise_has_nothing_to_do_with_the_items() -> None:
+    """The same rows with other items: the same z, other controls."""
+    student, nets = Student(a=0.0), None
+    nets = nets_of(student=student, teacher=Exact(1.0), fake_score=Exact(0.8))
+    method, noise = jdm(), lambda: Noise(1, torch.arange(30))
+    one, other = batch_of(30), {"x": batch_of(30)["x"].flip(0)}
+    drawn = [method._draw(nets, batch, noise(), batch["x"]) for batch in (one, other)]
+    assert torch.equal(*drawn)
+    z, _ = _draws(30)
+    torch.testing.assert_close(drawn[0], 0.7 * z.double())
+
+
+def test_the_fake_score_learns_to_denoise_what_the_student_draws() -> None:
+    student, fake = Student(), Exact(0.8)
+    nets = nets_of(student=student, teacher=Exact(1.0), fake_score=fake)
+    loss = jdm().fake_score_loss(nets, batch_of(50), Noise(1, torch.arange(50)))
+    loss.value.backward()
+    assert student.a.grad is None and fake.shift.grad is not None
+    z, eps = _draws(50)
+    x = 0.5 * batch_of(50)["x"] + 0.7 * z
+    x_t = ALPHA_T * x + SIGMA_T * eps
+    expected = (ALPHA_T * 0.8 / (ALPHA_T**2 * 0.8 + SIGMA_T**2) * x_t - x).square().mean()
+    torch.testing.assert_close(loss.value, expected.detach(), check_dtype=False)
+
+
+def test_a_linear_reward_moves_the_mean_to_where_it_balances_the_divergence() -> None:
+    """sigma^2 / alpha KL of N(m, .) from N(0, 1) at AT has the slope sigma^2 alpha m / (alpha^2 + sigma^2); the reward slope / beta."""
+    slope, beta = 0.6, 4.0
+    m = slope / beta * (ALPHA_T**2 + SIGMA_T**2) / (SIGMA_T**2 * ALPHA_T)
+    for place, still in ((m, True), (0.0, False), (2 * m, False)):
+        student = Student(a=0.0, b=1.0, m=place)
+        nets = nets_of(student=student, teacher=Exact(1.0), fake_score=Exact(1.0, shift=place))
+        found = loss_of(jdm(condition_weight=0.0, reward=Linear(slope=slope), reward_temperature=beta), nets, 20_000)
+        found.value.backward()
+        assert (abs(student.m.grad.item()) < 0.05 * slope / beta) == still
+        assert (student.m.grad.item() < 0) == (place < m) or still  # descent raises a mean that is too low
+        assert found.logs["reward"].item() == pytest.approx(slope * place, abs=0.02)
+
+
+def test_the_noisy_condition_term_reads_what_the_consistency_model_makes_of_the_noised_sample() -> None:
+    student, consistency = Student(), Exact(0.9)
+    method = jdm(condition_at="noisy", condition_weight=2.0)
+    assert "consistency" in method.roles and "consistency" not in jdm().roles
+    nets = nets_of(student=student, teacher=Exact(0.8), fake_score=Exact(0.8), consistency=consistency)
+    loss_of(method, nets, 40).value.backward()
+    z, eps = _draws(40)
+    c = batch_of(40)["x"]
+    gain = ALPHA_T * 0.9 / (ALPHA_T**2 * 0.9 + SIGMA_T**2)
+    read = gain * (ALPHA_T * (0.5 * c + 0.7 * z) + SIGMA_T * eps)
+    torch.testing.assert_close(student.b.grad, (2 * -(c - read) / TAU2 * gain * ALPHA_T * z).mean(), rtol=1e-5, atol=0)
+
+
+def test_score_identity_as_fidelity() -> None:
+    student, teacher, fake = Student(), Exact(1.0), Exact(0.8)
+    loss = loss_of(jdm(generator_loss="sid", condition_weight=0.0), nets_of(student=student, teacher=teacher, fake_score=fake), 40)
+    loss.value.backward()
+    b = number(0.7)
+    z, eps = _draws(40)
+    x = 0.5 * batch_of(40)["x"] + b * z
+    t = torch.full((40,), 1000 * AT)
+    x_t = ALPHA_T * x + SIGMA_T * eps
+    score_identity_loss(x, teacher(x_t, t), fake(x_t, t), 1.2).mean().backward()
+    torch.testing.assert_close(student.b.grad, b.grad)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_guidance_by_what_the_teacher_knows(apart: bool) -> None:
+    """Tied: the teacher's guided prediction. Apart: a bracket of its own, at a time and with noise of its own."""
+    w, other = 3.0, 0.7
+    known = torch.arange(30) % 2
+
+    def teacher(x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        label = torch.full((len(x),), -1) if condition is None else condition["label"]
+        return x * 0.5 + torch.where(label < 0, 0.0, 0.3 + label)[:, None]
+
+    student = Student()
+    plain = student.forward
+    student.forward = lambda x, t, condition: plain(x, t, {CONTROL: condition[CONTROL]})  # type: ignore[method-assign]
+    nets = nets_of(student=student, fake_score=Exact(0.8))
+    nets.teacher = Denoiser(teacher, PATH, "x0")
+    method = jdm(guidance=w, guidance_times=At(t=other) if apart else None, condition_weight=0.0)
+    batch, noise = {**batch_of(30), "label": known}, Noise(1, torch.arange(30))
+    method.student_loss(nets, batch, noise).value.backward()
+    z, eps = _draws(30)
+    x_t = ALPHA_T * (0.5 * batch["x"] + 0.7 * z) + SIGMA_T * eps
+    fake = ALPHA_T * 0.8 / (ALPHA_T**2 * 0.8 + SIGMA_T**2) * x_t
+    conditional, push = 0.5 * x_t + (0.3 + known)[:, None], (0.3 + known)[:, None]
+    if apart:
+        gradient = ALPHA_T * (fake - conditional) - (w - 1) * (1 - other) * push
+    else:
+        gradient = ALPHA_T * (fake - conditional - (w - 1) * push)
+    torch.testing.assert_close(student.b.grad, (gradient * z).mean())
+
+
+def test_dmd_divides_by_the_teachers_error() -> None:
+    student, teacher = Student(), Exact(1.0)
+    nets = nets_of(student=student, teacher=teacher, fake_score=Exact(0.8))
+    loss_of(jdm(generator_loss="dmd", condition_weight=0.0), nets, 40).value.backward()
+    z, eps = _draws(40)
+    x = 0.5 * batch_of(40)["x"] + 0.7 * z
+    x_t = ALPHA_T * x + SIGMA_T * eps
+    gain = {v: ALPHA_T * v / (ALPHA_T**2 * v + SIGMA_T**2) for v in (0.8, 1.0)}
+    gradient = (gain[0.8] - gain[1.0]) * x_t / ((x - gain[1.0] * x_t).abs() + 1e-6)
+    torch.testing.assert_close(student.b.grad, (gradient * z).mean(), rtol=1e-5, atol=0)
+
+
+def test_the_student_keeps_its_turn() -> None:
+    turns = [[update.role for update in jdm(student_every=3).updates(Clock(64 * step, 64, 6400))] for step in range(6)]
+    assert turns == [["fake_score"], ["fake_score"], ["fake_score", "student"]] * 2
+
+
+# --- what the configuration refuses -----------------------------------------------------------------------------------------
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    with pytest.raises(ConfigError, match="guidance in its teacher"):
+        jdm(generator_loss="sid", guidance_times=At())
+    with pytest.raises(ConfigError, match="signs is for vectors"):
+        JDM(control=Signs()).check_data(SimpleNamespace(shape=(1, 8, 8), registered_name="digits"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="images"):
+        jdm(control=Signs(), reward=Brightness()).check_data(Mixture())
+    with pytest.raises(ValueError, match="one step"):
+        jdm().check_sampler(Euler())
+    jdm().check_sampler(OneStep())
+
+
+RUN = """
+method: {name: jdm, control: CONTROL}
+data: DATA
+model: mlp
+roles: {teacher: {weights: runs/none}}
+training: {samples: 64}
+"""
+
+
+@pytest.mark.parametrize(
+    ("control", "data", "message"),
+    [
+        ("down_sampling", "mixture", "images with 1 or 3 channels"),
+        ("{name: label, role: teacher}", "{name: unlabelled, data: mixture}", "needs data with classes"),
+        ("nothing", "mixture", "nothing"),
+        ("{name: down_sampling, factor: 3}", "digits", "no multiples"),
+        ("grey_scale", "digits", "grey themselves"),
+    ],
+)
+def test_a_control_that_the_data_do_not_have_is_told(tmp_path: FilePath, control: str, data: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.replace("CONTROL", control).replace("DATA", data))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_run(file)
+    assert "method.control" in str(caught.value)
+
+
+def test_the_branch_alone_learns_unless_the_configuration_says_otherwise(tmp_path: FilePath) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.replace("CONTROL", "signs").replace("DATA", "mixture"))
+    run = load_run(file)
+    assert run.part_of("student") == r"^control\." and run.part_of("fake_score") is None
+    assert load_run(file, ["roles.student.trainable=output"]).part_of("student") == "output"

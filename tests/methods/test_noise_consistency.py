@@ -1,0 +1,112 @@
+"""Noise consistency: levels of noise, both distances, where gradients flow, and the multiplier that holds the boundary."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gentrain.extractors.closed_form import Signs
+from gentrain.methods.base import Clock
+from gentrain.methods.noise_consistency import NoiseConsistency, diffused, dual_loss
+from gentrain.models.control import CONTROL
+from gentrain.models.denoiser import Denoiser
+from gentrain.models.multiplier import Multiplier
+from gentrain.noise import Noise
+from gentrain.paths.rectified_flow import RectifiedFlow
+from gentrain.samplers.one_step import time_at
+
+PATH = RectifiedFlow()
+START = time_at(PATH, 2.5)
+ROWS = torch.arange(6)
+
+
+class Steered(nn.Module):
+    """x = b z + a c, where it is given a control."""
+
+    def __init__(self, a: float, b: float):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        self.seen.append(condition)
+        return self.b * x / START + (0 if condition is None else self.a * condition[CONTROL])
+
+
+def nets_of(student: Steered, teacher: Steered) -> Any:
+    multiplier = Multiplier().build((2,), 0)
+    seen = {"student": Denoiser(student, PATH, "x0"), "teacher": Denoiser(teacher, PATH, "x0")}
+    return SimpleNamespace(**seen, multiplier=multiplier, decode=lambda x: x)
+
+
+def draws(levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, eps, level) as the loss draws them."""
+    noise = Noise(3, ROWS)
+    return noise.normal((6, 2)), noise.normal((6, 2)), noise.randint(0, levels, (6,)).float()
+
+
+def test_diffused_noise_is_of_the_law_of_noise() -> None:
+    z, eps = (torch.randn(100_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for sigma in (0.0, 0.3, 1.0):
+        mixed = diffused(z, eps, torch.full((100_000,), sigma, dtype=torch.float64))
+        assert mixed.std().item() == pytest.approx(1, abs=0.01)
+        assert (mixed * z).mean().item() == pytest.approx((1 - sigma**2) ** 0.5, abs=0.01)
+    assert torch.equal(diffused(z, eps, torch.ones(100_000)), eps)
+
+
+@pytest.mark.parametrize("distance", ["huber", "l2"])
+def test_the_loss_by_hand(distance: Any) -> None:
+    method = NoiseConsistency(control=Signs(), levels=4, distance=distance)
+    student, teacher = Steered(0.3, 0.8), Steered(9.0, 1.1)
+    nets = nets_of(student, teacher)
+    loss = method.student_loss(nets, {"x": torch.zeros(6, 2)}, Noise(3, ROWS))
+    loss.value.backward()
+    z, eps, level = draws(4)
+    x, c = 1.1 * z, (1.1 * z).sign()
+    a, b = torch.tensor(0.3, requires_grad=True), torch.tensor(0.8, requires_grad=True)
+    sigma = ((level + 1) / 4)[:, None], (level / 4)[:, None]
+    farther, nearer = ((1 - s**2).clamp(min=0).sqrt() * z + s * eps for s in sigma)
+
+    def d(p: Tensor, q: Tensor) -> Tensor:
+        square = (p - q).square().sum(1)
+        return (square / 2).mean() if distance == "l2" else (((square + 2 * 0.00054**2).sqrt() - 0.00054 * 2**0.5) / 2**0.5).mean()
+
+    fixed = (b * nearer + a * c).detach()  # nothing flows through the nearer level
+    expected = d(b * farther + a * c, fixed) + d(b * z + a * c, x)  # lambda = 1 at first
+    expected.backward()
+    torch.testing.assert_close(loss.value, expected)
+    torch.testing.assert_close((student.a.grad, student.b.grad), (a.grad, b.grad))
+    assert loss.logs["multiplier"].item() == pytest.approx(1, abs=1e-6)
+    assert teacher.b.grad is None and nets.multiplier.raw.grad is None
+    assert teacher.seen == [None]  # the generator knows no control
+
+
+def test_the_multiplier_rises_while_the_boundary_is_farther_than_the_margin_and_falls_else() -> None:
+    for margin, rises in ((0.01, True), (5.0, False)):
+        nets = nets_of(Steered(0.3, 0.8), Steered(0.0, 1.1))
+        nets.multiplier.raw.requires_grad_(True)
+        loss = NoiseConsistency(control=Signs(), margin=margin).multiplier_loss(nets, {"x": torch.zeros(6, 2)}, Noise(3, ROWS))
+        loss.value.backward()
+        assert (nets.multiplier.raw.grad.item() < 0) == rises  # descent goes against the gradient
+        assert nets.student.network.b.grad is None
+    multiplier, boundary = torch.tensor(2.0, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    dual_loss(multiplier, boundary, 0.2).backward()
+    assert multiplier.grad.item() == pytest.approx(-0.3) and boundary.grad is None
+
+
+def test_a_generator_that_is_already_steered_right_stays_at_the_boundary() -> None:
+    """f(z, c) = f(z): the boundary's distance is 0, and the control is not obeyed for other noise. The sum says so."""
+    same = nets_of(Steered(0.0, 1.1), Steered(0.0, 1.1))
+    method = NoiseConsistency(control=Signs(), levels=4)
+    logs = method.student_loss(same, {"x": torch.zeros(6, 2)}, Noise(3, ROWS)).logs
+    assert logs["boundary"].item() == 0 and logs["consistency"].item() > 0.05
+
+
+def test_the_student_learns_before_the_multiplier() -> None:
+    method = NoiseConsistency(control=Signs())
+    assert [update.role for update in method.updates(Clock(0, 64, 640))] == ["student", "multiplier"]
+    assert method.roles["student"].control is method.control and method.roles["student"].trainable == r"^control\."
