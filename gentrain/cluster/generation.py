@@ -36,15 +36,18 @@ class Generator:
         # By its settings, not as an object: its class may be of a plugin, which only opening the run has imported here.
         self.sampler, self.seed = with_weaker(build(Sampler, Document(sampler, "sampler")), self.run, self.device), seed
 
-    def draw(self, first: int, labels: Tensor, prompts: Sequence[str] | None = None, controls: Tensor | None = None) -> Tensor:
-        """Samples number first, first + 1, ... with `labels` [B] (-1 = the null class) and controls: [B, ...] float32 on the host."""
+    def draw(
+        self, first: int, labels: Tensor, prompts: Sequence[str] | None = None, controls: Tensor | None = None, decoded: bool = True
+    ) -> Tensor:
+        """Samples number first, first + 1, ... with `labels` [B] (-1 = the null class) and controls: [B, ...] on the host."""
         rows = torch.arange(first, first + len(labels))
         noise = Noise(derive(self.seed, "generate"), rows, self.device)
         with torch.no_grad():
             condition = self.codec.condition(labels.to(self.device), prompts)
             if controls is not None:
                 condition = {**(condition or {}), CONTROL: controls.to(self.device)}
-            samples = self.codec.decode(self.sampler.sample(self.denoiser, (len(labels), *self.codec.shape), noise, condition))
+            samples = self.sampler.sample(self.denoiser, (len(labels), *self.codec.shape), noise, condition)
+            samples = self.codec.decode(samples) if decoded else samples
         return samples.cpu()
 
 
@@ -56,6 +59,7 @@ def generate(
     actors: int = 0,
     prompts: Sequence[str] | None = None,
     controls: Tensor | None = None,
+    decoded: bool = True,
 ) -> Tensor:
     """Draws one sample per label from the newest checkpoint of a run. Sample i depends on (seed, i, its label), not on `actors`.
 
@@ -64,8 +68,10 @@ def generate(
         controls: [N, ...], of a generator that is given one.
         actors: size of the Ray fleet, at most one per core of the cluster; 0 = in this process, without Ray.
 
+        decoded: to data; False = as the network draws them, latents or tokens say.
+
     Returns:
-        [N, ...] float32.
+        [N, ...] float32; int64 of tokens.
 
     Raises ConfigError when the run has no checkpoint or generates nothing.
     """
@@ -75,7 +81,7 @@ def generate(
     if isinstance(run.method.roles[run.method.generator], Trained) and run.storage.latest() is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
     parts = [slice(first, first + CHUNK) for first in range(0, len(labels), CHUNK)]
-    chunks = [(part.start, labels[part], prompts, None if controls is None else controls[part]) for part in parts]
+    chunks = [(part.start, labels[part], prompts, None if controls is None else controls[part], decoded) for part in parts]
     if actors == 0:
         generator = Generator(str(directory), to_dict(sampler), seed)
         return torch.cat(list(shown((generator.draw(*chunk) for chunk in chunks), len(chunks), "samples, in hundreds")))

@@ -18,7 +18,8 @@ from typing_extensions import TypedDict
 from gentrain.config import ConfigError, Document, build, load, option, to_dict
 from gentrain.noise import derive
 from gentrain.report import SWEEP, short
-from gentrain.training.run import RunConfig, changed_keys, parse_run
+from gentrain.training.run import RunConfig, parse_run
+from gentrain.training.settings import changed_keys
 from gentrain.training.storage import replace_file
 
 log = logging.getLogger(__name__)

@@ -54,7 +54,7 @@ class Role:
 
     Attributes:
         init: role whose initial weights it copies; None = its own (from the config's `roles.<role>.weights`, else random).
-        denoiser: the method sees it as a Denoiser; False = the bare network (a classifier, a critic).
+        denoiser: the method sees it as a Denoiser, or a TokenModel; False = the bare network (a classifier, a critic).
         classifier: its network reads x alone and gives logits, see models.base.
         inputs: what its network reads of the condition beside the label, see models.inputs. Weights without them may be loaded.
         model: its network where the config names none for the role; None = the run's.
@@ -167,6 +167,7 @@ class Method(Component, kind="method"):
         predictions: what networks may predict; None = anything.
         dropout: whether units of the networks that learn are dropped while they do.
         weighs: whether rows count in its loss by the "weight" of the batch, where the data have one.
+        of_tokens: data, networks and sampler are those of tokens: the method sees each denoiser as a `TokenModel`.
         forward_mode: the roles whose networks are differentiated in forward mode (jvp).
     """
 
@@ -176,6 +177,7 @@ class Method(Component, kind="method"):
     predictions: ClassVar[tuple[Prediction, ...] | None] = None
     dropout: ClassVar[bool] = True
     weighs: ClassVar[bool] = False
+    of_tokens: ClassVar[bool] = False
 
     @property
     def forward_mode(self) -> tuple[str, ...]:

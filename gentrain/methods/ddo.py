@@ -20,6 +20,7 @@ from gentrain.data.pool import Pool
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update, condition_of, part_of
 from gentrain.methods.diffusion import Weighting, regressed, regression
 from gentrain.methods.matching import noised
+from gentrain.models.base import Condition
 from gentrain.noise import Noise
 from gentrain.paths.base import Path, TimeLaw, expand
 from gentrain.paths.reflected_heat import ReflectedHeat
@@ -59,7 +60,7 @@ def ddo_loss(real_log_ratio: Tensor, fake_log_ratio: Tensor, alpha: float, beta:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of each row [B]: the log-ratio (with gradient), the regression losses, averaged over C, H, W, and whether its label was kept."""
+    """Of each row [B]: the log-ratio (with gradient), what both are trained by, averaged over coordinates, whether its label was kept."""
 
     log_ratio: Tensor
     loss: Tensor
@@ -71,21 +72,14 @@ class Ratio:
 class RatioMethod(Method):
     """Base of the methods that compare the model with its frozen beginning by the log-ratio of their likelihoods.
 
-    The model and the reference meet the same time, noise and label, and dropout is off in both, so that the log-ratio is 0 at first.
+    The model and the reference meet the same label (and time and noise), and dropout is off in both, so that the log-ratio is 0 at first.
     """
 
     roles: ClassVar[dict[str, Role]] = {"reference": Frozen(given=True), "model": Trained(init="reference", ema=True)}
     generator: ClassVar[str | None] = "model"
     dropout: ClassVar[bool] = False
 
-    times: TimeLaw = option(Uniform, "law of the training times: that of the reference's training")
-    weighting: Weighting = option("uniform", "uniform (on the network's output), edm or min_snr (on x0): that of the reference's training")
-    gamma: PositiveFloat = option(5.0, "greatest weight of min_snr", source="arXiv:2303.09556")
     label_dropout: Fraction = option(0.1, "probability that a label becomes the null class", source="arXiv:2207.12598")
-
-    def check(self, path: Path) -> None:
-        if isinstance(path, ReflectedHeat):
-            raise ValueError(f"{self.registered_name} needs x_t = alpha x0 + sigma eps; take a path other than {path.registered_name}")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", self.loss)
@@ -95,27 +89,42 @@ class RatioMethod(Method):
 
     def ratio(self, nets: Nets, batch: Batch, noise: Noise) -> Ratio:
         """The log-ratio of the model to the reference on the rows of a batch."""
+        raise NotImplementedError
+
+
+@dataclass
+class DiffusionRatio(RatioMethod):
+    """Of diffusion and flow models: both networks meet the same time and noise, one of each per row."""
+
+    times: TimeLaw = option(Uniform, "law of the training times: that of the reference's training")
+    weighting: Weighting = option("uniform", "uniform (on the network's output), edm or min_snr (on x0): that of the reference's training")
+    gamma: PositiveFloat = option(5.0, "greatest weight of min_snr", source="arXiv:2303.09556")
+
+    def check(self, path: Path) -> None:
+        if isinstance(path, ReflectedHeat):
+            raise ValueError(f"{self.registered_name} needs x_t = alpha x0 + sigma eps; take a path other than {path.registered_name}")
+
+    def ratio(self, nets: Nets, batch: Batch, noise: Noise) -> Ratio:
         sample = noised(batch, noise, nets.model.path, self.times, self.label_dropout)
         target, weight = regression(nets.model, sample, self.weighting, self.gamma)
         with torch.no_grad():
             reference = regressed(nets.reference, sample, self.weighting)
         prediction = regressed(nets.model, sample, self.weighting)
-        before, after = condition_of(batch) or {}, sample.condition or {}
-        kept = torch.ones_like(weight, dtype=torch.bool)
-        for key in {"label", "null"} & after.keys():
-            kept &= before[key] == after[key]  # rows that had no label before, as all of an unconditional model, count as kept
         errors = [(expand(weight, x) * (x.detach() - target).square()).flatten(1).mean(1) for x in (prediction, reference)]
+        kept = kept_rows(condition_of(batch), sample.condition, weight)
         return Ratio(log_ratio(prediction, reference, target, weight), errors[0], errors[1], kept)
 
 
-@register("ddo")
-@dataclass
-class DDO(RatioMethod):
-    """Direct Discriminative Optimization (arXiv:2503.01103) of a diffusion or flow model: one round of self-play.
+def kept_rows(before: Condition | None, after: Condition | None, of: Tensor) -> Tensor:
+    """Which of the rows `of` [B, ...] kept their label, or prompt: [B] bool. Those without one before, of an unconditional model, count."""
+    before, after = before or {}, after or {}
+    kept = [before[key] == after[key] for key in ("label", "null") if key in after]
+    return torch.stack(kept).all(0) if kept else torch.ones(len(of), dtype=torch.bool, device=of.device)
 
-    The model learns to tell data from samples of its frozen beginning, the reference, by the ratio of their likelihoods, and is the
-    generator as well. roles.reference.weights names the run that it continues, whose path, prediction, times and weighting are its own.
-    """
+
+@dataclass
+class SelfPlay(RatioMethod):
+    """Base of Direct Discriminative Optimization (arXiv:2503.01103): one round of self-play, whatever the log-ratio is of."""
 
     pool: str = option(
         ON_THE_FLY, "directory of a stage `generate` that drew from the reference without guidance; on_the_fly: each step draws"
@@ -128,16 +137,19 @@ class DDO(RatioMethod):
     normalise_alpha: bool = option(False, "divides the loss by max(alpha, 1), so that a sweep of alpha is none of the learning rate")
     sampler: Sampler = option(lambda: Heun(steps=18), "draws from the reference on the fly", source="arXiv:2206.00364: 35 network calls")
     guard: PositiveFloat = option(
-        2.0, "the run ends when the model's regression loss on data is above this many times the reference's on the same rows"
+        2.0, "the run ends when the model's training loss on data is above this many times the reference's on the same rows"
     )
 
+    unit_scale: ClassVar[bool] = True  # whether each of a sample's coordinates adds about as much to the log-ratio, whatever its size
+
     def __post_init__(self) -> None:
-        if self.sampler.guidance != 1:
-            raise ConfigError("guided samples are no samples of the reference; leave guidance at 1", key="sampler.guidance")
+        if self.sampler.other_law is not None:
+            key = f"sampler.{self.sampler.other_law.partition(' ')[0]}"
+            raise ConfigError(f"samples with {self.sampler.other_law} are no samples of the reference; leave it out", key=key)
 
     def check_data(self, data: Data) -> None:
         size = math.prod(data.shape)
-        if self.weighting == "uniform" and not isinstance(self.beta, str) and self.beta * size < _LEAST_PRODUCT:
+        if self.unit_scale and not isinstance(self.beta, str) and self.beta * size < _LEAST_PRODUCT:
             raise ConfigError(
                 f"with {size} coordinates beta = {self.beta:g} leaves the discriminator at 1/2: the log-ratio is a sum over them; "
                 f"take at least {10 * _LEAST_PRODUCT / size:.2g}, or the output of a stage `calibrate`",
@@ -160,7 +172,7 @@ class DDO(RatioMethod):
             loss = loss / max(self.alpha, 1.0)
         r, r_fake = real.log_ratio.detach(), fake.log_ratio.detach()
         logs = {
-            "regression_loss": real.loss.mean(),
+            "model_loss": real.loss.mean(),
             "reference_loss": real.reference_loss.mean(),
             "log_ratio_data": r.mean(),
             "log_ratio_fake": r_fake.mean(),
@@ -170,11 +182,11 @@ class DDO(RatioMethod):
         return Loss(loss, logs)
 
     def diverged(self, record: Mapping[str, float]) -> str | None:
-        now, start = record.get("regression_loss"), record.get("reference_loss")
+        now, start = record.get("model_loss"), record.get("reference_loss")
         if now is None or start is None or now <= self.guard * start:
             return None
         return (
-            f"the regression loss on data is {now:.4g}, more than {self.guard:g} times the reference's on the same rows ({start:.4g}; "
+            f"the training loss on data is {now:.4g}, more than {self.guard:g} times the reference's on the same rows ({start:.4g}; "
             "method.guard): the model forgets the data; raise method.beta (the stage `calibrate` finds it), or lower method.alpha or "
             "optimizer.lr"
         )
@@ -184,6 +196,20 @@ class DDO(RatioMethod):
         with torch.no_grad():
             x = self.sampler.sample(nets.reference, tuple(batch["x"].shape), noise, condition_of(batch))
         return {**batch, "x": x}
+
+
+@register("ddo")
+@dataclass
+class DDO(SelfPlay, DiffusionRatio):
+    """Direct Discriminative Optimization (arXiv:2503.01103) of a diffusion or flow model: one round of self-play.
+
+    The model learns to tell data from samples of its frozen beginning, the reference, by the ratio of their likelihoods, and is the
+    generator as well. roles.reference.weights names the run that it continues, whose path, prediction, times and weighting are its own.
+    """
+
+    @property
+    def unit_scale(self) -> bool:  # type: ignore[override]
+        return self.weighting == "uniform"
 
 
 def read_calibration(directory: str) -> float:

@@ -13,7 +13,7 @@ from gentrain.config import Fraction, option, register
 from gentrain.data.base import Data
 from gentrain.data.preferences import Preferences
 from gentrain.methods.base import Batch, Loss, Nets, part_of
-from gentrain.methods.ddo import RatioMethod
+from gentrain.methods.ddo import DiffusionRatio
 from gentrain.noise import Noise
 
 
@@ -27,7 +27,7 @@ def dpo_loss(preferred_log_ratio: Tensor, rejected_log_ratio: Tensor, beta: floa
 
 @register("diffusion_dpo")
 @dataclass
-class DiffusionDPO(RatioMethod):
+class DiffusionDPO(DiffusionRatio):
     """Diffusion-DPO (arXiv:2311.12908): the model comes to prefer what was preferred, held near its frozen beginning, the reference.
 
     Both samples of a pair meet the same time, noise and label. roles.reference.weights names the run that it continues, whose path,
@@ -49,7 +49,7 @@ class DiffusionDPO(RatioMethod):
         preferred, rejected = self.ratio(nets, batch, noise), self.ratio(nets, rejected_rows, again)
         margin = (preferred.log_ratio - rejected.log_ratio).detach()
         logs = {
-            "regression_loss": preferred.loss.mean(),
+            "model_loss": preferred.loss.mean(),
             "reference_loss": preferred.reference_loss.mean(),
             "margin": margin.mean(),
             "preference_accuracy": (1 + margin.sign().mean()) / 2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -14,7 +14,8 @@ from gentrain.noise import Noise
 from gentrain.paths.base import Path
 
 if TYPE_CHECKING:
-    from gentrain.models.denoiser import Prediction
+    from gentrain.models.denoiser import Denoiser, Prediction
+    from gentrain.models.tokens import TokenModel
 
 # {"label": [B] int64, -1 = the null class}, or the codec's entries, each [B, ...], with "null": [B] bool, the rows that count as without
 # condition. None = null for every row.
@@ -75,10 +76,12 @@ class Model(Component, kind="model"):
     """A network as configured. Heavy libraries are imported in `build`, when a run needs them.
 
     `classifies`: what it builds is a classifier, not a network for denoising. `decoded`: it is given data, or samples as decoded.
+    `of_tokens`: it says how likely tokens are, see `TokenModel`.
     """
 
     classifies: ClassVar[bool] = False
     decoded: ClassVar[bool] = False
+    of_tokens: ClassVar[bool] = False
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A network for samples of `shape` ((C, H, W) or (D,)), initialised from torch's global generator.
@@ -104,6 +107,12 @@ class Model(Component, kind="model"):
     def law(self) -> tuple[Path, Prediction] | None:
         """The path and prediction that its weights were trained with; None for weights that are random, or `to_come`."""
         return None
+
+    def seen(self, network: Callable[..., Tensor], path: Path, prediction: Prediction) -> Denoiser | TokenModel:
+        """The network that `build` gave, or what stands for it, as methods and samplers see it."""
+        from gentrain.models.denoiser import Denoiser
+
+        return Denoiser(network, path, prediction)
 
     def check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Raises ValueError unless one network takes samples of each of these shapes, the first of which `build` is given."""

@@ -22,7 +22,7 @@ from gentrain.config import Component, ConfigError, Document, build, load, load_
 from gentrain.models.families.source import outputs_to_come
 from gentrain.training.cluster import Submitting
 from gentrain.training.remedies import refuse_url
-from gentrain.training.run import changed_keys
+from gentrain.training.settings import changed_keys
 from gentrain.training.storage import replace_file
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,11 @@ from pydantic import PositiveFloat, PositiveInt
 
 from gentrain.cluster.launch import launch
 from gentrain.config import ConfigError, option, register
-from gentrain.methods.ddo import CALIBRATION, DDO
+from gentrain.methods.ddo import CALIBRATION, SelfPlay
 from gentrain.recipes.base import Stage, Stopped
 from gentrain.training.loop import Outcome
-from gentrain.training.run import METRICS, RunConfig, weight_settings
+from gentrain.training.run import METRICS, RunConfig
+from gentrain.training.settings import weight_settings
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,10 @@ class Calibrate(Stage):
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.run.method, DDO):
-            raise ConfigError(f"beta is a key of ddo, and this is a run of {self.run.method.registered_name}", key="run.method")
+        if not isinstance(self.run.method, SelfPlay):
+            raise ConfigError(
+                f"beta is a key of ddo and token_ddo, and this is a run of {self.run.method.registered_name}", key="run.method"
+            )
 
     def place(self, directory: Path) -> None:
         self.run.output = str(directory / "probe")
@@ -61,7 +64,7 @@ class Calibrate(Stage):
 
     def execute(self, directory: Path) -> None:
         method = self.run.method
-        assert isinstance(method, DDO)
+        assert isinstance(method, SelfPlay)
         probe = self._probe(method)
         if launch(probe) is Outcome.STOPPED:
             raise Stopped
@@ -73,7 +76,7 @@ class Calibrate(Stage):
             refuse_meaningless(method.beta, found)
         (directory / CALIBRATION).write_text(json.dumps(vars(found), indent=1))
 
-    def _probe(self, method: DDO) -> RunConfig:
+    def _probe(self, method: SelfPlay) -> RunConfig:
         training = self.run.training
         samples = self.steps * training.batch_size
         beta = 2 / math.prod(self.run.codec().shape)  # so small that the loss is nearly straight in the log-ratio

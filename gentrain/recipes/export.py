@@ -73,6 +73,8 @@ class Export(Stage):
             return
         if run.method.generator is None:
             raise ConfigError(f"{self.run} holds a {run.method.registered_name}, which generates nothing", key="run")
+        if run.method.of_tokens:
+            raise ConfigError(f"{self.run} draws tokens, for which diffusers has no pipeline: it cannot be exported", key="run")
         release = None if self.gate is None else read_release(self.gate, self.run)
         if release is not None and unmet(release) and not self.force:
             raise ConfigError(f"not released: {'; '.join(unmet(release))}; train on, or set force=true", key="gate")

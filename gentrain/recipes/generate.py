@@ -43,6 +43,9 @@ class Generate(Stage):
     prompts: list[str] | None = option(None, "what to draw in turn, for a network that takes prompts; null = the labels")
     sampler: Sampler | None = option(None, "null = the run's")
     seed: NonNegativeInt = option(0, "of the noise; sample i is the same whatever the count and the number of actors")
+    decoded: bool = option(
+        True, "what the network draws is decoded to images, where it draws latents or tokens; false for the pool of a run on tokens"
+    )
     actors: NonNegativeInt = option(0, "size of the Ray fleet; 0 = in this process, without Ray")
     columns: PositiveInt = option(10, "images in a row of the grid")
     grid: PositiveInt = option(100, "images in the grid, the first of the samples")
@@ -70,15 +73,16 @@ class Generate(Stage):
         sampler = run.drawn_with(self.sampler)
         found, controls = controls_of(run, labels)
         labels = found if self.prompts is None else labels
-        x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts, controls)
+        x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts, controls, self.decoded)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INFO).unlink(missing_ok=True)  # whatever is killed here, it never tells of other samples
         save_file({"x": x, "label": labels} | ({} if controls is None else {CONTROL: controls}), directory / SAMPLES)
-        if x.ndim == 4 and x.shape[1] in (1, 3):
+        if self.decoded and x.ndim == 4 and x.shape[1] in (1, 3):
             beside = controls is not None and controls.shape == x.shape
             images = paired(2 * controls - 1, x, self.columns) if beside and controls is not None else x
             save_grid(images[: self.grid], directory / GRID, self.columns)
         info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
         info["names"] = list(self.prompts if self.prompts is not None else run.codec().names)  # what the labels stand for
+        info["other_law"] = sampler.other_law
         info["weights"] = digest_of(load_weights(self.run))  # training refuses samples of other weights than its reference has
         (directory / INFO).write_text(json.dumps(info, indent=1))

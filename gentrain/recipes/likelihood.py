@@ -14,6 +14,7 @@ from gentrain.data.loader import Loader
 from gentrain.methods.base import condition_of
 from gentrain.metrics.base import Metric, bootstrap_interval
 from gentrain.metrics.likelihood import bits_per_dim, flow_log_density, variational_bound
+from gentrain.models.tokens import TokenModel
 from gentrain.noise import Noise, derive
 from gentrain.recipes.base import Stage
 from gentrain.recipes.evaluate import write_metrics
@@ -26,7 +27,10 @@ BATCH = 100
 @register("likelihood")
 @dataclass
 class Likelihood(Stage):
-    """Bits per coordinate of held-out data under a run of `reflected_diffusion`: metrics.json."""
+    """How likely held-out data are: bits per coordinate under a run of `reflected_diffusion`, nats per sample under a token model.
+
+    The latter are exact, the sum over tokens, and read none of the keys below `count`. The result is metrics.json.
+    """
 
     run: str = option(help="the run whose model is asked")
     count: PositiveInt = option(1_000, "held-out items, at most", unit="samples")
@@ -37,11 +41,15 @@ class Likelihood(Stage):
     seed: NonNegativeInt = option(0, "of the noise")
 
     def execute(self, directory: Path) -> None:
-        if open_run(self.run).method.registered_name != "reflected_diffusion":
-            raise ConfigError(f"{self.run} is not a run of reflected_diffusion, whose likelihood this is", key="run")
+        asked = open_run(self.run).method
+        if asked.registered_name != "reflected_diffusion" and not asked.of_tokens:
+            raise ConfigError(f"{self.run} is neither a run of reflected_diffusion nor one on tokens, whose likelihood this is", key="run")
         denoiser, run = load_network(self.run)
         items = run.data.split("held_out")
         batch = next(iter(Loader(items, seed=0, batch_size=min(len(items), self.count))))[0]
+        if isinstance(denoiser, TokenModel):
+            metric = self._of_tokens(denoiser, batch)
+            return write_metrics(directory, [metric], {"run": self.run, "items": len(batch["x"])})
         bounds, densities = [], []
         for first in range(0, len(batch["x"]), BATCH):
             part = {key: value[first : first + BATCH] for key, value in batch.items()}
@@ -58,6 +66,14 @@ class Likelihood(Stage):
             metrics.append(self._metric("probability flow", torch.cat(densities), dim))
         settings = {"run": self.run, "items": len(batch["x"]), "draws": self.draws, "steps": self.steps}
         write_metrics(directory, metrics, settings)
+
+    def _of_tokens(self, model: TokenModel, batch: dict[str, Tensor]) -> Metric:
+        parts = [{key: value[first : first + BATCH] for key, value in batch.items()} for first in range(0, len(batch["x"]), BATCH)]
+        with torch.no_grad():
+            nats = -torch.cat([model.log_prob(part["x"], condition_of(part)) for part in parts])
+        interval = bootstrap_interval(lambda sample: float(sample.mean()), nats)
+        what = f"-log p of {len(nats)} held-out items, the sum over {batch['x'].shape[1]} tokens"
+        return Metric("nats per sample", *interval, "lower", what)
 
     def _metric(self, name: str, nats: Tensor, dim: int) -> Metric:
         bits = bits_per_dim(nats, dim, self.step)

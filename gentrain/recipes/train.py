@@ -10,7 +10,8 @@ from gentrain.cluster.launch import launch
 from gentrain.config import Document, build, option, register, to_dict
 from gentrain.recipes.base import Stage, Stopped
 from gentrain.training.loop import Outcome
-from gentrain.training.run import RunConfig, weight_settings
+from gentrain.training.run import RunConfig
+from gentrain.training.settings import weight_settings
 
 
 @register("train")

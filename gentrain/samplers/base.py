@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
@@ -17,12 +17,19 @@ from gentrain.paths.base import Path
 
 @dataclass(kw_only=True)
 class Sampler(Component, kind="sampler"):
-    """Draws samples with a denoiser, in the caller's grad mode."""
+    """Draws samples with a denoiser, in the caller's grad mode. `of_tokens`: with a `TokenModel` instead."""
+
+    of_tokens: ClassVar[bool] = False
 
     steps: PositiveInt = option(20, "number of steps from noise to data")
     guidance: NonNegativeFloat = option(
         1.0, "classifier-free guidance weight w: null + w (conditional - null); 1 = conditional only", source="arXiv:2207.12598"
     )
+
+    @property
+    def other_law(self) -> str | None:
+        """What makes its samples others than the model's own, such as "guidance 2"; None where nothing does."""
+        return None if self.guidance == 1 else f"guidance {self.guidance:g}"
 
     def sample(self, denoiser: Denoiser, shape: tuple[int, ...], noise: Noise, condition: Condition | None = None) -> Tensor:
         """Samples [B, ...] of `shape`, float32: `solve` from `start` times the first draws of the space's prior, decoded."""

@@ -21,10 +21,9 @@ from gentrain.data.loader import Loader
 from gentrain.methods.base import Batch, Clock, Loss, LossFunction, Trained, Update, condition_of
 from gentrain.models.adapters import Base, OnBase
 from gentrain.models.base import Codec
-from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.training.blocks import recompute
-from gentrain.training.engine import frozen
+from gentrain.training.engine import as_read, frozen
 from gentrain.training.roles import RoleNets, build_network, network_above, place_of
 from gentrain.training.run import RunConfig
 from gentrain.training.world import RankGroup
@@ -166,9 +165,7 @@ class Networks:
     def nets(self, codec: Codec) -> Any:
         networks: dict[str, Any] = {}
         for role in self.run.method.roles:
-            call = self._call(role)
-            bare = not self.run.method.roles[role].denoiser
-            networks[role] = call if bare else Denoiser(call, self.run.path, self.run.prediction)
+            networks[role] = self.run.seen(role, self._call(role))
         return RoleNets(RankGroup(1), codec.decode, networks)
 
     def _call(self, role: str) -> Callable[..., Tensor]:
@@ -177,7 +174,7 @@ class Networks:
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                output: Tensor = module(x.to(engine.live_dtype), *args, **kwargs)
+                output: Tensor = module(as_read(x, engine.live_dtype), *args, **kwargs)
             return output.float()
 
         return call

@@ -8,6 +8,7 @@ import torch
 
 from gentrain.data.base import Data, Items
 from gentrain.data.loader import Loader
+from gentrain.data.tokens import TokenData
 from gentrain.methods.base import Batch, part_of
 from gentrain.models.base import Codec
 from gentrain.noise import Noise, derive
@@ -36,7 +37,9 @@ def batches(run: RunConfig, world: World, digests: Mapping[str, str], start: int
     streams = {}
     for name, pool in run.method.pools().items():
         pool.require(digests[pool.role])
-        streams[name] = read(pool.items(tuple(run.data.shape), len(run.data.class_names)), derive(run.seed, "pool", name))
+        vocabulary = run.data.vocabulary if isinstance(run.data, TokenData) else 0
+        found = pool.items(tuple(run.data.shape), len(run.data.class_names), vocabulary)
+        streams[name] = read(found, derive(run.seed, "pool", name))
     for step in read(run.data.split("train"), run.seed):
         for name, stream in streams.items():
             for batch, more in zip(step, next(stream), strict=True):

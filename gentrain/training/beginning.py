@@ -26,10 +26,9 @@ from gentrain.training.run import (
     METRICS,
     SAMPLES,
     RunConfig,
-    changes,
     open_run,
-    weight_settings,
 )
+from gentrain.training.settings import changes, weight_settings
 from gentrain.training.storage import LATEST, OWNER, LocalStorage, Storage, replace_file
 from gentrain.training.trackers import TENSORBOARD
 from gentrain.training.watchdog import STACKS

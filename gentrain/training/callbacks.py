@@ -111,7 +111,7 @@ class Previews(Callback):
     def after_step(self, trainer: Trainer) -> None:
         run = trainer.run
         role = run.method.generator
-        if role is None or len(run.data.shape) != 3 or not due(trainer.clock, run.training.preview_every):
+        if role is None or len(trainer.roles.codec.decoded_shape) != 3 or not due(trainer.clock, run.training.preview_every):
             return
         if self._network is None:
             self._network = trainer.roles.spare(role)

@@ -259,6 +259,11 @@ def _stretch(partitions: list[Tensor], f: Fragment) -> Tensor:
     return partitions[f.partition].view(-1)[f.offset : f.offset + f.size]
 
 
+def as_read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a network of weights of `dtype` is given: x in that, unless it is of whole numbers."""
+    return x.to(dtype) if x.is_floating_point() else x
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Within it no parameter of `module` gathers a gradient and layers behave as in evaluation."""

@@ -27,8 +27,9 @@ from gentrain.training.lock import hold
 from gentrain.training.logs import logged
 from gentrain.training.profiler import Profiler
 from gentrain.training.roles import Roles
-from gentrain.training.run import RunConfig, weight_settings
+from gentrain.training.run import RunConfig
 from gentrain.training.saving import Saver, together
+from gentrain.training.settings import weight_settings
 from gentrain.training.spikes import SpikeWatch
 from gentrain.training.watchdog import SLOW, Watchdog
 from gentrain.training.world import RankGroup, World

@@ -18,12 +18,11 @@ from gentrain.methods.base import Nets, Trained
 from gentrain.models.adapters import Adapted, Adapter, Base, OnBase, digest_of
 from gentrain.models.base import Model
 from gentrain.models.control import Form
-from gentrain.models.denoiser import Denoiser
 from gentrain.models.partial import Partial
 from gentrain.noise import derive
 from gentrain.training.blocks import compile_blocks, recompute
 from gentrain.training.checkpoint import Checkpoint, CheckpointError
-from gentrain.training.engine import RoleEngine, State, frozen
+from gentrain.training.engine import RoleEngine, State, as_read, frozen
 from gentrain.training.run import RunConfig, open_run
 from gentrain.training.saving import together
 from gentrain.training.world import RankGroup, World
@@ -155,16 +154,16 @@ class Roles:
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if placement == "offloaded":  # the graph holds the copies until its backward, nothing holds them longer
                 state = {key: value.to(device, non_blocking=True) for key, value in (*module.named_parameters(), *module.named_buffers())}
-                output: Tensor = functional_call(module, state, (x.to(dtype), *args), kwargs)
+                output: Tensor = functional_call(module, state, (as_read(x, dtype), *args), kwargs)
             else:
-                output = module(x.to(dtype), *args, **kwargs)
+                output = module(as_read(x, dtype), *args, **kwargs)
             return output.float()
 
         return call
 
     def as_seen(self, role: str, network: Any) -> Any:
-        """The role's network as methods see it: a Denoiser, or bare."""
-        return Denoiser(network, self.run.path, self.run.prediction) if self.run.method.roles[role].denoiser else network
+        """The role's network as methods see it: a Denoiser or a TokenModel, or bare."""
+        return self.run.seen(role, network)
 
     @contextmanager
     def stepping(self, role: str) -> Iterator[Nets]:
@@ -381,7 +380,7 @@ def _load_above(run: RunConfig, role: str) -> OnBase:
 
 
 def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
-    """A run's generator as a Denoiser (or its bare network, for a method without one), in evaluation mode, and its configuration.
+    """A run's generator as a Denoiser or a TokenModel (a bare network of a method without one), in evaluation mode; its configuration.
 
     Raises ConfigError when the run has no checkpoint, CheckpointError when that is damaged.
     """
@@ -396,4 +395,4 @@ def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
         _load_into(module, weights, "model")
     module.eval().requires_grad_(False)
     run.fit_space()
-    return Denoiser(module, run.path, run.prediction) if run.method.roles[role].denoiser else module, run
+    return run.seen(role, module), run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from gentrain.config import ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.data.base import Data
+from gentrain.data.tokens import TokenData
 from gentrain.doctor import environment
 from gentrain.methods.base import Method, Trained
 from gentrain.models.adapters import Adapter
@@ -229,7 +230,7 @@ class RunConfig:
                 raise ConfigError("it would lose what a role learns beside its network; set it to false", key=f"training.{key}")
             if getattr(self.training, key) and any(self.engine_of(name).registered_name != "torch" for name in self.method.roles):
                 raise ConfigError("it goes with engine: torch only; set that, or this to false", key=f"training.{key}")
-        if self.method.pools() and len(self.data.shapes) > 1:
+        if self.method.pools() and not self.data.to_come and len(self.data.shapes) > 1:
             raise ConfigError("samples of the method's pools have one shape; leave it out", key="data.buckets")
         for name in self.method.forward_mode:
             if not self.engine_of(name).forward_mode:
@@ -244,6 +245,7 @@ class RunConfig:
                     "train it, and what it begins with, with model.time_scale: 0.01, or expect a poor student",
                     name,
                 )
+        self._check_tokens()
         allowed = self.method.predictions
         if allowed is not None and self.prediction not in allowed:
             raise ConfigError(
@@ -258,7 +260,7 @@ class RunConfig:
             able = ", ".join(name for name, method in Method.available().items() if method.weighs)
             raise ConfigError(f"{self.method.registered_name} does not weigh its samples, which have weights; these do: {able}", key="data")
         try:
-            if not any(self.model_of(role).to_come for role in self.method.roles):  # nor perhaps are its latents there
+            if not (self.data.to_come or any(self.model_of(role).to_come for role in self.method.roles)):  # nor perhaps its latents
                 self.method.check_data(self.data)
         except ConfigError as error:
             raise ConfigError(error.message, key=f"method.{error.key}") from error
@@ -268,10 +270,25 @@ class RunConfig:
             self.sampler = self.method.own_sampler()
         self.drawn_with(self.sampler)
 
+    def _check_tokens(self) -> None:
+        method, of_tokens = self.method.registered_name, self.method.of_tokens
+        what = ("numbers", "tokens")
+        if isinstance(self.data, TokenData) != of_tokens:
+            raise ConfigError(f"{method} learns from {what[of_tokens]}, {self.data.registered_name} has {what[not of_tokens]}", key="data")
+        for name, role in self.method.roles.items():
+            model = self.model_of(name)
+            if role.denoiser and model.of_tokens != of_tokens:
+                fit = ", ".join(key for key, each in Model.available().items() if each.of_tokens == of_tokens and not each.classifies)
+                key = "model" if self.role_settings(name).model is None else f"roles.{name}.model"
+                raise ConfigError(f"{method} needs a network of {what[of_tokens]}, not {model.registered_name}; there are: {fit}", key=key)
+
     def drawn_with(self, sampler: Sampler | None) -> Sampler:
         """`sampler`, or the run's where it is None. Raises ConfigError when the generator is not for that sampler."""
         try:
             self.method.check_sampler(sampler or self.sampler)
+            if (sampler or self.sampler).of_tokens != self.method.of_tokens and self.method.generator is not None:
+                able = ", ".join(name for name, each in Sampler.available().items() if each.of_tokens == self.method.of_tokens)
+                raise ValueError(f"{(sampler or self.sampler).registered_name} does not draw what the run learns; these do: {able}")
         except ValueError as error:
             raise ConfigError(str(error), key="sampler") from error
         sampler = sampler or self.sampler
@@ -302,6 +319,10 @@ class RunConfig:
 
     def model_of(self, role: str) -> Model:
         return self.role_settings(role).model or self.method.roles[role].model or self.model
+
+    def seen(self, role: str, network: Any) -> Any:
+        """The role's network, or what stands for it, as methods see it: a Denoiser or a TokenModel, or bare."""
+        return self.model_of(role).seen(network, self.path, self.prediction) if self.method.roles[role].denoiser else network
 
     def part_of(self, role: str) -> Adapter | str | None:
         """What a role that learns does so with: an adapter, or the parameters that a regular expression names; None = its whole network.
@@ -369,37 +390,6 @@ def open_run(directory: str | FilePath, key: str = "") -> RunConfig:
     run = load_run(directory / CONFIG)
     run.output = str(directory)  # wherever it has been moved to since
     return run
-
-
-def weight_settings(run: RunConfig) -> dict[str, Any]:
-    """What a run's weights depend on: not where it runs and lies, nor what is logged."""
-    values: dict[str, Any] = to_dict(run)
-    for key in ("cluster", "output", "plugins", "trackers"):
-        del values[key]
-    for key in (
-        "log_every", "checkpoint_every", "checkpoints", "async_checkpoints", "keep_last", "keep_every", "keep_best", "best_is",
-        "preview_every", "preview_count", "data_workers", "hang_timeout_s", "max_corrupt", "max_skipped", "spike_guard", "recompute",
-        "compile", "profile",
-    ):  # fmt: skip
-        del values["training"][key]
-    return values
-
-
-def changes(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys, sorted, at which two plain configurations differ, with both values; None for one that lacks the key."""
-    a, b = _flat(before), _flat(after)
-    return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if (key in a) != (key in b) or a.get(key) != b.get(key)}
-
-
-def changed_keys(before: Any, after: Any) -> list[str]:
-    """The dotted keys at which two plain configurations differ, sorted."""
-    return list(changes(before, after))
-
-
-def _flat(values: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(values, Mapping):
-        return {k: v for name, value in values.items() for k, v in _flat(value, f"{key}.{name}" if key else str(name)).items()}
-    return {key: values}
 
 
 def save_config(run: RunConfig) -> None:

@@ -19,7 +19,18 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from gentrain.config import ConfigError, option, register
-from gentrain.training.engine import Engine, EngineMisuse, Fragment, Held, Precision, ReplicatedEngine, RoleEngine, StepResult, replicated
+from gentrain.training.engine import (
+    Engine,
+    EngineMisuse,
+    Fragment,
+    Held,
+    Precision,
+    ReplicatedEngine,
+    RoleEngine,
+    StepResult,
+    as_read,
+    replicated,
+)
 from gentrain.training.optimizers import GlobalScalars, Optimizer, Partition, decay_groups
 from gentrain.training.world import World
 
@@ -231,12 +242,12 @@ class _DeepSpeedMixin(RoleEngine):
     dtype: torch.dtype
 
     def _forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.deepspeed(x.to(self.dtype), *args, **kwargs)
+        output: Tensor = self.deepspeed(as_read(x, self.dtype), *args, **kwargs)
         return output
 
     def _through(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Around the engine: its forward would count as one of its own, and stages 2 and 3 would see gradients they did not ask for.
-        output: Tensor = self.deepspeed.module(x.to(self.dtype), *args, **kwargs)
+        output: Tensor = self.deepspeed.module(as_read(x, self.dtype), *args, **kwargs)
         return output
 
     def _backward(self, loss: Tensor, last: bool) -> None:

@@ -70,7 +70,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_round_begins_as_its_reference_with_dropout_off(root: Path, round: str) -> None:
     first = records(root / f"alone-{round}")[0]
     assert (first["log_ratio_square"], first["discriminator_accuracy"]) == (0, 0.5)
-    assert first["regression_loss"] == first["reference_loss"]
+    assert first["model_loss"] == first["reference_loss"]
     assert math.log(2) < first["loss/model"] < (1 + ALPHA) * math.log(2)  # rows without label are not pushed away
     assert records(root / f"alone-{round}")[-1]["log_ratio_square"] > 0
 

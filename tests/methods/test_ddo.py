@@ -296,12 +296,12 @@ def test_the_model_learns_to_tell_data_from_fakes() -> None:
 
 
 def test_the_guard_speaks_above_twice_the_loss_of_the_reference() -> None:
-    sound = {"regression_loss": 1.99, "reference_loss": 1.0}
+    sound = {"model_loss": 1.99, "reference_loss": 1.0}
     assert method().diverged(sound) is None and method().diverged({}) is None
     for value in (2.01, float("nan")):
-        why = method().diverged(sound | {"regression_loss": value})
+        why = method().diverged(sound | {"model_loss": value})
         assert why is not None and "raise method.beta" in why and "2 times" in why
-    assert method(guard=4.0).diverged(sound | {"regression_loss": 2.01}) is None
+    assert method(guard=4.0).diverged(sound | {"model_loss": 2.01}) is None
 
 
 # --- pools and beta ---------------------------------------------------------------------------------------------------------
@@ -310,8 +310,8 @@ def test_the_guard_speaks_above_twice_the_loss_of_the_reference() -> None:
 def pool(tmp_path: FilePath, **changes: Any) -> Pool:
     x = changes.pop("x", torch.zeros(6, 2))
     save_file({"x": x, "label": changes.pop("label", torch.arange(6) % 3)}, tmp_path / "samples.safetensors")
-    info = {"weights": "abc", "sampler": {"guidance": 1.0}} | changes
-    (tmp_path / "info.json").write_text(json.dumps({key: value for key, value in info.items() if value is not None}))
+    info = {"weights": "abc", "other_law": None} | changes
+    (tmp_path / "info.json").write_text(json.dumps({key: value for key, value in info.items() if value != "absent"}))
     return Pool(str(tmp_path), "reference", "method.pool")
 
 
@@ -325,8 +325,9 @@ def test_a_pool_of_the_reference_is_read(tmp_path: FilePath) -> None:
     "changes, message",
     [
         ({"weights": "xyz"}, r"drawn by other weights \(xyz\)"),
-        ({"sampler": {"guidance": 2.0}}, "with guidance 2"),
-        ({"weights": None}, "does not say which weights"),
+        ({"other_law": "guidance 2"}, "with guidance 2"),
+        ({"other_law": "absent"}, "does not say"),
+        ({"weights": "absent"}, "does not say which weights"),
     ],
 )
 def test_samples_of_something_else_are_refused(tmp_path: FilePath, changes: dict[str, Any], message: str) -> None:
@@ -338,7 +339,7 @@ def test_samples_of_something_else_are_refused(tmp_path: FilePath, changes: dict
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"x": torch.zeros(6, 3)}, r"expected finite float32 samples of shape \[2\]"),
+        ({"x": torch.zeros(6, 3)}, r"expected finite torch\.float32 samples \[2\]"),
         ({"x": torch.full((6, 2), float("nan"))}, "expected finite"),
         ({"label": torch.full((6,), 3)}, "the data have 3 classes"),
         ({"label": torch.zeros(5, dtype=torch.int64)}, "with an int64 label each"),
@@ -347,6 +348,16 @@ def test_samples_of_something_else_are_refused(tmp_path: FilePath, changes: dict
 def test_samples_that_do_not_fit_are_refused(tmp_path: FilePath, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pool(tmp_path, **changes).items((2,), 3)
+
+
+def test_a_pool_of_tokens_has_no_other_values(tmp_path: FilePath) -> None:
+    tokens = torch.arange(12).reshape(6, 2)
+    assert torch.equal(pool(tmp_path, x=tokens).items((2,), 3, 12).x, tokens)
+    for wrong in (tokens, tokens - 1):
+        with pytest.raises(ConfigError, match="the data have 11 values"):
+            pool(tmp_path, x=wrong).items((2,), 3, 11)
+    with pytest.raises(ConfigError, match="is drawn with decoded: false"):
+        pool(tmp_path).items((2,), 3, 12)
 
 
 def test_a_missing_pool_is_refused(tmp_path: FilePath) -> None:
@@ -368,7 +379,7 @@ def settings(**method: Any) -> dict[str, Any]:
         (
             {"method": {"name": "ddo", "beta": 5, "sampler": {"name": "euler", "guidance": 2}}},
             "method.sampler.guidance",
-            "leave guidance at 1",
+            "samples with guidance 2 are no samples",
         ),
         ({"roles": {}}, "roles.reference.weights", "name a run's directory"),
         ({"path": {"name": "reflected_heat", "space": {"name": "inside", "domain": {"name": "box"}}}}, "path", "take a path other than"),

@@ -15,7 +15,7 @@ import torch
 from gentrain.config import ConfigError, option, register
 from gentrain.training.callbacks import MetricsFile, Previews, Trackers
 from gentrain.training.loop import train
-from gentrain.training.run import weight_settings
+from gentrain.training.settings import weight_settings
 from gentrain.training.trackers import Tracked, Tracker, Tracking
 from gentrain.training.world import World
 from tests.distributed.cases import records, run_of, values

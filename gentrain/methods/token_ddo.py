@@ -1,0 +1,47 @@
+"""Direct Discriminative Optimization of autoregressive models, whose log-ratio is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+
+from gentrain.config import option, register
+from gentrain.methods.base import Batch, Nets, condition_of
+from gentrain.methods.ddo import Ratio, SelfPlay, kept_rows
+from gentrain.methods.maximum_likelihood import dropped
+from gentrain.noise import Noise
+from gentrain.samplers.autoregressive import Autoregressive
+from gentrain.samplers.base import Sampler
+
+
+@register("token_ddo")
+@dataclass
+class TokenDDO(SelfPlay):
+    """Direct Discriminative Optimization (arXiv:2503.01103) of a token model: one round of self-play.
+
+    As `ddo`, with log p(x) - log p_ref(x) itself, the sum over tokens, in place of an estimate from one time and noise.
+    roles.reference.weights names the run that it continues.
+    """
+
+    of_tokens: ClassVar[bool] = True
+
+    beta: PositiveFloat | str = option(
+        0.02, "scale of the log-ratio, which is a SUM over the tokens; or the directory of a stage `calibrate`",
+        source="arXiv:2503.01103: 0.02 for 680 tokens",
+    )  # fmt: skip
+    alpha: NonNegativeFloat = option(10.0, "weight of the reference's samples", source="arXiv:2503.01103: 10 to 100 for VAR")
+    sampler: Sampler = option(Autoregressive, "draws from the reference on the fly")
+
+    def own_sampler(self) -> Sampler:
+        return Autoregressive()
+
+    def ratio(self, nets: Nets, batch: Batch, noise: Noise) -> Ratio:
+        x, condition = batch["x"], dropped(batch, noise, self.label_dropout)
+        with torch.no_grad():
+            reference = nets.reference.log_prob(x, condition)
+        log_prob = nets.model.log_prob(x, condition)
+        kept = kept_rows(condition_of(batch), condition, reference)
+        return Ratio(log_prob - reference, -log_prob.detach() / x.shape[1], -reference / x.shape[1], kept)
