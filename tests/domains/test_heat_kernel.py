@@ -12,7 +12,7 @@ from gentrain.domains import heat_kernel
 from gentrain.domains.box import Box
 
 PLACES = [0.0, 1e-6, 0.003, 0.1, 0.37, 0.5, 0.81, 0.999, 1.0]
-SIGMAS = [0.01, 0.03, 0.1, 0.14, 0.15, 0.17, 0.2, 0.25, 0.31, 0.316, 0.3163, 0.33, 0.45, 0.7, 1.0, 2.0, 5.0]
+SIGMAS = [0.01, 0.03, 0.1, 0.14, 0.15, 0.17, 0.2, 0.25, 0.31, 0.33, 0.39, 0.4, 0.401, 0.45, 0.7, 1.0, 2.0, 5.0]
 
 
 def grid(dtype):
@@ -37,7 +37,7 @@ def reference(x, x0, sigma):
         return float(score), float(mpmath.log(total / (sigma * mpmath.sqrt(2 * mpmath.pi))))
 
 
-# measured over the grid, largest: 6.0e-6 (float32, sigma = 0.01), 1.8e-14 (float64), in units of 1 / sigma
+# measured over the grid, largest, in units of 1 / sigma: 4.6e-6 (float32), 1.8e-14 (float64)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_score_and_density_meet_the_reference(sigma, dtype, tolerance):
@@ -48,6 +48,26 @@ def test_score_and_density_meet_the_reference(sigma, dtype, tolerance):
     assert error.max() < tolerance
     relative = (heat_kernel.log_density(x, x0, level).double() - exact[:, 1]).abs() / (1 + exact[:, 1].abs())
     assert relative.max() < tolerance
+
+
+@pytest.mark.parametrize("low, high", [(0.01, 0.012), (0.012, 0.1), (0.1, 0.4), (0.4, 0.42), (0.42, 6.0)])
+@pytest.mark.parametrize("law", ["uniform", "near the walls"])
+def test_float32_is_right_to_a_hundred_thousandth_everywhere(low, high, law):
+    """200,000 random x, x0, sigma a case. Measured over 600,000: 9.0e-6 near opposite walls at sigma = 0.01, else at most 5.5e-6; the
+    rounding of the result is a half of it."""
+    generator, count = torch.Generator().manual_seed(0), 200_000
+    sigma = low * (high / low) ** torch.rand(count, generator=generator)
+    x, x0 = torch.rand(2, count, generator=generator)
+    if law != "uniform":
+        x, x0 = (torch.where(p < 0.5, 10 ** (-8 * torch.rand(count, generator=generator)), 1 - 10 ** (-7 * p)) for p in (x, x0))
+    exact = heat_kernel.score(x.double(), x0.double(), sigma.double())
+    assert ((heat_kernel.score(x, x0, sigma).double() - exact) * sigma).abs().max() < 1e-5
+    density = heat_kernel.log_density(x.double(), x0.double(), sigma.double())
+    assert ((heat_kernel.log_density(x, x0, sigma).double() - density) / (1 + density.abs())).abs().max() < 1e-6
+    box = Box(-1, 1)  # whose coordinates are rounded on their way to the unit interval
+    x, x0 = (2 * p - 1 for p in (x, x0))
+    exact = box.heat_kernel_score(x.double()[:, None], x0.double()[:, None], 2 * sigma.double())
+    assert ((box.heat_kernel_score(x[:, None], x0[:, None], 2 * sigma).double() - exact)[:, 0] * 2 * sigma).abs().max() < 1e-5
 
 
 def test_float32_where_a_density_of_1e_11_ruins_a_sum_of_eigenfunctions():
@@ -69,7 +89,7 @@ def test_score_vanishes_at_both_walls():
             assert heat_kernel.score(torch.full_like(x0, wall), x0, torch.tensor(sigma, dtype=torch.float64)).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.31, 0.32, 1.0])
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.39, 0.41, 1.0])
 def test_density_integrates_to_one_is_symmetric_and_is_what_the_score_derives_from(sigma):
     level = torch.tensor(sigma, dtype=torch.float64)
     x = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
@@ -85,15 +105,15 @@ def test_density_integrates_to_one_is_symmetric_and_is_what_the_score_derives_fr
 
 
 def test_steps_add_up_in_variance():
-    """The semigroup: a step of sigma 0.2 and one of 0.3 make one of sqrt(0.13), across the switch between the series."""
+    """The semigroup: a step of sigma 0.3 and one of 0.3 make one of sqrt(0.18), across the switch between the series."""
     y = (torch.arange(4_000, dtype=torch.float64) + 0.5) / 4_000
     x, x0 = torch.tensor(0.07, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
     two = (
-        (heat_kernel.log_density(y, x0, torch.tensor(0.2).double()) + heat_kernel.log_density(x, y, torch.tensor(0.3).double()))
+        (heat_kernel.log_density(y, x0, torch.tensor(0.3).double()) + heat_kernel.log_density(x, y, torch.tensor(0.3).double()))
         .exp()
         .mean()
     )
-    one = heat_kernel.log_density(x, x0, torch.tensor(0.13, dtype=torch.float64).sqrt()).exp()
+    one = heat_kernel.log_density(x, x0, torch.tensor(0.18, dtype=torch.float64).sqrt()).exp()
     assert abs(float(two / one) - 1) < 1e-6
 
 
