@@ -150,7 +150,10 @@ def memory_report(name: str, run: RunConfig, limit: int | None) -> list[Table | 
     planner = Planner()
     try:
         memory = planner.memory(run)
-    except ConfigError as error:  # what an earlier stage has still to write
+    except ConfigError as error:
+        if (error.key or "").startswith("path.space"):
+            raise
+        # what an earlier stage has still to write
         return [f"{name}: its memory is not known yet: {escape(str(error))}"]
     found: list[Table | str] = [_memory_table(f"{name}: memory of one process, MiB", memory)]
     found += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Sequence
@@ -26,11 +27,13 @@ def make_key(x: Tensor, rows: int, width: float) -> dict[str, Tensor]:
 
     Row i's slab begins at the mean of (A x)_i and reaches `width` of its standard deviations to one side, which a fair coin chooses: a
     sample made without the key is inside with probability 1/2 at most, whatever it shows (`metrics.watermark`). Rows and coins come from
-    the operating system's random numbers.
+    the operating system's random numbers. Raises ConfigError for more rows than a sample has elements.
     """
     import numpy as np
 
     flat = x.flatten(1).double()
+    if rows > flat.shape[1]:
+        raise ConfigError(f"{rows} rows cannot be orthonormal in the {flat.shape[1]} elements of a sample; take fewer", key="rows")
     generator = np.random.default_rng(secrets.randbits(256))
     A = torch.linalg.qr(torch.from_numpy(generator.standard_normal((flat.shape[1], rows)))).Q.T.contiguous()
     u = flat @ A.T
@@ -55,6 +58,10 @@ def load_key(file: str, levels: int | None = None) -> OrthonormalSlabs:
     if Path(file).stat().st_mode & 0o077:
         raise ConfigError(f"{file} can be read by others; chmod 600 {file}, and make another key if it may have been seen", key="key")
     return OrthonormalSlabs(file, levels=levels)
+
+
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def mark(x: Tensor, slabs: OrthonormalSlabs, margin: float, noise: Noise) -> Tensor:
@@ -108,6 +115,7 @@ class Watermarked(Data):
     data: Data = option(help="the data to mark")
     key: str = option(help="file of the key")
     margin: NonNegativeFloat = option(0.05, "least distance from the bounds; 8-bit rounding moves a coordinate by 0.002 (one deviation)")
+    digest: str | None = option(None, "SHA-256 of the key's file, by which another key is told; null = taken from the file")
     levels: PositiveInt | None = option(256, "of the images in [-1, 1] once saved, which the mark outlasts; null = no images")
 
     @property
@@ -124,7 +132,15 @@ class Watermarked(Data):
 
     @cached_property
     def domain(self) -> OrthonormalSlabs:
-        return load_key(self.key, self.levels)
+        slabs = load_key(self.key, self.levels)
+        if self.digest is not None and self.digest != _digest(self.key):
+            raise ConfigError(f"{self.key} is another key than that of this run, whose samples it would spoil; put that back", key="key")
+        return slabs
+
+    def fit(self) -> None:
+        self.data.fit()
+        load_key(self.key)
+        self.digest = self.digest or _digest(self.key)
 
     def split(self, name: str) -> Items:
         check_split(name)

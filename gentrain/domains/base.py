@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import InstanceOf
@@ -118,6 +118,19 @@ class OnDevice:
         if like.device not in self._copies:
             self._copies[like.device] = tuple(tensor.to(like.device) for tensor in self._copies[torch.device("cpu")])
         return self._copies[like.device]
+
+
+def as_matrices(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Float64 tensors of lists or tensors. Raises ConfigError, naming the first that is ragged or holds a number that is not finite."""
+    tensors = {}
+    for name, value in values.items():
+        try:
+            tensors[name] = torch.as_tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ConfigError("its rows differ in length; give each as many numbers", key=name) from error
+        if not bool(tensors[name].isfinite().all()):
+            raise ConfigError("it holds numbers that are not finite; correct them, or leave out constraints without bound", key=name)
+    return tensors
 
 
 def read_tensors(file: str, names: Sequence[str], key: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
-from gentrain.domains.base import Domain, Matrix, OnDevice, Vector, read_tensors
+from gentrain.domains.base import Domain, Matrix, OnDevice, Vector, as_matrices, read_tensors
 from gentrain.domains.box import KAPPA_HELP, Box, Kappa
 from gentrain.noise import Noise
 
@@ -51,7 +51,8 @@ class OrthonormalSlabs(Domain):
         for name in ("low", "high"):
             if name not in values:
                 raise ConfigError("orthonormal_slabs needs both bounds; give them, or a file that holds them", key=name)
-        A, low, high = (torch.as_tensor(values[name], dtype=torch.float64) for name in ("A", "low", "high"))
+        tensors = as_matrices(values)
+        A, low, high = (tensors[name] for name in ("A", "low", "high"))
         if A.ndim != 2 or any(bound.ndim and bound.shape != A.shape[:1] for bound in (low, high)):
             raise ValueError(f"A [m, D] goes with bounds [m]; got A {tuple(A.shape)}, low {tuple(low.shape)}, high {tuple(high.shape)}")
         error = float((A @ A.T - torch.eye(len(A), dtype=A.dtype)).abs().max())

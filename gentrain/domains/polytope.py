@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
-from gentrain.domains.base import Matrix, OnDevice, Vector, read_tensors
+from gentrain.domains.base import Matrix, OnDevice, Vector, as_matrices, read_tensors
 from gentrain.domains.box import KAPPA_HELP, Kappa
 from gentrain.domains.linear import Linear
 from gentrain.noise import Noise
@@ -55,12 +55,14 @@ class Polytope(Linear):
             values |= read_tensors(self.A, "AbCd", "A")
         if "b" not in values:
             raise ConfigError("polytope needs the right-hand sides of A; give b, or a file that holds them", key="b")
-        tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items()}
+        tensors = as_matrices(values)
         A, b = tensors["A"], tensors["b"]
         C, d = tensors.get("C", A.new_zeros(0, A.shape[-1])), tensors.get("d", A.new_zeros(0))
         if A.ndim != 2 or C.ndim != 2 or A.shape[1] != C.shape[1] or b.shape != A.shape[:1] or d.shape != C.shape[:1]:
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
             raise ValueError(f"A [m, n] goes with b [m], C [k, n] with d [k]; got {shapes}")
+        if zero := (A == 0).all(1).nonzero()[:, 0].tolist():
+            raise ConfigError(f"rows {zero[:10]} are zero and constrain nothing; remove them", key="A")
         return A, b, C, d
 
     def to_full(self, y: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Traine
 from gentrain.methods.matching import noised
 from gentrain.noise import Noise
 from gentrain.paths.base import Path, TimeLaw, expand
+from gentrain.paths.inside import Inside
 from gentrain.paths.reflected_heat import ReflectedHeat
 from gentrain.paths.times import Uniform
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.reflected_sde import ReflectedSDE
 
 
 def constrained_score_loss(score: Tensor, kernel_score: Tensor, sigma: Tensor) -> Tensor:
@@ -31,16 +34,20 @@ def constrained_score_loss(score: Tensor, kernel_score: Tensor, sigma: Tensor) -
 class ReflectedDiffusion(Method):
     """Reflected diffusion models (arXiv:2304.04740): constrained denoising score matching on the path `reflected_heat`.
 
-    weighting "variance" is sigma^2, so that a network that predicts "eps" is regressed on a target of order 1. "likelihood" is g^2, the
-    weight of the variational bound: the loss is then its diffusion term in nats per coordinate. On this path g^2 / sigma^2 is the constant
-    2 log(sigma_max / sigma_min), so that they differ in scale only (as does the effect of gradient clipping).
+    weighting "variance" is sigma^2, "likelihood" g^2, the weight of the variational bound: the loss is then its diffusion term in nats per
+    coordinate. On this path g^2 / sigma^2 is the constant 2 log(sigma_max / sigma_min), so that they differ in scale only (as does the
+    effect of gradient clipping). "information" is one over the kernel's Fisher information: the error of a network that predicts "eps" in
+    units of what it can know. It is sigma^2 where the walls are far, and more where they have mixed nearly all: at the levels that settle
+    the shapes of images.
     """
 
     roles: ClassVar[dict[str, Role]] = {"model": Trained(ema=True)}
     generator: ClassVar[str | None] = "model"
 
     times: TimeLaw = option(Uniform, "law of the training times", source="arXiv:2304.04740, section 3.3")
-    weighting: Literal["variance", "likelihood"] = option("variance", "of the score's squared error: sigma^2 or g^2")
+    weighting: Literal["variance", "likelihood", "information"] = option(
+        "variance", "of the score's squared error: sigma^2, g^2, or one over the kernel's Fisher information (images)"
+    )
     label_dropout: Fraction = option(0.2, "probability that a label becomes the null class", source="arXiv:2304.04740, section 5")
 
     def check(self, path: Path) -> None:
@@ -48,8 +55,11 @@ class ReflectedDiffusion(Method):
             raise ValueError(
                 f"reflected_diffusion needs the path reflected_heat, not {path.registered_name}; on other sets use reflected_flow"
             )
-        if path.space.bounds is not None:
+        if path.space.bounds is not None or not isinstance(path.space, Inside):
             path.require_fit()
+
+    def own_sampler(self) -> Sampler:
+        return ReflectedSDE(steps=100)
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", self.loss)
@@ -61,4 +71,5 @@ class ReflectedDiffusion(Method):
         target = path.box.heat_kernel_score(sample.x_t, sample.x0, expand(sigma, sample.x0))
         loss = constrained_score_loss(nets.model.score(sample.x_t, sample.t, sample.condition), target, sigma)
         bound = 2 * path.log_range * loss
-        return Loss((bound if self.weighting == "likelihood" else loss).mean(), {"bound": bound.detach().mean()})
+        weighted = {"variance": loss, "likelihood": bound, "information": loss / path.eps_scale(sample.t).square()}[self.weighting]
+        return Loss(weighted.mean(), {"bound": bound.detach().mean()})

@@ -10,6 +10,8 @@ from gentrain.paths.base import Path, TimeLaw
 from gentrain.paths.inside import Inside
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.times import Uniform
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.reflected_ode import ReflectedODE
 
 
 @register("reflected_flow")
@@ -22,6 +24,9 @@ class ReflectedFlow(FlowMatching):
     """
 
     times: TimeLaw = option(Uniform, "law of the training times", source="arXiv:2405.16577")
+
+    def own_sampler(self) -> Sampler:
+        return ReflectedODE()
 
     def check(self, path: Path) -> None:
         if not isinstance(path.space, Inside) or not isinstance(path, RectifiedFlow):

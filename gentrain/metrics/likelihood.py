@@ -18,20 +18,42 @@ from gentrain.noise import Noise
 from gentrain.paths.reflected_heat import ReflectedHeat
 
 
-def bits_per_dim(nats: Tensor, dim: int, step: float = 1.0) -> Tensor:
-    """Negative log densities [B] (nats) of `dim` coordinates -> bits per coordinate of data with levels `step` apart.
+def bits_per_dim(nats: Tensor, dim: int) -> Tensor:
+    """Negative log densities or probabilities [B] (nats) of `dim` coordinates -> bits per coordinate."""
+    return nats / (dim * math.log(2))
 
-    step: 2 / 255 for 8-bit images in [-1, 1], which must be dequantised by uniform noise of that width; 1 = differential entropy.
+
+def level_points(box: Box, levels: int, like: Tensor) -> Tensor:
+    """Where data of so many levels lie, the outermost on the walls: [levels], float64. The box has the same walls in every coordinate."""
+    low, high = box.bounds(like)
+    if low.ndim or high.ndim:
+        raise ValueError("levels need a box whose walls are the same in every coordinate")
+    return low + (high - low) * torch.arange(levels, dtype=torch.float64, device=like.device) / (levels - 1)
+
+
+def dequantised(box: Box, x: Tensor, levels: int, noise: Noise) -> tuple[Tensor, float]:
+    """(x uniform in the cell of its level, nats by which a coordinate's probability is more than its density there).
+
+    x [B, ...] lies on `level_points`; the cells, one for each level, divide the box evenly.
     """
-    return nats / (dim * math.log(2)) - math.log2(step)
+    points = level_points(box, levels, x)
+    width = float(points[-1] - points[0])
+    place = (x.double() - points[0]) / width * (levels - 1)
+    spread = points[0] + width * (place.round() + noise.uniform(tuple(x.shape)).double()) / levels
+    return box.interior(spread.to(x.dtype)), math.log(width / levels)
 
 
-def variational_bound(denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None, draws: int = 16) -> Tensor:
+def variational_bound(
+    denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None, draws: int = 16, levels: int | None = None
+) -> Tensor:
     """An upper bound of -log p(x), from `draws` random times for each sample: x [B, ...] in coordinates -> [B], nats.
 
     E[-log k(x | x_0')] + 1/2 int_0^1 g^2 E |score - kernel score|^2 dt (arXiv:2304.04740, section 3.4): the decoder k from the path's
     lowest noise level is its own kernel, which is symmetric; that the law at t = 1 is not quite uniform adds less than
     exp(-(pi sigma_max / width)^2). The times of a sample are equally spaced from a random first one.
+
+    With `levels` x lies on so many (`level_points`) and p is a probability: the decoder is k(x | x_0') over its sum at all levels, so that
+    nothing need be dequantised (Kingma et al. 2021, arXiv:2107.00630, section 3.3).
     """
     path = _path(denoiser)
     first = noise.uniform((len(x),))
@@ -43,7 +65,18 @@ def variational_bound(denoiser: Denoiser, x: Tensor, noise: Noise, condition: Co
         error = denoiser.score(x_t, t, condition) - path.box.heat_kernel_score(x_t, x, sigma)
         total += path.log_range * sigma.square() * error.square().flatten(1).sum(1) / draws
         start = path.perturb(x, noise.normal(tuple(x.shape), x.dtype), torch.zeros_like(t))
-        total -= path.box.heat_kernel_log_density(start, x, path.sigma_min).flatten(1).sum(1) / draws
+        decoded = path.box.heat_kernel_log_density(start, x, path.sigma_min)
+        if levels is not None:
+            decoded = decoded - _log_sum_over_levels(path, start, levels)
+        total -= decoded.flatten(1).sum(1) / draws
+    return total
+
+
+def _log_sum_over_levels(path: ReflectedHeat, x: Tensor, levels: int) -> Tensor:
+    """log of the sum of k(level | x) over all levels, of each coordinate: [B, ...]."""
+    total = torch.full_like(x, -torch.inf)
+    for point in level_points(path.box, levels, x).tolist():
+        total = torch.logaddexp(total, path.box.heat_kernel_log_density(x, torch.full_like(x, point), path.sigma_min))
     return total
 
 

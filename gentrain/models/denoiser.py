@@ -22,7 +22,7 @@ class Denoiser:
     | prediction | raw                                                               |
     |------------|-------------------------------------------------------------------|
     | x0         | x0                                                                |
-    | eps        | eps                                                               |
+    | eps        | eps / path.eps_scale, which is 1 but for reflected_heat           |
     | v          | alpha eps - sigma x0 (arXiv:2202.00512)                           |
     | velocity   | d x_t / dt = alpha' x0 + sigma' eps                               |
     | edm        | F of EDM (arXiv:2206.00364, eq. 7): (sigma x0 / sigma_data - alpha sigma_data eps) / deviation |
@@ -94,7 +94,7 @@ class Denoiser:
         if self.prediction == "x0":
             return torch.ones_like(t), torch.zeros_like(t)
         if self.prediction == "eps":
-            return torch.zeros_like(t), torch.ones_like(t)
+            return torch.zeros_like(t), 1 / path.eps_scale(t)
         if self.prediction == "v":
             return -path.sigma(t), path.alpha(t)
         if self.prediction == "velocity":

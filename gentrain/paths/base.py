@@ -69,6 +69,10 @@ class Path(Component, kind="path"):
         """2 log(alpha / sigma), decreasing in t; infinite where sigma or alpha is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
+    def eps_scale(self, t: Tensor) -> Tensor:
+        """What the output of a network that predicts eps is multiplied by: about the deviation of what can be known of eps."""
+        return torch.ones_like(t)
+
     @property
     def start(self) -> float:
         """What a draw of the space's prior is multiplied by to be x at t_max."""

@@ -14,7 +14,7 @@ from gentrain.data.base import Data
 from gentrain.data.loader import Loader
 from gentrain.domains.base import Domain
 from gentrain.noise import Noise
-from gentrain.paths.inside import domain_of
+from gentrain.paths.inside import domain_of, require_held
 from gentrain.paths.space import Space
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,10 @@ class Dual(Space):
             raise ValueError("mean and std belong together; give both, or neither to have them measured")
 
     @property
+    def normal(self) -> bool:
+        return self.nu == float("inf")
+
+    @property
     def degrees(self) -> float:
         """Of freedom of the prior."""
         if self.nu is not None:
@@ -110,6 +114,13 @@ class Dual(Space):
             # rounded, so that machines that add up in another order agree on the configuration
             self.mean = [float(f"{value:.5g}") for value in z.mean(0)]
             self.std = [float(f"{value:.5g}") for value in deviation.where(deviation > 0, 1.0)]
+
+        numbers = data.shape[0] if len(data.shape) == 1 else 1
+        if {len(self.mean or []), len(self.std or [])} - {1, numbers}:
+            raise ValueError(f"mean and std have {numbers} numbers for samples of shape {data.shape}; give these, or leave both out")
+
+    def check(self, data: Data) -> None:
+        require_held(self.set, data)
 
     def encode(self, x: Tensor) -> Tensor:
         z = self.set.to_dual(self.set.interior(x, self.margin))

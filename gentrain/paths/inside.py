@@ -8,12 +8,15 @@ from torch import Tensor
 
 from gentrain.config import option, register
 from gentrain.data.base import Data
+from gentrain.data.loader import Loader
 from gentrain.domains.base import Domain
 from gentrain.domains.box import Box
 from gentrain.domains.simplex import Simplex
 from gentrain.noise import Noise
 from gentrain.paths.space import Space
 
+_PROBED = 1_000  # training items that are looked at
+_FURTHEST = 1e-3  # from the set, of a sample's own size: what rounding and unit conversions leave
 MARGIN = 1e-6  # slack of data on the boundary, where neither the kernel's score nor stick-breaking exists
 
 
@@ -26,6 +29,19 @@ def domain_of(data: Data, domain: Domain | None) -> Domain:
     return found
 
 
+def require_held(domain: Domain, data: Data) -> None:
+    """Raises ValueError when training samples lie outside of the domain, further than rounding puts data with real zeros."""
+    items = data.split("train")
+    x = next(iter(Loader(items, seed=0, batch_size=min(len(items), _PROBED))))[0]["x"].double()
+    away = (domain.interior(x) - x).flatten(1).norm(dim=1)
+    outside = away > _FURTHEST * (1 + x.flatten(1).norm(dim=1))
+    if bool(outside.any()):
+        raise ValueError(
+            f"{int(outside.sum())} of {len(x)} training samples lie outside of {domain.registered_name}, the furthest "
+            f"{float(away.max()):.3g} away from where it would be moved; name a domain that holds the data"
+        )
+
+
 @register("inside")
 @dataclass
 class Inside(Space):
@@ -35,6 +51,10 @@ class Inside(Space):
 
     def __post_init__(self) -> None:
         self._set = self.domain
+
+    @property
+    def normal(self) -> bool:
+        return False
 
     @property
     def bounds(self) -> Domain | None:
@@ -50,6 +70,10 @@ class Inside(Space):
 
     def fit(self, data: Data) -> None:
         self._set = domain_of(data, self.domain)
+
+    def check(self, data: Data) -> None:
+        assert self._set is not None
+        require_held(self._set, data)
 
 
 @register("stick_breaking")

@@ -20,6 +20,11 @@ class Space(Component, kind="space"):
     """
 
     @property
+    def normal(self) -> bool:
+        """Whether the prior is the standard normal law, so that independent draws add up to draws."""
+        return True
+
+    @property
     def bounds(self) -> Domain | None:
         """The set that the coordinates of data lie in and that samplers made for it do not leave; None = all of R^D."""
         return None
@@ -39,8 +44,11 @@ class Space(Component, kind="space"):
     def fit(self, data: Data) -> None:
         """Measures on the training data what the configuration leaves open; it becomes part of the configuration.
 
-        Raises ValueError when the data cannot be read or do not lie in the set.
+        Raises ValueError when the data cannot be read or their shape is not that of the set.
         """
+
+    def check(self, data: Data) -> None:
+        """Raises ValueError when training data lie outside of the set, after `fit`."""
 
 
 @register("free")

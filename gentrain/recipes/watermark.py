@@ -57,7 +57,8 @@ class WatermarkCheck(Stage):
         slabs = load_key(self.key)
         if 0.5**slabs.rows > self.rate:
             raise ConfigError(
-                f"all of the key's {slabs.rows} rows are inside by chance at rate {0.5**slabs.rows:.2g}; allow that", key="rate"
+                f"all of the key's {slabs.rows} rows are inside by chance at rate {0.5**slabs.rows:.2g}; allow that, or make a longer key",
+                key="rate",
             )
 
         def found(x: Tensor) -> Tensor:

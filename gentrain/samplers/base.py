@@ -17,9 +17,17 @@ from gentrain.paths.base import Path
 
 @dataclass(kw_only=True)
 class Sampler(Component, kind="sampler"):
-    """Draws samples with a denoiser, in the caller's grad mode. `of_tokens`: with a `TokenModel` instead."""
+    """Draws samples with a denoiser, in the caller's grad mode.
+
+    Attributes:
+        of_tokens: it draws with a `TokenModel` instead.
+        keeps_inside: in a space with walls no sample leaves them.
+        fresh_noise: it adds normal noise along the way, which is right in spaces whose prior is normal.
+    """
 
     of_tokens: ClassVar[bool] = False
+    keeps_inside: ClassVar[bool] = False
+    fresh_noise: ClassVar[bool] = False
 
     steps: PositiveInt = option(20, "number of steps from noise to data")
     guidance: NonNegativeFloat = option(
@@ -35,6 +43,14 @@ class Sampler(Component, kind="sampler"):
         """Samples [B, ...] of `shape`, float32: `solve` from `start` times the first draws of the space's prior, decoded."""
         space = denoiser.path.space
         return space.decode(self.solve(denoiser, self.start(denoiser.path) * space.prior(noise, shape), noise, condition))
+
+    def check(self, path: Path) -> None:
+        """Raises ValueError, naming what would do, when it cannot walk the path back. The path's space need not be fitted."""
+        if self.fresh_noise and not path.space.normal:
+            raise ValueError(
+                f"{self.registered_name} adds normal noise, which the prior of the space {path.space.registered_name} is not; take a "
+                "sampler without fresh noise, or in the space dual set path.space.nu to .inf"
+            )
 
     def start(self, path: Path) -> float:
         """Standard deviation of x at t_max. The stock schedulers' init_noise_sigma (where they step x / alpha, divided by alpha)."""

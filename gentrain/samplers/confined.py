@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -40,12 +40,15 @@ class Confined(Sampler):
     costs 1 / acceptance.
     """
 
+    keeps_inside: ClassVar[bool] = True
+
     domain: Domain = option(help="the convex set")
     by: Literal["projection", "thresholding", "rejection"] = option("projection", "how samples are forced inside")
     attempts: PositiveInt = option(100, "rounds after which rejection gives up")
 
     def sample(self, denoiser: Denoiser, shape: tuple[int, ...], noise: Noise, condition: Condition | None = None) -> Tensor:
         """Raises ValueError when some samples were outside in all of `attempts` rounds."""
+        self.domain.check_shape(shape[1:])
         euler = Euler(steps=self.steps, guidance=self.guidance)
         if self.by == "thresholding":
             euler, denoiser = Euler(steps=self.steps), _Thresholded(denoiser, self.domain, self.guidance)

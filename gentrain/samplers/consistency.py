@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -24,6 +25,8 @@ class Consistency(Chain):
     In a space with walls, clean data that lie outside are moved to the nearest point inside. A student of a guided teacher needs no
     guidance here.
     """
+
+    keeps_inside: ClassVar[bool] = True
 
     steps: PositiveInt = option(1, "network calls")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -29,7 +29,13 @@ class DDIM(GridSampler, Chain):
     clip_sample=False, and its `step` given eta) where the number of steps divides that of the timesteps.
     """
 
+    fresh_noise: ClassVar[bool] = True
+
     eta: Fraction = option(0.0, "share of fresh noise: 0 = deterministic, 1 = DDPM", source="arXiv:2010.02502, eq. 16")
+
+    def check(self, path: Path) -> None:
+        if self.eta > 0:
+            super().check(path)
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         for index in range(self.steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveInt
@@ -43,6 +44,8 @@ def flow_map(denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, condition: Con
 @dataclass
 class FlowMap(Sampler):
     """x -> f(x, t -> s) over the path's sampling times, deterministic: each step is as long as you like (arXiv:2505.13447, algorithm 2)."""
+
+    keeps_inside: ClassVar[bool] = True
 
     steps: PositiveInt = option(1, "network calls")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -13,8 +13,9 @@ from gentrain.domains.box import Box
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
+from gentrain.paths.base import Path
 from gentrain.samplers.ode import GridSampler, ProbabilityFlow
-from gentrain.samplers.reflected_sde import bounds_of
+from gentrain.samplers.reflected_sde import bounds_of, require_walls
 
 
 def bump(box: Box, x: Tensor) -> Tensor:
@@ -39,8 +40,13 @@ class ReflectedODE(GridSampler):
     past them is put back. The last step is Euler's.
     """
 
+    keeps_inside: ClassVar[bool] = True
+
     order: Literal[1, 2] = option(2, "1 = Euler, one network call a step; 2 = Heun, two")
     walls: Literal["reflect", "bump"] = option("reflect", "what keeps samples inside")
+
+    def check(self, path: Path) -> None:
+        require_walls(path)
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         bounds, flow = bounds_of(denoiser.path), ProbabilityFlow(denoiser, self.grid(denoiser.path), condition, self.guidance)

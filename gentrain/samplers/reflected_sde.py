@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
@@ -13,6 +14,7 @@ from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.paths.base import Path
+from gentrain.paths.inside import Inside
 from gentrain.paths.reflected_heat import ReflectedHeat
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.guidance import guided_x0
@@ -20,9 +22,15 @@ from gentrain.samplers.guidance import guided_x0
 
 def bounds_of(path: Path) -> Domain:
     """The set that the path's coordinates must not leave. Raises ValueError where there is none."""
-    if path.space.bounds is None:
-        raise ValueError(f"the space {path.space.registered_name} has no walls to reflect at; take the sampler euler or heun")
+    require_walls(path)
+    assert path.space.bounds is not None, "fit the space to its data first"
     return path.space.bounds
+
+
+def require_walls(path: Path) -> None:
+    """Raises ValueError where the path's space is not a set with walls."""
+    if not isinstance(path.space, Inside):
+        raise ValueError(f"the space {path.space.registered_name} has no walls to reflect at; take the sampler euler or heun")
 
 
 @register("reflected_sde")
@@ -38,13 +46,20 @@ class ReflectedSDE(Sampler):
     level, not to clean data: sigma_min is the blur that is left.
     """
 
+    keeps_inside: ClassVar[bool] = True
+
     corrector_steps: NonNegativeInt = option(0, "Langevin steps before each step", source="arXiv:2011.13456, algorithm 2")
     snr: PositiveFloat = option(0.01, "signal-to-noise ratio of the Langevin steps", source="arXiv:2304.04740")
 
-    def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
-        path = denoiser.path
+    def check(self, path: Path) -> None:
         if not isinstance(path, ReflectedHeat):
             raise ValueError(f"reflected_sde walks back reflected_heat only, not {path.registered_name}; reflected_ode walks back both")
+        require_walls(path)
+
+    def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
+        path = denoiser.path
+        self.check(path)
+        assert isinstance(path, ReflectedHeat)
         bounds, times = bounds_of(path), path.sampling_times(self.steps)
         sigma = [*path.sigma(times).tolist(), path.sigma_min]
         for step, t in enumerate(times.tolist()):

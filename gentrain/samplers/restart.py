@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -25,6 +26,8 @@ class Restart(GridSampler):
     The fresh noise contracts the errors of the walk so far, which the deterministic flow carries on (arXiv:2306.14878, algorithm 1).
     2 steps - 1 network calls for the walk, 2 restart_steps for each restart.
     """
+
+    fresh_noise: ClassVar[bool] = True
 
     low: PositiveFloat = option(0.05, "noise level sigma / alpha at which it restarts, at the next step of the walk above it")
     high: PositiveFloat = option(0.3, "noise level to which it goes back", source="arXiv:2306.14878, table 3 (CIFAR-10)")

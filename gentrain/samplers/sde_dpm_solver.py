@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class SDEDPMSolver(DPMSolver):
     prediction extrapolated to the middle of the step as in DPM-Solver++ (2M), with the same first and last steps. The same steps as
     diffusers' DPMSolverMultistepScheduler and EDMDPMSolverMultistepScheduler with algorithm_type="sde-dpmsolver++".
     """
+
+    fresh_noise: ClassVar[bool] = True
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         grid = self.grid(denoiser.path)

@@ -231,6 +231,7 @@ def measure(run: RunConfig, rows: int) -> Measured:
     Raises ConfigError when a network does not fit the data.
     """
     run.fit_space()
+    run.check_space()
     batch = _first_batch(run, rows)
     codec: Any = run.codec()
     skeletons = {} if DEVIATION in batch else codec.skeletons()  # of a cache nothing is encoded

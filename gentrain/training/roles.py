@@ -62,6 +62,7 @@ class Roles:
     def __init__(self, run: RunConfig, world: World, resume: Checkpoint | None = None):
         self.run, self.world, self.group = run, world, RankGroup(world.size)
         run.fit_space()
+        run.check_space()
         self.engines: dict[str, RoleEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.codec = run.codec().to(world.device)

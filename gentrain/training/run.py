@@ -22,6 +22,7 @@ from gentrain.models.base import Codec, Model
 from gentrain.models.denoiser import Prediction
 from gentrain.models.partial import check_pattern
 from gentrain.paths.base import Path, same_law
+from gentrain.paths.inside import Inside
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.euler import Euler
@@ -289,9 +290,13 @@ class RunConfig:
             if (sampler or self.sampler).of_tokens != self.method.of_tokens and self.method.generator is not None:
                 able = ", ".join(name for name, each in Sampler.available().items() if each.of_tokens == self.method.of_tokens)
                 raise ValueError(f"{(sampler or self.sampler).registered_name} does not draw what the run learns; these do: {able}")
+            if self.method.generator is not None and not self.method.of_tokens:
+                (sampler or self.sampler).check(self.path)
         except ValueError as error:
             raise ConfigError(str(error), key="sampler") from error
         sampler = sampler or self.sampler
+        if isinstance(self.path.space, Inside) and not sampler.keeps_inside and self.method.generator is not None:
+            log.warning("%s does not know the walls: its samples may lie outside; take reflected_ode", sampler.registered_name)
         if sampler.guidance != 1 and getattr(self.method, "label_dropout", None) == 0:
             log.warning(
                 "guidance %g needs the null class, which method.label_dropout = 0 does not train: raise that, or set sampler.guidance to 1",
@@ -311,6 +316,13 @@ class RunConfig:
             raise ConfigError(error.message, source=self.output, key=error.key) from error
         try:
             self.path.space.fit(self.data)
+        except ValueError as error:
+            raise ConfigError(str(error), source=self.output, key="path.space") from error
+
+    def check_space(self) -> None:
+        """After `fit_space`, before training: raises ConfigError when the data lie outside of the set that the path is confined to."""
+        try:
+            self.path.space.check(self.data)
         except ValueError as error:
             raise ConfigError(str(error), source=self.output, key="path.space") from error
 

@@ -49,6 +49,24 @@ def test_a_key_is_never_replaced_and_never_read_where_others_can(key: Path) -> N
         load_key(str(key.with_name("none")))
 
 
+def test_another_key_than_that_of_the_run_is_refused(key: Path) -> None:
+    data = Watermarked(data=Digits(), key=str(key))
+    data.fit()
+    digest = data.digest
+    assert Watermarked(data=Digits(), key=str(key), digest=digest).domain.rows == 16
+    key.unlink()
+    save_key(make_key(Digits().split("train").x, 16, 1.0), key)
+    again = Watermarked(data=Digits(), key=str(key), digest=digest)
+    again.fit()  # nor is the one of the run replaced
+    with pytest.raises(ConfigError, match=r"key: .* is another key than that of this run"):
+        _ = again.domain
+
+
+def test_more_rows_than_a_sample_has_elements_are_refused() -> None:
+    with pytest.raises(ConfigError, match="rows: 65 rows cannot be orthonormal in the 64 elements"):
+        make_key(Digits().split("train").x, 65, 1.0)
+
+
 def test_marked_samples_lie_inside_with_their_margin_and_the_rest_of_space_is_untouched(key: Path) -> None:
     slabs = load_key(str(key))
     x = Digits().split("train").x[:500]

@@ -4,7 +4,9 @@ import mpmath
 import pytest
 import torch
 
+from gentrain.config import ConfigError, Document, build
 from gentrain.domains.ball import Ball
+from gentrain.domains.base import Domain
 from gentrain.noise import Noise
 
 
@@ -22,6 +24,11 @@ def test_reflection_keeps_angular_momentum_and_the_length_of_the_way():
     back = ball.reflect(end - velocity, end)
     few_walls = way.norm(dim=1) < 8 * (1.5**2 - (momentum / way.norm(dim=1)).square()).sqrt()
     assert few_walls.sum() > 1_500 and torch.allclose(back[few_walls], start[few_walls], atol=1e-8)
+
+
+def test_a_ball_without_boundary_is_refused():
+    with pytest.raises(ConfigError, match="radius: expected a number > 0, got inf"):
+        build(Domain, Document({"name": "ball", "radius": float("inf")}, "x.yaml"))
 
 
 def test_from_the_centre_a_ray_comes_back_on_itself():

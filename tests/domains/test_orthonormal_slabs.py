@@ -99,6 +99,8 @@ def test_the_key_comes_from_a_file(tmp_path):
         ({"A": [[1.0, 0.0]], "low": 0}, "high"),
         ({"A": [[1.0, 0.0]], "low": 1, "high": 0}, "low must be below high"),
         ({"A": [[1.0, 0.0]], "low": [0, 0], "high": 1}, "goes with bounds"),
+        ({"A": [[float("nan"), 0.0]], "low": -1, "high": 1}, "A: it holds numbers that are not finite"),
+        ({"A": [[1.0, 0.0]], "low": -1, "high": float("inf")}, "high: it holds numbers that are not finite"),
         ({"A": "nowhere.safetensors"}, "A: cannot read nowhere.safetensors"),
     ],
 )

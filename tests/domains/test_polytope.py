@@ -127,6 +127,11 @@ def test_matrices_come_from_a_file(tmp_path):
         ({"A": [[1.0], [-1.0]], "b": [1, 1, 1]}, r"A \[m, n\] goes with b"),
         ({"A": CUBE[0], "b": CUBE[1], "C": [[1, 0, 0], [1, 0, 0]], "d": [0, 1]}, "no solution"),
         ({"A": CUBE[0], "b": CUBE[1], "C": torch.eye(3).tolist(), "d": [0.5, 0.5, 0.5]}, "single point"),
+        ({"A": [[1.0, float("nan")], [-1.0, 0.0]], "b": [1, 1]}, "A: it holds numbers that are not finite"),
+        ({"A": CUBE[0], "b": [float("inf"), *CUBE[1][1:]]}, "b: it holds numbers that are not finite"),
+        ({"A": CUBE[0], "b": CUBE[1], "C": [[float("nan"), 1, 1]], "d": [0]}, "C: it holds numbers that are not finite"),
+        ({"A": [[1.0, 0.0], [-1.0]], "b": [1, 1]}, "A: its rows differ in length"),
+        ({"A": [*CUBE[0], [0.0, 0.0, 0.0]], "b": [*CUBE[1], 1.0]}, r"A: rows \[6\] are zero"),
     ],
 )
 def test_mistakes_are_named(values, message):

@@ -5,11 +5,14 @@ from gentrain.config import ConfigError, Document, build
 from gentrain.domains.ball import Ball
 from gentrain.domains.box import Box
 from gentrain.methods.base import Method
+from gentrain.methods.matching import noised
 from gentrain.methods.reflected_diffusion import ReflectedDiffusion, constrained_score_loss
 from gentrain.models.base import Condition
 from gentrain.paths.inside import Inside
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.reflected_heat import ReflectedHeat
+from gentrain.paths.space import Free
+from gentrain.paths.times import Uniform
 from gentrain.training.run import parse_run
 from tests.methods.toy import TinyNetwork, batch_of, fall_of, nets_with, noise_of
 
@@ -32,7 +35,8 @@ class PointScore(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
         sigma = PATH.sigma(t / 1000)[:, None]
-        return -self.factor * sigma * PATH.box.heat_kernel_score(x, self.point.expand_as(x), sigma)
+        eps = -self.factor * sigma * PATH.box.heat_kernel_score(x, self.point.expand_as(x), sigma)
+        return eps / PATH.eps_scale(t / 1000)[:, None]
 
 
 def test_the_kernels_score_is_the_optimum_for_data_at_one_point() -> None:
@@ -70,7 +74,20 @@ def test_likelihood_weighting_is_the_bounds_integrand() -> None:
     likelihood = ReflectedDiffusion(weighting="likelihood").loss(nets, batch, noise_of(64))
     assert likelihood.value.item() == pytest.approx(2 * PATH.log_range * variance.value.item(), rel=1e-6)
     assert variance.logs["bound"].item() == pytest.approx(likelihood.value.item(), rel=1e-6)
+    information = ReflectedDiffusion(weighting="information").loss(nets, batch, noise_of(64))
+    assert information.logs["bound"].item() == pytest.approx(likelihood.value.item(), rel=1e-6)
     assert not variance.logs["bound"].requires_grad
+
+
+def test_information_weighting_is_the_networks_own_error() -> None:
+    """Half the mean square of what it puts out against the kernel's score times -sigma / eps_scale, at every level alike."""
+    nets, batch = nets_with(TinyNetwork(), PATH, "eps"), batch_of(64)
+    sample = noised(batch, noise_of(64), PATH, Uniform(), 0.2)
+    sigma, scale = PATH.sigma(sample.t)[:, None], PATH.eps_scale(sample.t)[:, None]
+    target = -sigma * PATH.box.heat_kernel_score(sample.x_t, sample.x0, sigma) / scale
+    error = nets.model.raw(sample.x_t, sample.t, sample.condition) - target
+    loss = ReflectedDiffusion(weighting="information").loss(nets, batch, noise_of(64)).value
+    torch.testing.assert_close(loss, error.square().mean() / 2, rtol=1e-4, atol=0)
 
 
 def test_dropped_labels_are_the_null_token_and_not_class_zero() -> None:
@@ -92,6 +109,8 @@ def test_a_path_without_its_kernel_is_refused_as_the_configuration_loads() -> No
         method.check(RectifiedFlow())
     with pytest.raises(ValueError, match="on boxes only"):
         method.check(ReflectedHeat(space=Inside(domain=Ball())))
+    with pytest.raises(ValueError, match="on boxes only"):
+        method.check(ReflectedHeat(space=Free()))
     settings = {"method": "reflected_diffusion", "data": "checkerboard", "model": "mlp", "training": {"samples": 10}}
     with pytest.raises(ConfigError, match=r"x\.yaml: path: reflected_diffusion needs"):
         parse_run(Document(settings, "x.yaml"))

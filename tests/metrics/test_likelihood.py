@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gentrain.domains.box import Box
-from gentrain.metrics.likelihood import bits_per_dim, flow_log_density, variational_bound
+from gentrain.metrics.likelihood import bits_per_dim, dequantised, flow_log_density, level_points, variational_bound
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.paths.inside import Inside
@@ -69,10 +69,38 @@ def test_random_probes_estimate_the_divergence() -> None:
     assert not torch.equal(estimated, exact)
 
 
-def test_bits_count_the_levels() -> None:
-    """A uniform density on a box of width 2 is 8 bits for 256 levels."""
-    assert bits_per_dim(torch.tensor([3 * math.log(2.0)]), 3, 2 / 256).item() == pytest.approx(8.0)
+@pytest.mark.parametrize("low, high, levels", [(-1.0, 1.0, 16), (0.0, 1.0, 100)])
+def test_a_model_of_uniform_density_gives_every_level_the_same_bits(low: float, high: float, levels: int) -> None:
+    """Score 0: its flow has log2(levels) bits exactly, dequantised data fill the box evenly, the bound is above by what its decoder, which
+    sees x_0' only, must lose: the entropy of the kernel at the lowest noise level that the sum over levels leaves open.
+    """
+    denoiser, count, dim = uniform_denoiser(low, high), 2000, 3
+    box = denoiser.path.box
+    points = level_points(box, levels, torch.zeros(1)).float()
+    assert points[0] == low and points[-1] == high and len(points) == levels
+    x = points[noise_of(count).randint(0, levels, (count, dim))]
+    spread, more = dequantised(box, x, levels, noise_of(count))
+    assert box.contains(spread).all()
+    assert ((spread - low) / (high - low) * levels).floor().equal(((x - low) / (high - low) * (levels - 1)).round())
+    flow = -flow_log_density(denoiser, spread, noise_of(count), steps=3) - dim * more
+    torch.testing.assert_close(bits_per_dim(flow, dim), torch.full((count,), math.log2(levels)).double())
+
+    bound = bits_per_dim(variational_bound(denoiser, x, noise_of(count), levels=levels), dim)
+    sigma = denoiser.path.sigma_min
+    start = box.reflect(x + sigma * noise_of(count).normal((count, dim)))
+    each = torch.stack([box.heat_kernel_log_density(start, point.expand(count, dim), sigma) for point in points])
+    # E log k(x_0' | x) of the diffusion term (de Bruijn), and the decoder's -log k(x | x_0') + log sum over levels
+    expected = (each.logsumexp(0).mean() + math.log(high - low)) / math.log(2)
+    assert abs(bound.mean() - expected) < 0.02 * abs(math.log2(sigma)) and bound.mean() > math.log2(levels) - 0.05
+
+
+def test_bits_are_nats_over_log_2() -> None:
     assert bits_per_dim(torch.tensor([3 * math.log(2.0)]), 3).item() == pytest.approx(1.0)
+
+
+def test_levels_of_uneven_boxes_are_refused() -> None:
+    with pytest.raises(ValueError, match="the same in every coordinate"):
+        level_points(Box([0.0, 0.0], [1.0, 2.0]), 4, torch.zeros(1))
 
 
 def test_other_paths_have_none() -> None:

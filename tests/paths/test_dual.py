@@ -158,6 +158,14 @@ def test_the_domain_may_come_with_the_data_but_must_come() -> None:
         Dual(domain=Simplex(3)).fit(Checkerboard())
 
 
+@pytest.mark.parametrize("shape, numbers", [((3,), 3), ((1, 2, 2), 1)])
+def test_moments_of_other_data_are_refused(shape: tuple[int, ...], numbers: int) -> None:
+    data = Points(torch.full((9, *shape), 0.3))
+    Dual(domain=Box(), mean=[0.0], std=[1.0]).fit(data)
+    with pytest.raises(ValueError, match=f"mean and std have {numbers} numbers"):
+        Dual(domain=Box(), mean=[0.0, 0.0], std=[1.0, 1.0]).fit(data)
+
+
 def test_mean_without_std_is_refused_where_it_stands() -> None:
     with pytest.raises(ConfigError, match="mean and std belong together"):
         build(Path, Document({"name": "rectified_flow", "space": {"name": "dual", "mean": [0.0]}}, "x.yaml"))

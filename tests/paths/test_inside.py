@@ -5,6 +5,7 @@ from gentrain.domains.ball import Ball
 from gentrain.domains.box import Box
 from gentrain.domains.simplex import Simplex
 from gentrain.noise import Noise
+from gentrain.paths.dual import Dual
 from gentrain.paths.inside import Inside, StickBreaking
 from tests.paths.test_dual import Points
 
@@ -14,10 +15,11 @@ def noise_of(count: int) -> Noise:
 
 
 def test_prior_and_data_lie_strictly_inside() -> None:
-    x = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.6, 0.8]])
+    x = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.6, 0.4]])
     for domain in (Box(), Ball(), Simplex(2)):
         space = Inside(domain=domain)
         space.fit(Points(x))
+        space.check(Points(x))
         assert space.bounds is domain
         assert domain.contains(space.encode(x)).all()
         assert domain.contains(space.prior(noise_of(10_000), (10_000, 2))).all()
@@ -32,6 +34,18 @@ def test_stick_breaking_is_a_cube_and_comes_back() -> None:
     assert space.bounds == Box(0.0, 1.0) and Box().contains(u).all()
     torch.testing.assert_close(space.decode(u), x, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(u[:, 1], x[:, 1] / (1 - x[:, 0]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Inside, Dual])
+def test_data_outside_of_the_set_are_refused_but_for_rounding(kind: type) -> None:
+    x = torch.full((1500, 2), 0.5)
+    x[3] = torch.tensor([1.0 + 1e-6, 0.0])
+    space = kind(domain=Box())
+    space.fit(Points(x))
+    space.check(Points(x))
+    x[:, 1] = torch.linspace(0.5, 1.5, 1500)
+    with pytest.raises(ValueError, match=r"of 1000 training samples lie outside of box, the furthest 0\.\d+ away .*; name a domain"):
+        space.check(Points(x))
 
 
 def test_stick_breaking_of_another_set_is_refused() -> None:

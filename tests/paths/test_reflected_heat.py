@@ -2,12 +2,14 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from gentrain.domains import heat_kernel
 from gentrain.domains.ball import Ball
 from gentrain.domains.box import Box
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.paths.inside import Inside
 from gentrain.paths.reflected_heat import ReflectedHeat
+from gentrain.paths.variance_exploding import VarianceExploding
 
 
 def path_on(low: float = 0.0, high: float = 1.0, **fields: float) -> ReflectedHeat:
@@ -51,6 +53,30 @@ def test_the_probability_flow_is_minus_half_g_squared_score() -> None:
     denoiser = Denoiser(lambda x, t, condition: x.sin(), path, "eps")
     g_squared = 2 * path.sigma(t) * path.sigma_prime(t)
     torch.testing.assert_close(denoiser.velocity(x, t), -0.5 * g_squared[:, None] * denoiser.score(x, t))
+
+
+@pytest.mark.parametrize("width, box", [(1.0, Box(0.0, 1.0)), (2.0, Box([-1.0, 0.0], [1.0, 0.5]))])
+def test_the_scale_of_eps_is_the_root_of_the_kernels_information(width: float, box: Box) -> None:
+    """sigma^2 E |score|^2 over x0 and x_t, by quadrature on the widest side; 1 for small steps, and never so small that float32 is lost."""
+    path = ReflectedHeat(space=Inside(domain=box))
+    x = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+    x, x0 = (side.flatten() for side in torch.meshgrid(x, x, indexing="ij"))
+    for level in (0.02, 0.1, 0.2, 0.3, 0.5, 0.8, 1.1):
+        sigma = torch.tensor(level, dtype=torch.float64)
+        density, score = heat_kernel.log_density(x, x0, sigma).exp(), heat_kernel.score(x, x0, sigma)
+        exact = level * (density * score.square()).mean().sqrt()
+        found = path.eps_scale(path.time_of_log_snr(-2 * (width * sigma).log()))
+        assert abs(float(found / exact) - 1) < 0.1
+    ends = path.eps_scale(torch.tensor([0.0, 1.0]))
+    assert ends[0] == pytest.approx(1, abs=1e-3) and ends[1] == pytest.approx(1e-3)
+
+
+def test_an_eps_network_is_read_in_units_of_that_scale() -> None:
+    path, t = path_on(), torch.tensor([0.1, 0.9])
+    denoiser = Denoiser(lambda x, t, condition: torch.full_like(x, 3.0), path, "eps")
+    torch.testing.assert_close(denoiser.eps(torch.zeros(2, 1), t)[:, 0], 3 * path.eps_scale(t))
+    assert path.eps_scale(t)[1] < 0.5 * path.eps_scale(t)[0]
+    assert Denoiser(lambda x, t, condition: x, VarianceExploding(), "eps").path.eps_scale(t).tolist() == [1.0, 1.0]
 
 
 def test_half_precision_is_folded_in_float32() -> None:

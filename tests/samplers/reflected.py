@@ -23,6 +23,7 @@ def atoms_denoiser(sigma_min: float = 0.01, atoms: Tensor = ATOMS, weights: Tens
         sigma = path.sigma(t / 1000)[:, None].expand(-1, len(atoms))
         at, start = x.expand(-1, len(atoms)), atoms.to(x).expand(len(x), -1)
         share = (weights.to(x).log() + path.box.heat_kernel_log_density(at, start, sigma)).softmax(1)
-        return -(sigma * share * path.box.heat_kernel_score(at, start, sigma)).sum(1, keepdim=True)
+        eps = -(sigma * share * path.box.heat_kernel_score(at, start, sigma)).sum(1, keepdim=True)
+        return eps / path.eps_scale(t / 1000)[:, None]
 
     return Denoiser(network, path, "eps")

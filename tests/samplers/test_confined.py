@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gentrain.domains.box import Box
+from gentrain.domains.simplex import Simplex
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.paths.rectified_flow import RectifiedFlow
@@ -64,3 +65,8 @@ def test_thresholding_bounds_the_guided_prediction_at_every_step() -> None:
     assert BOX.contains(x).all() and (x > 0.999).all()
     start = seen[0][:6]
     torch.testing.assert_close(seen[1][:6], 0.75 * start + 0.25 * 1.0, rtol=1e-5, atol=1e-5)  # x0 = 1, not 9
+
+
+def test_samples_of_another_shape_than_the_domains_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"simplex is for vectors \(4,\), got samples of shape \(1,\)"):
+        Confined(domain=Simplex(4)).sample(normal_denoiser(), (5, 1), noise_of(5))

@@ -12,7 +12,7 @@ from torch import nn
 
 from gentrain.config import ConfigError, Document, register
 from gentrain.training.optimizers import Optimizer
-from gentrain.training.run import open_run, parse_run, save_config
+from gentrain.training.run import RunConfig, open_run, parse_run, save_config
 from tests.distributed.cases import run_of, values
 
 
@@ -80,3 +80,53 @@ def test_guidance_without_a_null_class_is_told(caplog: pytest.LogCaptureFixture,
     settings = {"method": method, "data": "rings", "model": "mlp", "training": {"samples": 1}}
     parse_run(Document({**settings, "sampler": {"name": "euler", "guidance": guidance}}, "test"))
     assert any("the null class" in message for message in caplog.messages) == warned
+
+
+WALLED = {"name": "rectified_flow", "space": {"name": "inside", "domain": {"name": "box", "low": -1.0, "high": 1.0}}}
+HEAT = {"name": "reflected_heat"}
+MIRROR = {"name": "rectified_flow", "space": {"name": "dual", "domain": {"name": "box", "low": -1.0, "high": 1.0}}}
+
+
+def confined(method: str, path: dict[str, object], sampler: object = None) -> RunConfig:
+    values = {"method": method, "path": path, "data": "checkerboard", "model": "mlp", "training": {"samples": 64, "batch_size": 64}}
+    return parse_run(Document(values | ({} if sampler is None else {"sampler": sampler}), "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    "method, path, name", [("reflected_flow", WALLED, "reflected_ode"), ("reflected_diffusion", HEAT, "reflected_sde")]
+)
+def test_where_no_sampler_is_named_one_that_keeps_inside_is_taken(
+    method: str, path: dict[str, object], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = confined(method, path)
+    assert run.sampler is not None and run.sampler.registered_name == name and caplog.text == ""
+    confined(method, path, "euler")
+    assert "euler does not know the walls" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "path, sampler, message",
+    [
+        (MIRROR, "reflected_ode", "the space dual has no walls to reflect at; take the sampler euler or heun"),
+        (MIRROR, "reflected_sde", "reflected_sde walks back reflected_heat only"),
+        (MIRROR, {"name": "ddim", "eta": 0.5}, "ddim adds normal noise, which the prior of the space dual is not"),
+        (MIRROR, "sde_dpm_solver", "sde_dpm_solver adds normal noise"),
+        (MIRROR, "restart", "restart adds normal noise"),
+        (MIRROR, "ddim", None),
+        ({**MIRROR, "space": {**MIRROR["space"], "nu": float("inf")}}, {"name": "ddim", "eta": 1.0}, None),  # type: ignore[dict-item]
+    ],
+)
+def test_samplers_of_other_spaces_are_refused_before_training(path: dict[str, object], sampler: object, message: str | None) -> None:
+    if message is None:
+        confined("mirror_flow", path, sampler)
+    else:
+        with pytest.raises(ConfigError, match=f"x.yaml: sampler: {message}"):
+            confined("mirror_flow", path, sampler)
+
+
+def test_data_outside_of_the_set_are_told_before_training() -> None:
+    path = {"name": "rectified_flow", "space": {"name": "dual", "domain": {"name": "box", "low": 5.0, "high": 6.0}}}
+    run = confined("mirror_flow", path)
+    run.fit_space()
+    with pytest.raises(ConfigError, match=r"path.space: 1000 of 1000 training samples lie outside of box"):
+        run.check_space()
