@@ -47,7 +47,8 @@ def rendered(example: str) -> dict[str, str]:
     printed = io.StringIO()
     arguments = ["submit", *EXAMPLES[example], "--dry-run"]
     before = cli.console.file
-    with contextlib.chdir(HERE.parent), patch("gentrain.cluster.versions.PYTHON", "3.11"):
+    here = patch("gentrain.cluster.versions.PYTHON", "3.11"), patch("sys.executable", "/shared/venv/bin/python")
+    with contextlib.chdir(HERE.parent), here[0], here[1]:
         cli.console.file = printed
         try:
             status = cli._guarded(lambda **options: cli.app(args=arguments, **options))

@@ -298,9 +298,11 @@ def plan(
     Example: gentrain plan configs/quickstart.yaml --memory 24
     """
     from gentrain.catalogue import plan_tables
-    from gentrain.config import to_yaml
+    from gentrain.cluster.submissions import place_of
+    from gentrain.config import load, to_yaml
 
     loaded, runs = _loaded(config, overrides)
+    place_of(load(config, overrides or ()))
     limit = _device_memory() if memory is None else int(memory * 2**30)
     found = plan_tables(runs, limit)  # before anything is printed: building the networks shows whether they fit the data
     _say(to_yaml(loaded))

@@ -23,16 +23,24 @@ def submit(
     Example: gentrain submit configs/quickstart.yaml cluster.submit=ray cluster.submit.address=http://127.0.0.1:8265
     """
     from gentrain.catalogue import plan_tables
-    from gentrain.cluster.submissions import output_at, place_of, send, submission_of
+    from gentrain.cluster.submissions import called, output_at, place_of, send, submission_of
     from gentrain.cluster.sweeps import load_sweep
-    from gentrain.config import load
+    from gentrain.config import ConfigError, load
     from gentrain.document import reads_environment
+    from gentrain.training.remedies import refuse_url
 
     document = load(config, overrides or (), {"output": f"runs/{config.stem}"})
     place, directory = place_of(document), document.values["output"]
     if not isinstance(directory, str) or reads_environment(directory):
         raise document.error("output", "what is submitted is found again by its directory; write that out")
-    loaded, runs = cli._loaded(config, [*(overrides or ()), f"output={json.dumps(output_at(place, directory))}"])
+    refuse_url(directory, "output")
+    there = [*(overrides or ()), f"output={json.dumps(output_at(place, directory))}"]
+    loaded, runs = cli._loaded(config, there)
+    for number, variant in enumerate(place.variants()):
+        try:
+            cli._loaded(config, [*there, *variant])
+        except ConfigError as error:
+            raise ConfigError(f"entry {number}: {error}", key="cluster.submit.array") from error
     tables = plan_tables(runs, limit=None)
     swept = load_sweep(config, overrides or ()) if "sweep" in document.values else None
     if swept is not None and swept.dependent:
@@ -51,7 +59,7 @@ def submit(
     if submission.secrets:
         cli._say(f"the job reads these variables, which the place has to give: {', '.join(submission.secrets)}")
     when = "at its end" if command != "train" else f"with: gentrain report {submission.directory}"
-    cli._say(f"logs: gentrain logs {submission.name} -f\nreport: {submission.output}/report.html, {when}")
+    cli._say(f"logs: gentrain logs {called(submission)} -f\nreport: {submission.output}/report.html, {when}")
     return 0
 
 
@@ -109,6 +117,10 @@ def stop(run: str) -> int:
     from gentrain.cluster.submissions import find
 
     place, record = find(run)
+    state = place.status(record["handle"])
+    if state.is_over:
+        cli._say(f"{run} runs no more: {state.value}")
+        return 0
     place.stop(record["handle"])
     cli._say(f"asked to stop: {run}. See: gentrain status {run}")
     return 0
@@ -120,9 +132,13 @@ def resume(run: str) -> int:
 
     Example: gentrain resume quickstart
     """
-    from gentrain.cluster.submissions import find, send
+    from gentrain.cluster.places import State
+    from gentrain.cluster.submissions import find, send, state_before
+    from gentrain.config import ConfigError
 
     place, record = find(run)
+    if state_before(place, record) is State.SUCCEEDED:
+        raise ConfigError(f"{run} has succeeded: nothing is left to do; to train it for longer, submit it again with more training.samples")
     send(place, record["submission"])
     cli._say(f"submitted again: {record['submission'].name} to {place.registered_name}\nlogs: gentrain logs {run} -f")
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from gentrain.cluster.places import Handle, Place, PlaceError, State, Submission
+from gentrain.cluster.places import Handle, Place, PlaceError, State, Submission, refuse_missing
 from gentrain.cluster.stopping import STOPPED
 from gentrain.config import ConfigError, register
 
@@ -32,15 +32,21 @@ class Local(Place):
             raise ConfigError("this machine has its own directories; set `output`", key="storage")
 
     def render(self, submission: Submission) -> dict[str, str]:
-        return {"config.yaml": submission.config}
+        """config.yaml, and what is run beside what this process has in its environment."""
+        config = submission.files.resolve() / "config.yaml"
+        exports = [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        # `exec`: the signal of `stop` must reach the command, not a shell above it.
+        command = "exec " + shlex.join([sys.executable, "-m", "gentrain.cli", *submission.command[1:-1], str(config)])
+        return {"config.yaml": submission.config, "job.sh": "\n".join(["#!/bin/sh", *exports, command]) + "\n"}
 
     def submit(self, submission: Submission) -> Handle:
+        refuse_missing(submission.secrets)
         number = len(list(submission.files.glob("*.log"))) + 1
         log, status = (submission.files.resolve() / f"{number}{suffix}" for suffix in (".log", ".status"))
-        command = [sys.executable, "-m", "gentrain.cli", *submission.command[1:-1], str(submission.files.resolve() / "config.yaml")]
+        job = ["/bin/sh", str(submission.files.resolve() / "job.sh")]
         with log.open("xb") as output:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _KEEPER, str(status), *command], env=os.environ | self.environment, start_new_session=True,
+                ["/bin/sh", "-c", _KEEPER, str(status), *job], start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         started = psutil.Process(process.pid).create_time()

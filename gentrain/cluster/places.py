@@ -6,7 +6,8 @@ kept with the submission in the run's directory, from which any later process fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from gentrain.config import Component, option
+from gentrain.config import Component, ConfigError, option
 
 Handle = dict[str, Any]  # plain values, which JSON can hold
 
@@ -68,6 +69,10 @@ class Place(Component, kind="place"):
     secrets: list[str] = option(list, "names of variables that the job needs and whose values no file may hold")
     storage: str | None = option(None, "absolute directory there under which `output` lies; left out: the one this command runs in")
 
+    def variants(self) -> list[list[str]]:
+        """Overrides of each of the runs that one configuration becomes there; empty: it stays one. Raises ConfigError."""
+        return []
+
     def render(self, submission: Submission) -> dict[str, str]:
         """File name -> text: exactly what `submit` would send. Raises ConfigError."""
         raise NotImplementedError
@@ -90,6 +95,13 @@ class Place(Component, kind="place"):
     def stop(self, handle: Handle) -> None:
         """Asks for a checkpoint and the end, as SIGTERM does; returns at once. Nothing happens when it is over. Raises PlaceError."""
         raise NotImplementedError
+
+
+def refuse_missing(secrets: Sequence[str]) -> None:
+    """Raises ConfigError when a variable is missing that this process has to hand on."""
+    for name in secrets:
+        if name not in os.environ:
+            raise ConfigError(f"the environment has no {name}, which the job needs; export it", key="cluster.submit.secrets")
 
 
 class PlaceError(RuntimeError):

@@ -158,9 +158,10 @@ class RayJobs(Place):
                 os.environ.update(aside)
             yield client
         except AuthenticationError as error:
+            missing = "couldn't find an authentication token" in str(error)
+            what = "there is no token for" if missing else "this token is refused by"
             raise PlaceError(
-                f"the Ray cluster at {self.address} refuses this token, or there is none; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to "
-                "the one that the cluster was started with"
+                f"{what} the Ray cluster at {self.address}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the one that it was started with"
             ) from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise PlaceError(f"no Ray cluster answers at {self.address}; start it, or correct cluster.submit.address") from error

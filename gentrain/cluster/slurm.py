@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 from pydantic import PositiveInt
 
-from gentrain.cluster.places import Allocation, Handle, PlaceError, State, Submission
+from gentrain.cluster.places import Allocation, Handle, PlaceError, State, Submission, refuse_missing
 from gentrain.cluster.room import refuse_cramped
 from gentrain.cluster.stopping import STOPPED
 from gentrain.cluster.versions import stamp
@@ -128,6 +128,12 @@ class Slurm(Allocation):
             if not text.startswith("--") or not text.isprintable():
                 raise ConfigError(f"expected an option of sbatch such as --qos=high, got {text!r}", key="options")
 
+    def variants(self) -> list[list[str]]:
+        try:
+            return [] if self.array == "trials" else [shlex.split(overrides) for overrides in self.array]
+        except ValueError as error:
+            raise ConfigError(f"{error}; quote an entry as a shell wants it", key="cluster.submit.array") from error
+
     def render(self, submission: Submission) -> dict[str, str]:
         self._check(submission)
         values = {"nodes": self.nodes, "cpus": self.cpus_per_node, "gpus": self.gpus_per_node, "restarts": self.restarts}
@@ -153,9 +159,7 @@ class Slurm(Allocation):
         return {"config.yaml": submission.config, "job.sbatch": "\n".join(lines) + "\n" + "".join(parts)}
 
     def submit(self, submission: Submission) -> Handle:
-        for name in submission.secrets:
-            if name not in os.environ:
-                raise ConfigError(f"the environment has no {name}, which the job needs; export it", key="cluster.submit.secrets")
+        refuse_missing(submission.secrets)
         job = _tell("sbatch", "--parsable", str(submission.files / "job.sbatch")).strip().partition(";")[0]
         tasks = [f"_{number}" for number in range(self._count(submission))] or [""]
         return {"job": job, "logs": [str(submission.files.resolve() / f"{job}{task}.log") for task in tasks]}
@@ -186,7 +190,11 @@ class Slurm(Allocation):
         if self.status(handle).is_over:
             return
         _tell("scancel", "--state=PENDING", handle["job"])
-        _tell("scancel", "--batch", "--signal=TERM", "--state=RUNNING", handle["job"])
+        try:
+            _tell("scancel", "--batch", "--signal=TERM", "--state=RUNNING", handle["job"])
+        except PlaceError:
+            if not self.status(handle).is_over:  # all of it waited, or has ended since
+                raise
 
     def _check(self, submission: Submission) -> None:
         if any(not letter.isprintable() or letter in " %\"'\\" for letter in submission.output):
@@ -238,8 +246,8 @@ class Slurm(Allocation):
         if self.array == "trials":
             return ["command+=(--trial=$SLURM_ARRAY_TASK_ID)"]
         cases = [
-            f"  {number}) command+=({shlex.join([*shlex.split(overrides), f'output={submission.output}/{number}'])}) ;;"
-            for number, overrides in enumerate(self.array)
+            f"  {number}) command+=({shlex.join([*overrides, f'output={submission.output}/{number}'])}) ;;"
+            for number, overrides in enumerate(self.variants())
         ]
         return ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
 

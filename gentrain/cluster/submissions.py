@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from gentrain.cluster.local import Local
-from gentrain.cluster.places import Handle, Place, PlaceError, Submission
+from gentrain.cluster.places import Handle, Place, PlaceError, State, Submission
 from gentrain.config import ConfigError, Document, build, option, to_dict
 from gentrain.document import reads_environment, variables
 from gentrain.training.checkpoint import CheckpointError, refuse_foreign
@@ -84,7 +84,7 @@ def submission_of(
         clusters: of the runs that it trains.
         trials: of a sweep, how many.
 
-    Raises ConfigError when the directory's name is none for a job, or a variable is missing that this process would have to hand on.
+    Raises ConfigError when the directory's name is none for a job.
     """
     name = Path(directory).name
     if not _NAME.fullmatch(name):
@@ -92,14 +92,11 @@ def submission_of(
     sections = {"cluster": {key: value for key, value in config["cluster"].items() if key != "submit"}}
     values = {**config, **sections} if sections["cluster"] else {key: value for key, value in config.items() if key != "cluster"}
     secrets = tuple(sorted({*variables(values), *place.secrets}))
-    if isinstance(place, Local):
-        for missing in (secret for secret in secrets if secret not in os.environ):
-            raise ConfigError(f"the environment variable {missing} is not set; export it", key="cluster.submit.secrets")
     return Submission(
         name=name,
         config=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
         command=("gentrain", command, "config.yaml"),
-        directory=Path(directory).absolute(),
+        directory=Path(os.path.abspath(directory)),
         output=config["output"],
         environment=place.environment,
         secrets=secrets,
@@ -139,6 +136,11 @@ def find(run: str) -> tuple[Place, Record]:
     raise ConfigError(f"no run {run!r} has been submitted; {remedy}")
 
 
+def called(submission: Submission) -> str:
+    """What `find` finds it by from here: its name, or its directory where that does not lie in runs/."""
+    return submission.name if submission.directory.parent == RUNS.absolute() else str(submission.directory)
+
+
 def submitted_here() -> list[str]:
     """The names of the runs in runs/ that have been submitted."""
     return sorted(path.parent.name for path in RUNS.glob(f"*/{RECORD}"))
@@ -158,16 +160,22 @@ def read(directory: Path) -> tuple[Place, Record]:
     return build(_Section, Document({"submit": record["place"]}, str(path))).submit, record
 
 
+def state_before(place: Place, record: Record) -> State:
+    """Of what is about to be submitted again. Raises PlaceError."""
+    try:
+        return place.status(record["handle"])
+    except PlaceError as error:
+        path = record["submission"].directory / RECORD
+        raise PlaceError(f"{error}; if what was submitted before is gone for good, remove {path}") from error
+
+
 def _refuse_running(directory: Path) -> None:
     if not (directory / RECORD).exists():
         return
     place, record = read(directory)
-    try:
-        state = place.status(record["handle"])
-    except PlaceError as error:
-        raise PlaceError(f"{error}; if what was submitted before is gone for good, remove {directory / RECORD}") from error
+    state = state_before(place, record)
     if not state.is_over:
-        name = record["submission"].name
+        name = called(record["submission"])
         raise ConfigError(f"{name} is {state.value} already; follow it with: gentrain logs {name} -f, or stop it first", key="output")
 
 

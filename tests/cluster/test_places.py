@@ -103,11 +103,6 @@ def test_a_mistaken_or_hostile_section_is_refused(submit: Any, key: str) -> None
     assert caught.value.source == "toy.yaml" and caught.value.key == f"cluster.{key}"
 
 
-def test_a_variable_that_is_missing_here_is_told_before_anything_starts() -> None:
-    with pytest.raises(ConfigError, match="NOT_THERE_8 is not set"):
-        _submission(Local(secrets=["NOT_THERE_8"]))
-
-
 def test_the_variables_of_the_network() -> None:
     network = Network(interface="ib0", variables={"NCCL_IB_HCA": "mlx5"})
     assert network.environment() == {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib0", "NCCL_IB_HCA": "mlx5"}

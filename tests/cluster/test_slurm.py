@@ -33,6 +33,7 @@ SUBMISSION = Submission(
     cpus_per_worker=4,
     gpus_per_worker=1.0,
 )
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}  # a job inherits nothing: this gentrain is tested
 PLACE: dict[str, Any] = {"nodes": 2, "cpus_per_node": 16, "gpus_per_node": 2, "venv": "/shared/venv"}
 
 
@@ -218,7 +219,7 @@ class TestOnSlurm:
     pytestmark = on_slurm
 
     def test_the_signal_before_the_time_limit_requeues_a_job_which_goes_on_to_its_end(self, tmp_path: Path) -> None:
-        place, directory = Slurm(restarts=1, environment={"HF_HUB_OFFLINE": "1"}), tmp_path / "run"
+        place, directory = Slurm(restarts=1, environment=ENVIRONMENT), tmp_path / "run"
         handle = submit(place, directory, 64_000)
         until(lambda: (directory / METRICS).exists(), 120, "the job trains")
         assert place.status(handle) is State.RUNNING
@@ -233,7 +234,7 @@ class TestOnSlurm:
         assert any("start 2 of this job goes on" in line for line in lines) and any(line.startswith("trained:") for line in lines)
 
     def test_stopping_an_array_publishes_checkpoints_and_empties_the_queue(self, tmp_path: Path) -> None:
-        place, directory = Slurm(array=["seed=1", "seed=2"], at_once=1, environment={"HF_HUB_OFFLINE": "1"}), tmp_path / "sweep"
+        place, directory = Slurm(array=["seed=1", "seed=2"], at_once=1, environment=ENVIRONMENT), tmp_path / "sweep"
         handle = submit(place, directory, 100_000_000)
         until(lambda: (directory / "0" / METRICS).exists(), 120, "the first task trains")
         place.stop(handle)
@@ -243,3 +244,11 @@ class TestOnSlurm:
         assert not (directory / "1").exists()
         assert any(line.startswith("0: stopped; a checkpoint is published") for line in place.logs(handle, follow=False))
         place.stop(handle)  # nothing happens
+
+    def test_a_job_that_waits_is_taken_from_the_queue(self, tmp_path: Path) -> None:
+        place = Slurm(options=["--begin=now+1hour"])
+        handle = submit(place, tmp_path / "run", 32)
+        assert place.status(handle) is State.PENDING
+        place.stop(handle)
+        until(lambda: place.status(handle) is State.STOPPED, 60, "it is over")
+        assert not list(place.logs(handle, follow=True))

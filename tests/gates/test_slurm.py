@@ -19,12 +19,10 @@ from gentrain.config import Document
 from gentrain.report import SWEEP, write_report
 from gentrain.training.loop import Outcome
 from gentrain.training.run import METRICS, parse_run
-from tests.cluster.test_slurm import config, events, needs_slurm, submit
+from tests.cluster.test_slurm import ENVIRONMENT, config, events, needs_slurm, submit
 from tests.slurm import cluster, until
 
 pytestmark = [needs_slurm, pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(1500), pytest.mark.usefixtures("slurm")]
-
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")

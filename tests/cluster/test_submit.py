@@ -1,0 +1,141 @@
+"""The commands submit, status, logs, stop and resume, with a stand-in for what the place `local` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from rich.console import Console
+
+from gentrain import cli
+from gentrain.cluster.submissions import RECORD
+
+Command = Callable[..., tuple[int, str]]
+TOY = """
+method: flow_matching
+data: {name: rings, held_out: 200}
+model: {name: mlp, width: 8, depth: 1}
+engine: torch
+training: {samples: 64, batch_size: 16}
+"""
+# Runs until it is asked to stop; where there is a file `done`, to its end.
+STAND_IN = "#!/bin/sh\necho began; echo $SHOWN\ntrap 'exit 75' TERM\nwhile :; do [ -e {done} ] && exit 0; sleep 0.05; done\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nothing that was submitted outlives the test."""
+    script = tmp_path / "python"
+    script.write_text(STAND_IN.format(done=tmp_path / "done"))
+    script.chmod(0o755)
+    (tmp_path / "toy.yaml").write_text(TOY)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(cli, "console", Console(width=250))
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield tmp_path
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    for child in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+@pytest.fixture
+def gentrain(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process: (exit status, what it printed, on both streams)."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        status = cli._guarded(lambda **options: cli.app(args=list(arguments), **options))
+        printed = "".join(capsys.readouterr())
+        assert "Traceback" not in printed
+        return status, printed
+
+    return call
+
+
+def _until(gentrain: Command, run: str, state: str) -> None:
+    deadline = time.monotonic() + 20
+    while state not in (printed := gentrain("status", run)[1]):
+        assert time.monotonic() < deadline, printed
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("output", ["runs/toy", "../elsewhere/toy"])
+def test_what_was_submitted_is_found_by_what_is_printed(gentrain: Command, folder: Path, output: str) -> None:
+    """In runs/ the name is enough; what lies elsewhere is called by its directory."""
+    status, printed = gentrain("submit", "../toy.yaml", f"output={output}", "cluster.submit.environment.SHOWN=it is shown")
+    assert status == 0 and "submitted: toy to local" in printed and "toy needs" in printed
+    called = "toy" if output == "runs/toy" else str(folder / "elsewhere/toy")
+    assert f"logs: gentrain logs {called} -f\n" in printed
+    _until(gentrain, called, "running")
+    status, printed = gentrain("submit", "../toy.yaml", f"output={output}")
+    assert status == 2 and f"{called} is running already; follow it with: gentrain logs {called} -f" in printed
+    status, printed = gentrain("resume", called)
+    assert status == 2 and "is running already" in printed
+    assert gentrain("stop", called) == (0, f"asked to stop: {called}. See: gentrain status {called}\n")
+    _until(gentrain, called, "stopped")
+    assert gentrain("stop", called) == (0, f"{called} runs no more: stopped\n")
+    assert gentrain("logs", called) == (0, "began\nit is shown\n")
+    assert gentrain("resume", called)[0] == 0
+    (folder / "done").touch()
+    assert gentrain("logs", called, "-f") == (0, "began\nit is shown\n")
+    _until(gentrain, called, "succeeded")
+    status, printed = gentrain("resume", called)
+    assert status == 2 and f"{called} has succeeded: nothing is left to do" in printed
+
+
+def test_a_dry_run_prints_what_would_be_run_and_writes_nothing(gentrain: Command, folder: Path) -> None:
+    environment = 'cluster.submit.environment={SHOWN: "it\'s $HOME"}'
+    status, printed = gentrain("submit", "../toy.yaml", "output=runs/toy", environment, "--dry-run")
+    assert status == 0 and not list(Path().iterdir())
+    script = printed.partition("# --- job.sh\n")[2]
+    assert "export SHOWN='it'\"'\"'s $HOME'\n" in script
+    assert f"exec {folder}/python -m gentrain.cli train {folder}/here/runs/toy/submission/config.yaml\n" in script
+    assert gentrain("submit", "../toy.yaml", "output=runs/toy", environment)[0] == 0
+    assert Path("runs/toy/submission/job.sh").read_text().rstrip() == script.rstrip()
+    assert "# --- config.yaml\n" + Path("runs/toy/submission/config.yaml").read_text().rstrip() in printed
+    _until(gentrain, "toy", "running")
+    assert gentrain("logs", "toy") == (0, "began\nit's $HOME\n")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["output=s3://bucket/toy"], "output: s3://bucket/toy is a URL, and this has to be a directory"),
+        (["output=~/toy"], "output: ~/toy would be a directory called '~' here"),
+        (["output=${oc.env:HOME}/toy"], "is found again by its directory; write that out"),
+        (["cluster.submit=slrum"], "no place is called 'slrum'; did you mean 'slurm'"),
+        (["cluster.submit={name: slurm, node: 2}"], "cluster.submit.node: unknown key; did you mean 'nodes'"),
+        (["cluster.submit={name: slurm, array: ['seed=1', 'sede=2']}"], "cluster.submit.array: entry 1: command line: sede: unknown key"),
+        (["cluster.submit={name: slurm, array: ['note=\"x']}"], "cluster.submit.array: No closing quotation; quote an entry"),
+        (["cluster.submit={name: local, secrets: [NOT_THERE_8]}"], "cluster.submit.secrets: the environment has no NOT_THERE_8"),
+        (["cluster.submit={name: slurm, secrets: [NOT_THERE_8]}"], "cluster.submit.secrets: the environment has no NOT_THERE_8"),
+        (["cluster.place=rya"], "cluster.place"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_sent(gentrain: Command, overrides: list[str], message: str) -> None:
+    status, printed = gentrain("submit", "../toy.yaml", *overrides)
+    assert status == 2 and message in printed, printed
+    assert not list(Path().rglob(RECORD)) and not list(Path().rglob("*.log"))
+
+
+def test_a_plan_looks_at_the_place_too(gentrain: Command) -> None:
+    assert gentrain("plan", "../toy.yaml", "cluster.submit=slurm")[0] == 0
+    status, printed = gentrain("plan", "../toy.yaml", "cluster.submit=slrum")
+    assert status == 2 and "no place is called 'slrum'; did you mean 'slurm'" in printed
+
+
+def test_a_place_without_its_commands_says_so(gentrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for submit, command in (("{name: slurm}", "sbatch"), ("{name: kuberay, image: x, memory_gib: 8, claim: c, storage: /runs}", "kubectl")):
+        status, printed = gentrain("submit", "../toy.yaml", "cluster.place=ray", f"cluster.submit={submit}")
+        assert status == 1 and f"{command} is not installed here" in printed
+        assert gentrain("status", "toy")[0] == 2  # it was not accepted, so nothing is known of it
