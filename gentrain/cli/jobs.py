@@ -73,11 +73,18 @@ def status(run: Submitted = None) -> int:
     from gentrain.cluster.places import PlaceError
     from gentrain.cluster.progress import last_record
     from gentrain.cluster.submissions import find, submitted_here
+    from gentrain.config import ConfigError
     from gentrain.training.run import METRICS
 
     table = Table("run", "place", "state", "samples", "submitted", "directory")
     for name in [run] if run is not None else submitted_here():
-        place, record = find(name)
+        try:
+            place, record = find(name)
+        except ConfigError as error:
+            if run is not None:
+                raise
+            cli._say(f"{error}")
+            continue
         directory = record["submission"].directory
         samples = (last_record(directory / METRICS) or {}).get("samples", "")
         try:

@@ -14,8 +14,9 @@ from gentrain.config import ConfigError
 
 # Left out of every package: secrets, and what is large and made anew.
 ALWAYS_IGNORED = (
-    ".git", ".hg", ".svn", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", ".*_cache", "runs",
-    ".env", ".env.*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "id_ecdsa*", ".ssh", ".aws", ".netrc", ".pypirc", ".kube", ".docker",
+    ".git", ".hg", ".svn", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", ".cache", ".*_cache", "runs",
+    ".env", ".env.*", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_dsa*", "id_ed25519*", "id_ecdsa*", ".ssh", ".aws", ".netrc",
+    ".git-credentials", ".pypirc", ".kube", ".docker",
 )  # fmt: skip
 MAX_FILES = 10_000
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip can name

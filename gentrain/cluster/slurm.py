@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -124,6 +125,9 @@ class Slurm(Allocation):
     at_once: PositiveInt | None = option(None, "tasks of the array that run at the same time; left out: any number")
 
     def __post_init__(self) -> None:
+        for key, text in (("partition", self.partition), ("account", self.account)):
+            if text is not None and not re.fullmatch(r"[\w.,:@+-]+", text):
+                raise ConfigError(f"expected a name, got {text!r}", key=key)
         for text in self.options:
             if not text.startswith("--") or not text.isprintable():
                 raise ConfigError(f"expected an option of sbatch such as --qos=high, got {text!r}", key="options")

@@ -124,7 +124,19 @@ def _tree(folder: Path, names: list[str]) -> Path:
 
 def test_what_is_ignored_is_not_sent(folder: Path) -> None:
     kept = ["a.py", "data/b.txt", "data/deep/c.py", "environment.yaml"]
-    secret = [".env", ".env.local", "data/.env", "key.pem", "x/tls.key", ".ssh/id_rsa", ".aws/credentials", ".netrc", "deploy/id_ed25519"]
+    secret = [
+        ".env",
+        ".env.local",
+        "data/.env",
+        "key.pem",
+        "x/tls.key",
+        ".ssh/id_rsa",
+        ".aws/credentials",
+        ".netrc",
+        "deploy/id_ed25519",
+        "x.p12",
+    ]
+    secret += [".git-credentials", ".cache/huggingface/token"]
     waste = [".git/config", "a/__pycache__/a.pyc", ".venv/bin/python", "runs/toy/config.yaml", ".mypy_cache/x", "node_modules/x.js"]
     _tree(folder, [*kept, *secret, *waste, "big/x.bin", "data/big/y.bin", "data/skip/z"])
     (folder / "link.py").symlink_to("/etc/passwd")

@@ -119,6 +119,8 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
     [
         ({"options": ["#SBATCH"]}, {}, "expected an option of sbatch such as --qos=high"),
         ({"options": ["--qos=a\nrm"]}, {}, "expected an option of sbatch"),
+        ({"partition": "gpu\nrm"}, {}, "partition: expected a name"),  # it would be a line of the script
+        ({"account": "a b"}, {}, "account: expected a name"),
         ({"array": "trials"}, {}, "add a section `sweep:`, or list overrides"),
         ({"array": "trials"}, {"trials": 3}, "2 nodes for a run in one process"),  # Ray Tune is not part of it
         ({}, {"under_ray": False}, "2 nodes for a run in one process; set cluster.place to ray"),

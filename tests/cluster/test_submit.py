@@ -92,6 +92,15 @@ def test_what_was_submitted_is_found_by_what_is_printed(gentrain: Command, folde
     assert status == 2 and f"{called} has succeeded: nothing is left to do" in printed
 
 
+def test_a_record_that_is_damaged_does_not_hide_the_others(gentrain: Command, folder: Path) -> None:
+    assert gentrain("submit", "../toy.yaml", "output=runs/toy")[0] == 0
+    Path("runs/broken").mkdir()
+    Path("runs/broken", RECORD).write_text("{")
+    status, printed = gentrain("status")
+    assert status == 0 and "runs/broken/submission.json: damaged" in printed and "│ toy " in printed
+    assert gentrain("status", "broken")[0] == 2
+
+
 def test_a_dry_run_prints_what_would_be_run_and_writes_nothing(gentrain: Command, folder: Path) -> None:
     environment = 'cluster.submit.environment={SHOWN: "it\'s $HOME"}'
     status, printed = gentrain("submit", "../toy.yaml", "output=runs/toy", environment, "--dry-run")
