@@ -30,6 +30,9 @@ pytestmark = [
 ]
 
 MIRROR = "http://deb.debian.org/debian"
+IMPORT_ALL = """import gentrain, importlib, pkgutil
+for module in pkgutil.walk_packages(gentrain.__path__, "gentrain."):
+    importlib.import_module(module.name)"""
 PIP = ("PIP_CERT", "PIP_FIND_LINKS", "PIP_CONSTRAINT", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
 
 
@@ -160,6 +163,8 @@ def test_the_cpu_image(base: Path, tmp_path: Path, record_property: Callable[[st
     assert told.stdout.startswith("gentrain "), told.stderr
     trained = image.run(f"{shlex.join(starts['ENTRYPOINT'])} train configs/spiral/edm.yaml training.samples=2560")
     assert trained.returncode == 0 and "trained: runs/edm" in trained.stdout, trained.stderr
+    imported = image.run(f"python -c {shlex.quote(IMPORT_ALL)}")  # nothing that was taken out of the environment is missed
+    assert imported.returncode == 0, imported.stderr
     frozen = image.run("/venv/bin/pip list --format=freeze").stdout
     pinned = {_normal(line) for line in (ROOT / "constraints.txt").read_text().splitlines()}
     installed = {_normal(line) for line in frozen.splitlines() if not line.startswith("gentrain==")}
