@@ -33,7 +33,7 @@ BASE: dict[str, Any] = {"method": "flow_matching", "data": "checkerboard", "mode
 VARIABLES = {"BUCKET_TOKEN": "t"}  # that pages read
 NAMES = {"CONFIG": "configs/mnist5k/flow_matching.yaml", "RECIPE": "configs/quickstart.yaml"}  # what capitals stand for
 PRETRAINED = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # out of reach here
-TOOLS = {"pip", "ray", "export", ".", ".ci/run", "pre-commit", "torchrun", "docker", "pytest"}  # commands of others
+TOOLS = {"pip", "ray", "export", ".", ".ci/run", "pre-commit", "torchrun", "docker", "kubectl", "pytest"}  # commands of others
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
