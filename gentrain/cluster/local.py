@@ -59,7 +59,8 @@ class Local(Place):
             status = int(Path(handle["status"]).read_text())
         except (OSError, ValueError):  # both processes were killed, or the machine
             return State.LOST
-        return {0: State.SUCCEEDED, STOPPED: State.STOPPED}.get(status, State.FAILED)
+        early = 128 + signal.SIGTERM  # `stop` came before the command could tell what that means
+        return {0: State.SUCCEEDED, STOPPED: State.STOPPED, early: State.STOPPED}.get(status, State.FAILED)
 
     def logs(self, handle: Handle, follow: bool) -> Iterator[str]:
         with Path(handle["log"]).open(errors="replace") as file:

@@ -85,6 +85,7 @@ status=75
 if [[ -z $asked ]]; then
   "${command[@]}" &
   driver=$!
+  [[ -z $asked ]] || ask "$asked"  # it came before there was a number to send it to
   while kill -0 "$driver" 2>/dev/null; do wait "$driver" || true; done  # a signal cuts `wait` short
   status=0
   wait "$driver" || status=$?

@@ -128,7 +128,9 @@ def test_who_has_no_token_and_is_no_part_of_the_run_reaches_nothing(interactive:
     own = {"from": [{"podSelector": policy["podSelector"]}]}
     (operator,) = [rule for rule in policy["ingress"] if rule != own]
     assert own in policy["ingress"] and operator["ports"] == [{"protocol": "TCP", "port": 8265}]
-    assert set(operator["from"][0]) == {"namespaceSelector", "podSelector"}  # both in one entry: who is both
+    namespace = {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}}
+    pods = {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
+    assert operator["from"] == [{"namespaceSelector": namespace, "podSelector": pods}]  # both in one entry: who is both
     templates = [cluster["headGroupSpec"]["template"], cluster["workerGroupSpecs"][0]["template"]]
     templates += [] if interactive else [resource["spec"]["submitterPodTemplate"]]
     for template in templates:  # or the policy is not about them
@@ -147,16 +149,22 @@ def test_every_pod_has_limits_and_no_more_rights_than_it_needs() -> None:
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts["shared-memory"] == "/dev/shm" and mounts["storage"] == "/shared/runs"
-        assert {volume["name"] for volume in pod["volumes"]} == mounts.keys()
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes.keys() == mounts.keys() and pod["securityContext"]["fsGroup"] == 1000  # who may write to the claim
+        assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "4Gi"}
     head, worker, _ = (pod["containers"][0] for pod in pods)
     assert worker["resources"]["limits"] == {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "2"}
     for container in (head, worker):
         assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
+        alive = container["livenessProbe"]
+        assert alive["periodSeconds"] * alive["failureThreshold"] >= 120  # a pause is not yet a death
     cluster = _objects(_place())["RayJob"]["spec"]["rayClusterSpec"]
     (group,) = cluster["workerGroupSpecs"]
     assert group["rayStartParams"]["num-cpus"] == "8" and group["rayStartParams"]["num-gpus"] == "2"
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"  # it holds the driver only
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == 2
+    for each in (group, cluster["headGroupSpec"]):
+        assert each["rayStartParams"]["object-store-memory"] == str(2 << 30)  # of 4 GiB: NCCL and the data loader need some, too
 
 
 def test_secrets_are_named_and_their_values_are_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +184,10 @@ def test_what_is_cut_off_starts_again_and_goes_on() -> None:
     assert "exec gentrain train config.yaml" in objects["ConfigMap"]["data"]["run.sh"]
     assert objects["ConfigMap"]["data"]["config.yaml"] == SUBMISSION.config
     head = _pods(objects)[0]
-    assert "kill -s TERM" in head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    script, asks = objects["ConfigMap"]["data"]["run.sh"], head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert "echo $$ > /tmp/gentrain.pid" in script and asks.startswith('kill -s TERM "$(cat /tmp/gentrain.pid)"')
+    assert 'while kill -0 "$(cat /tmp/gentrain.pid)"' in asks  # the pod stays until the checkpoint is there, for grace_s
+    assert spec["ttlSecondsAfterFinished"] == 3600  # or the log is gone with the pods
     assert head["terminationGracePeriodSeconds"] == 120
     labels = objects["RayJob"]["metadata"]["labels"]
     assert (
@@ -203,6 +214,7 @@ def test_names_are_what_kubernetes_allows() -> None:
         ({}, {"under_ray": False}, "the head does not train; set cluster.place to ray"),
         ({}, {"workers": (5, 5)}, "5 workers do not fit on 2 nodes with room for 2 each"),
         ({}, {"config": "plugins: [/home/me/own.py]\n"}, "a pod has no files of this machine"),
+        ({}, {"config": "stages: {a: {run: {plugins: [/home/me/own.py]}}, b: {}}\n"}, "a pod has no files of this machine"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -304,3 +316,12 @@ def test_logs_are_those_of_the_pods(kubectl: Path) -> None:
     _shows(kubectl, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "jobId": "first"})
     assert list(_place().logs({"name": "job", "kind": "rayjob"}, follow=True)) == ["one", "two"]
     assert _told(kubectl)[-1] == "--namespace=default logs --selector=job-name=job --tail=-1"
+
+
+def test_each_start_of_a_job_is_followed_once(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, over = {"jobDeploymentStatus": "Running"}, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+    later = [running | {"jobId": "first"}, {"jobDeploymentStatus": "Retrying"}, running | {"jobId": "second"}, over | {"jobId": "second"}]
+    _shows(kubectl, running | {"jobId": "first"})
+    monkeypatch.setattr("gentrain.cluster.kuberay.time.sleep", lambda seconds: _shows(kubectl, later.pop(0)))
+    assert list(_place().logs({"name": "job", "kind": "rayjob"}, follow=True)) == ["one", "two"] * 2
+    assert later == [] and sum(" logs " in line for line in _told(kubectl)) == 2

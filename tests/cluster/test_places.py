@@ -294,9 +294,14 @@ def test_how_a_local_job_ended(stub: Submission, folder: Path) -> None:
     handle = send(PLACE, stub)
     next(PLACE.logs(handle, follow=True))
     keeper = psutil.Process(handle["pid"])
+    Path(handle["status"]).write_text("143")
+    assert PLACE.status(handle) is State.RUNNING
+    Path(handle["status"]).unlink()
     for process in (keeper, *keeper.children()):
         process.kill()
     _until(handle, State.LOST)
+    Path(handle["status"]).write_text("143")  # asked to stop before it had begun
+    assert PLACE.status(handle) is State.STOPPED
 
 
 def test_a_process_that_has_got_the_number_since_is_left_alone(stub: Submission) -> None:

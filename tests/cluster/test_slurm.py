@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gentrain.cluster import slurm as slurm_place
 from gentrain.cluster.attempts import ATTEMPTS
 from gentrain.cluster.places import Handle, PlaceError, State, Submission
 from gentrain.cluster.slurm import Slurm
@@ -88,6 +89,40 @@ def test_what_the_shell_reads_is_quoted() -> None:
         ["bash"], input=show, capture_output=True, text=True, check=True, env=os.environ | {"SLURM_ARRAY_TASK_ID": "0"}
     )
     assert printed.stdout.splitlines() == [nasty, "gentrain", "train", nasty, f"note={nasty}", "output=/shared/runs/rings/0"]
+
+
+def test_each_node_gets_its_accelerators_threads_and_interface() -> None:
+    lines = _script(interface="ib0").splitlines()
+    assert "export PATH=/shared/venv/bin:$PATH OMP_NUM_THREADS=4" in lines  # those of a worker
+    assert {"export NCCL_SOCKET_IFNAME=ib0", "export GLOO_SOCKET_IFNAME=ib0"} <= set(lines)
+    assert "start_limit_s=300 interface=ib0 step=(--gpus-per-node=2)" in lines
+
+
+AWAIT = "while :; do sleep 0.02; done"
+
+
+@pytest.mark.parametrize(
+    "command, restarted, status, requeued",
+    [
+        (f"trap 'exit 75' USR1; kill -USR1 $PPID; {AWAIT}", 0, 75, True),
+        (f"kill -USR1 $PPID; {AWAIT}", 0, 75, True),  # the signal came before the command could tell what it means
+        (f"trap 'exit 75' USR1; kill -USR1 $PPID; {AWAIT}", 1, 75, False),  # cluster.submit.restarts are used
+        (f"trap 'exit 0' USR1; kill -USR1 $PPID; {AWAIT}", 0, 0, False),  # it was at its end anyway
+        (f"trap 'exit 1' USR1; kill -USR1 $PPID; {AWAIT}", 0, 1, False),
+        (f"kill -TERM $PPID; {AWAIT}", 0, 75, False),  # gentrain stop
+        ("exit 3", 0, 3, False),
+    ],
+)
+def test_how_a_job_ends(tmp_path: Path, command: str, restarted: int, status: int, requeued: bool) -> None:
+    """The script itself, with a stand-in for scontrol."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/told\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    script = _script(replace(SUBMISSION, command=("bash", "-c", command), workers=(1, 1)), nodes=1, restarts=1)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarted)}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert ((tmp_path / "told").read_text() if (tmp_path / "told").exists() else "") == ("requeue 7\n" if requeued else "")
+    assert ("start 2 of this job goes on" in done.stdout) == requeued
 
 
 def test_each_trial_of_a_sweep_is_a_task_of_an_array() -> None:
@@ -178,6 +213,19 @@ def test_of_an_old_job_accounting_tells_and_without_it_the_job_is_lost(stand_in:
     (stand_in / "squeue.err").write_text("Unable to contact slurm controller\n")
     with pytest.raises(PlaceError, match="Unable to contact slurm controller"):
         Slurm().status({"job": "7", "logs": []})
+
+
+def test_a_line_is_told_once_and_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, states, more = tmp_path / "7.log", [State.PENDING, State.RUNNING, State.RUNNING, State.SUCCEEDED], ["a\nb", "c\n", "d"]
+
+    def write(seconds: float) -> None:
+        with log.open("a") as file:
+            file.write(more.pop(0))
+
+    monkeypatch.setattr(slurm_place.time, "sleep", write)
+    monkeypatch.setattr(Slurm, "status", lambda place, handle: states.pop(0))
+    assert list(Slurm().logs({"job": "7", "logs": [str(log)]}, follow=True)) == ["a", "bc", "d"]
+    assert more == [] and states == []
 
 
 # --- SLURM itself -----------------------------------------------------------------------------------------------------------
