@@ -23,6 +23,7 @@ def submit(
     Example: gentrain submit configs/quickstart.yaml cluster.submit=ray cluster.submit.address=http://127.0.0.1:8265
     """
     from gentrain.catalogue import plan_tables
+    from gentrain.cluster.places import Allocation
     from gentrain.cluster.submissions import called, output_at, place_of, send, submission_of
     from gentrain.cluster.sweeps import load_sweep
     from gentrain.config import ConfigError, load
@@ -54,6 +55,8 @@ def submit(
             cli._say(f"# --- {name}\n{text.rstrip()}\n")
         return 0
     cli.console.print(*tables, sep="\n")
+    if isinstance(place, Allocation):
+        cli._say(f"{place.registered_name}: {place.described()}")
     send(place, submission)
     cli._say(f"submitted: {submission.name} to {place.registered_name}; its directory there is {submission.output}")
     if submission.secrets:

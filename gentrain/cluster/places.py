@@ -118,3 +118,9 @@ class Allocation(Place):
     memory_gib: PositiveInt | None = option(None, "of each node; left out: what the place gives", unit="GiB")
     time_limit_min: PositiveInt | None = option(None, "after which the place ends the job; left out: the place's own", unit="min")
     restarts: NonNegativeInt = option(3, "times that the job is started again after preemption, a time limit or a lost node")
+
+    def described(self) -> str:
+        """What is asked for, in words."""
+        each = f"{self.cpus_per_node} cores, {self.gpus_per_node} accelerators" + (f", {self.memory_gib} GiB" if self.memory_gib else "")
+        limit = f"time limit {self.time_limit_min} min" if self.time_limit_min else "the time limit of the place"
+        return f"{self.nodes} nodes of {each}; {limit}, started again up to {self.restarts} times"

@@ -147,4 +147,6 @@ def test_a_place_without_its_commands_says_so(gentrain: Command, monkeypatch: py
     for submit, command in (("{name: slurm}", "sbatch"), ("{name: kuberay, image: x, memory_gib: 8, claim: c, storage: /runs}", "kubectl")):
         status, printed = gentrain("submit", "../toy.yaml", "cluster.place=ray", f"cluster.submit={submit}")
         assert status == 1 and f"{command} is not installed here" in printed
+        memory = ", 8 GiB" if command == "kubectl" else ""
+        assert f": 1 nodes of 1 cores, 0 accelerators{memory}; the time limit of the place, started again up to 3 times" in printed
         assert gentrain("status", "toy")[0] == 2  # it was not accepted, so nothing is known of it
