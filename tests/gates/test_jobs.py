@@ -16,7 +16,7 @@ import gentrain
 from gentrain.training.run import METRICS
 from tests.cluster.test_jobs import Head, Shell, cluster, config, shell  # noqa: F401  # the last one is a fixture
 
-pytestmark = [pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
