@@ -24,7 +24,7 @@ from gentrain.training.run import RunConfig, parse_run
 from tests.cluster.test_rewards import fleet, numbered
 from tests.slurm import until
 
-pytestmark = [pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gate, pytest.mark.cluster, pytest.mark.timeout(400)]
 
 PLUGIN = Path(__file__).parents[1] / "cluster" / "plugin_late.py"
 EXPECTED = {"samples", "samples_per_second", "step_seconds_count", "loader_wait_seconds_count", "failures_total"}
