@@ -302,7 +302,7 @@ def plan(
     from gentrain.config import load, to_yaml
 
     loaded, runs = _loaded(config, overrides)
-    place_of(load(config, overrides or ()))
+    place_of(load(config, overrides or (), {"output": f"runs/{config.stem}"}))
     limit = _device_memory() if memory is None else int(memory * 2**30)
     found = plan_tables(runs, limit)  # before anything is printed: building the networks shows whether they fit the data
     _say(to_yaml(loaded))
