@@ -23,6 +23,7 @@ from gentrain.recipes.base import Stage
 from gentrain.rewards.base import Reward
 from gentrain.samplers.base import Sampler
 from gentrain.training.engine import Engine
+from gentrain.training.given import refuse_other_law
 from gentrain.training.memory import GIB, Memory, Part, Planner
 from gentrain.training.optimizers import Optimizer, Schedule
 from gentrain.training.roles import count_parameters
@@ -118,6 +119,7 @@ def roles_table(name: str, run: RunConfig) -> Table:
             numbers = ("known when its data are written" if run.data.to_come else "known when its pipeline is written", "")
         else:
             count, learning = count_parameters(run, role)
+            refuse_other_law(run, role)
             numbers = (f"{count:,}", f"{learning:,}" if learns else "")
         table.add_row(role, run.model_of(role).registered_name, *numbers, average, engine)
     return table

@@ -58,6 +58,7 @@ class Role:
         classifier: its network reads x alone and gives logits, see models.base.
         inputs: what its network reads of the condition beside the label, see models.inputs. Weights without them may be loaded.
         model: its network where the config names none for the role; None = the run's.
+        flow: its weights must be those of a generator whose flow samplers follow, no few-step student's.
         given: the config must name its weights, or a pretrained network: random ones would teach nothing.
         control: its network has a branch for this control, see models.control. Weights without one may be loaded.
     """
@@ -68,6 +69,7 @@ class Role:
     inputs: tuple[str, ...] = ()
     model: Model | None = None
     given: bool = False
+    flow: bool = False
     control: Extractor | None = None
 
 

@@ -7,20 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from gentrain.config import ConfigError
+from gentrain.data.base import Data
+from gentrain.methods.base import Method
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser, Prediction
 from gentrain.models.inputs import guidance_embedding as guidance_embedding
 from gentrain.paths.base import Path, expand
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.flow_map import flow_map as flow_map
 from gentrain.samplers.flow_map import flow_step as flow_step
 from gentrain.samplers.guidance import guided_x0
+from gentrain.samplers.lcm import LCM
 from gentrain.samplers.lcm import boundary_scalings as boundary_scalings
 from gentrain.samplers.lcm import lcm_timesteps as lcm_timesteps
 
@@ -28,6 +34,32 @@ HUBER = 0.00054  # of the root of the number of coordinates (arXiv:2310.14189, s
 BOUNDED: tuple[Prediction, ...] = ("v", "velocity", "edm")  # with these the x0 prediction at t = 0 is x itself
 
 Derivative = Literal["jvp", "difference"]
+
+
+class ConsistencyFunction(Method):
+    """A method whose generator's x0 prediction becomes f(x_t, t -> 0), at whatever time it is asked."""
+
+    predictions: ClassVar[tuple[Prediction, ...] | None] = BOUNDED
+
+    def own_sampler(self) -> Sampler:
+        return Consistency()
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        if not isinstance(sampler, Consistency | LCM):
+            raise ValueError(
+                f"{sampler.registered_name} follows a flow, and a consistency function goes to its end in one call; take consistency or lcm"
+            )
+        if sampler.guidance != 1 and not hasattr(self, "label_dropout"):
+            raise ValueError(
+                f"guidance {sampler.guidance:g} asks for the null class, which {self.registered_name} does not teach: what it learns is "
+                "method.guidance, the teacher's; set sampler.guidance to 1"
+            )
+
+
+def check_guidance(weight: float, data: Data, key: str = "guidance", without: float = 1) -> None:
+    """Raises ConfigError, about the method's key, when there is nothing to guide by; a weight of `without` does not."""
+    if weight != without and not data.class_names and not data.captions:
+        raise ConfigError(f"the data have neither classes nor captions to guide by; set it to {without:g}", key=key)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
@@ -110,6 +142,35 @@ def derivative_along(
         with same_dropout(x):
             ahead = function(x + step * dx, t + step * dt)
         return (ahead - function(x - step * dx, t - step * dt)) / (2 * step)
+
+
+Solver = Literal["ddim", "heun"]
+
+
+def solver_step(solver: Solver, teacher: Denoiser, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None, weight: float) -> Tensor:
+    """From x [B, ...] at times t [B] to s < t along the guided teacher's flow, without gradient: [B, ...].
+
+    ddim: one call (`flow_step`). heun: two, of second order: the mean of the slopes at both ends, eps in sigma / alpha (arXiv:2206.00364,
+    algorithm 1; arXiv:2303.01469, section 6) or, on a path that ends in pure noise, the velocity in its own time. A step to clean data,
+    where the slope does not exist, is ddim's.
+    """
+    path = teacher.path
+    with torch.no_grad():
+        x0 = guided_x0(teacher, x, t, condition, weight)
+        there = flow_step(path, x, x0, t, s)
+        if solver == "ddim":
+            return there
+        ends = ((x, x0, t), (there, guided_x0(teacher, there, s, condition, weight), s))
+        alpha, sigma = ([expand(of(each), x) for each in (t, s)] for of in (path.alpha, path.sigma))
+        noises = [(at - a * clean) / b for (at, clean, _), a, b in zip(ends, alpha, sigma, strict=True)]
+        if path.pure_noise:
+            slopes = [path.velocity(clean, eps, time) for (_, clean, time), eps in zip(ends, noises, strict=True)]
+            moved = x + expand(s - t, x) * (slopes[0] + slopes[1]) / 2
+        else:
+            ratio = [b / a for a, b in zip(alpha, sigma, strict=True)]
+            moved = alpha[1] * (x / alpha[0] + (ratio[1] - ratio[0]) * (noises[0] + noises[1]) / 2)
+        moved = moved if path.space.bounds is None else path.space.bounds.reflect(moved, x)
+        return torch.where(sigma[1] > 0, moved, there)
 
 
 def guided_velocity(teacher: Denoiser, x: Tensor, t: Tensor, condition: Condition | None, weight: float) -> Tensor:

@@ -10,18 +10,15 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
 from gentrain.config import option, register
-from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import BOUNDED, DISTANCES, Distance, flow_step, same_dropout
-from gentrain.models.denoiser import Prediction
+from gentrain.data.base import Data
+from gentrain.methods.base import Batch, Clock, Frozen, Loss, Nets, Role, Trained, Update, condition_of
+from gentrain.methods.consistency import DISTANCES, ConsistencyFunction, Distance, Solver, check_guidance, same_dropout, solver_step
 from gentrain.noise import Noise
-from gentrain.samplers.base import Sampler
-from gentrain.samplers.consistency import Consistency
-from gentrain.samplers.guidance import guided_x0
 
 
 @register("consistency_distillation")
 @dataclass
-class ConsistencyDistillation(Method):
+class ConsistencyDistillation(ConsistencyFunction):
     """Consistency distillation in discrete time (arXiv:2303.01469, algorithm 2). The target network is the student itself, held fixed.
 
     An average of past students as the target is no better (arXiv:2310.14189, section 3.2).
@@ -31,18 +28,18 @@ class ConsistencyDistillation(Method):
     of a mirror flow, too. roles.teacher.weights names the teacher's run, whose path and prediction are the student's.
     """
 
-    roles: ClassVar[dict[str, Role]] = {"teacher": Frozen(given=True), "student": Trained(init="teacher", ema=True)}
+    roles: ClassVar[dict[str, Role]] = {"teacher": Frozen(given=True, flow=True), "student": Trained(init="teacher", ema=True)}
     generator: ClassVar[str | None] = "student"
-    predictions: ClassVar[tuple[Prediction, ...] | None] = BOUNDED
 
     intervals: PositiveInt = option(40, "steps of the teacher from noise to data", source="arXiv:2303.01469, section 6")
+    solver: Solver = option("ddim", "the teacher's step: one call, or two and of second order", source="arXiv:2303.01469, section 6")
     distance: Distance = option("huber", "pseudo-Huber norm of a row, or its square, whose optimum is the mean in few coordinates, too")
     guidance: NonNegativeFloat = option(
         1.0, "of the teacher, learnt by the student: null + w (conditional - null)", source="arXiv:2310.04378"
     )
 
-    def own_sampler(self) -> Sampler:
-        return Consistency()
+    def check_data(self, data: Data) -> None:
+        check_guidance(self.guidance, data)
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("student", self.loss)
@@ -55,7 +52,7 @@ class ConsistencyDistillation(Method):
         t, s = times[index], times[index + 1]
         x_t = path.perturb(x0, path.draw_eps(noise, tuple(x0.shape)), t)
         with torch.no_grad(), same_dropout(x_t):
-            x_s = flow_step(path, x_t, guided_x0(nets.teacher, x_t, t, condition, self.guidance), t, s)
+            x_s = solver_step(self.solver, nets.teacher, x_t, t, s, condition, self.guidance)
             target = student.x0(x_s, s, condition)
         loss = DISTANCES[self.distance](student.x0(x_t, t, condition), target)
         return Loss(loss.mean(), {"last_interval": (loss.detach() * (index == self.intervals - 1)).mean()})

@@ -12,12 +12,10 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
-from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import BOUNDED, DISTANCES, Distance, doubling_intervals, same_dropout, time_of_ratio
-from gentrain.models.denoiser import Prediction, drop_condition
+from gentrain.methods.base import Batch, Clock, Loss, Nets, Role, Trained, Update, condition_of
+from gentrain.methods.consistency import DISTANCES, ConsistencyFunction, Distance, doubling_intervals, same_dropout, time_of_ratio
+from gentrain.models.denoiser import drop_condition
 from gentrain.noise import Noise
-from gentrain.samplers.base import Sampler
-from gentrain.samplers.consistency import Consistency
 
 
 def karras_levels(intervals: int, lowest: float, highest: float, rho: float = 7.0) -> Tensor:
@@ -37,7 +35,7 @@ def interval_probabilities(levels: Tensor, mean: float, std: float) -> Tensor:
 
 @register("consistency_training")
 @dataclass
-class ConsistencyTraining(Method):
+class ConsistencyTraining(ConsistencyFunction):
     """Improved consistency training (iCT, arXiv:2310.14189): neighbouring points of one line of noise must have the same end.
 
     x_t and x_s share data and noise; the loss d(f(x_t, t), sg f(x_s, s)) / (t - s) is counted in noise levels sigma / alpha, so that any
@@ -47,7 +45,6 @@ class ConsistencyTraining(Method):
 
     roles: ClassVar[dict[str, Role]] = {"model": Trained(ema=True)}
     generator: ClassVar[str | None] = "model"
-    predictions: ClassVar[tuple[Prediction, ...] | None] = BOUNDED
 
     first_intervals: PositiveInt = option(10, "of the grid at the start", source="arXiv:2310.14189, section 3.4")
     last_intervals: PositiveInt = option(1280, "at most", source="arXiv:2310.14189, section 3.4")
@@ -63,9 +60,6 @@ class ConsistencyTraining(Method):
             raise ValueError(f"first_intervals {self.first_intervals} must not exceed last_intervals {self.last_intervals}")
         if self.lowest >= self.highest:
             raise ValueError(f"lowest {self.lowest:g} must be below highest {self.highest:g}")
-
-    def own_sampler(self) -> Sampler:
-        return Consistency()
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", partial(self.loss, doubling_intervals(clock.progress, self.first_intervals, self.last_intervals)))

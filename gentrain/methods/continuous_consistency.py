@@ -12,16 +12,14 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
-from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import BOUNDED, Derivative, derivative_along, guided_velocity, time_of_ratio
-from gentrain.models.denoiser import Prediction
+from gentrain.data.base import Data
+from gentrain.methods.base import Batch, Clock, Frozen, Loss, Nets, Role, Trained, Update, condition_of
+from gentrain.methods.consistency import ConsistencyFunction, Derivative, check_guidance, derivative_along, guided_velocity, time_of_ratio
 from gentrain.models.loss_weight import LossWeight
 from gentrain.models.reading import read_on
 from gentrain.noise import Noise
 from gentrain.paths.base import expand
 from gentrain.paths.trigflow import TrigFlow
-from gentrain.samplers.base import Sampler
-from gentrain.samplers.consistency import Consistency
 
 
 def tangent(x: Tensor, t: Tensor, output: Tensor, velocity: Tensor, derivative: Tensor, warmup: float) -> Tensor:
@@ -46,7 +44,7 @@ def normalised(tangent: Tensor, c: float) -> Tensor:
 
 @register("continuous_consistency")
 @dataclass
-class ContinuousConsistency(Method):
+class ContinuousConsistency(ConsistencyFunction):
     """Continuous-time consistency models (sCM, arXiv:2410.11081), as distillation or from data alone.
 
     On TrigFlow, x_t = cos t x0 + sin t z, the student's velocity V is moved by the normalised tangent: |V - sg V - sg g|^2 with a weight
@@ -59,7 +57,6 @@ class ContinuousConsistency(Method):
 
     generator: ClassVar[str | None] = "student"
     guarded: ClassVar[tuple[str, ...]] = ("loss/student", "grad_norm/student")
-    predictions: ClassVar[tuple[Prediction, ...] | None] = BOUNDED
 
     source: Literal["teacher", "data"] = option("teacher", "of the velocity dx/dt")
     guidance: NonNegativeFloat = option(1.0, "of the teacher, learnt by the student: null + w (conditional - null)")
@@ -71,12 +68,15 @@ class ContinuousConsistency(Method):
     step: PositiveFloat = option(0.005, "of the central difference", unit="rad")
 
     def __post_init__(self) -> None:
+        longest = TrigFlow().t_max / 4
+        if self.step >= longest:
+            raise ValueError(f"step {self.step:g} leaves no times between the path's ends; set it below {longest:.2g}")
         roles: dict[str, Role] = {
             "student": Trained(ema=True),
             "weighting": Trained(denoiser=False, model=LossWeight()),
         }
         if self.source == "teacher":
-            roles = {"teacher": Frozen(given=True), **roles, "student": Trained(init="teacher", ema=True)}
+            roles = {"teacher": Frozen(given=True, flow=True), **roles, "student": Trained(init="teacher", ema=True)}
         elif self.guidance != 1:
             raise ValueError("guidance needs a teacher; set source to teacher, or guidance to 1")
         vars(self)["roles"] = roles  # whether there is a teacher is part of the configuration
@@ -85,8 +85,8 @@ class ContinuousConsistency(Method):
     def forward_mode(self) -> tuple[str, ...]:
         return ("student",) if self.derivative == "jvp" else ()
 
-    def own_sampler(self) -> Sampler:
-        return Consistency()
+    def check_data(self, data: Data) -> None:
+        check_guidance(self.guidance, data)
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         blend = min(1.0, clock.progress / self.warmup) if self.warmup else 1.0

@@ -8,18 +8,16 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
-from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import BOUNDED, DISTANCES, Distance, noise_ratio, same_dropout, time_of_ratio
-from gentrain.models.denoiser import Prediction, drop_condition
+from gentrain.methods.base import Batch, Clock, Loss, Nets, Role, Trained, Update, condition_of
+from gentrain.methods.consistency import DISTANCES, ConsistencyFunction, Distance, noise_ratio, same_dropout, time_of_ratio
+from gentrain.models.denoiser import drop_condition
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw, expand
 from gentrain.paths.times import LogNormal
-from gentrain.samplers.base import Sampler
-from gentrain.samplers.consistency import Consistency
 
 
 def earlier_level(level: Tensor, shrink: float, k: float = 8.0, b: float = 1.0) -> Tensor:
@@ -41,7 +39,7 @@ def draw_law() -> LogNormal:
 
 @register("easy_consistency_tuning")
 @dataclass
-class EasyConsistencyTuning(Method):
+class EasyConsistencyTuning(ConsistencyFunction):
     """Easy consistency tuning (ECT, arXiv:2406.14548). Begin from a diffusion or flow model: roles.model.weights names its run.
 
     As in consistency training x_t and x_r share data and noise and f(x_t, t) is drawn to sg f(x_r, r), with x itself at r = 0. But t is any
@@ -50,23 +48,23 @@ class EasyConsistencyTuning(Method):
 
     roles: ClassVar[dict[str, Role]] = {"model": Trained(ema=True)}
     generator: ClassVar[str | None] = "model"
-    predictions: ClassVar[tuple[Prediction, ...] | None] = BOUNDED
 
     times: TimeLaw = option(draw_law, "law of t", source="arXiv:2406.14548, section 4.2")
     q: PositiveInt = option(2, "factor by which t - r falls from stage to stage", source="arXiv:2406.14548, section 4.2")
     stages: PositiveInt = option(8, "equal parts of the run", source="arXiv:2406.14548, code release")
-    closest: NonNegativeFloat = option(0.001, "t - r falls no further than to this share of t", source="arXiv:2406.14548, code release")
+    closest: Fraction = option(0.001, "t - r falls no further than to this share of t", source="arXiv:2406.14548, code release")
     weighting: Literal["interval", "root_interval", "level"] = option("interval", "1 / (t - r), (t - r)^(-1/2) or t^-2")
     distance: Distance = option("huber", "pseudo-Huber norm of a row, or its square, whose optimum is the mean in few coordinates, too")
     label_dropout: Fraction = option(0.1, "probability that a label becomes the null class", source="arXiv:2207.12598")
+
+    def __post_init__(self) -> None:
+        if self.q < 2:
+            raise ValueError("with q 1 the two times never come closer, which is diffusion to the end; set it to 2 or more")
 
     def shrink(self, progress: float) -> float:
         """1 - rho of the stage at `progress` in [0, 1]."""
         stage = min(int(progress * self.stages), self.stages - 1)
         return max(self.q ** -(stage + 1.0), self.closest)
-
-    def own_sampler(self) -> Sampler:
-        return Consistency()
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", partial(self.loss, self.shrink(clock.progress)))

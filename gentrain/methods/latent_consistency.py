@@ -11,8 +11,9 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
+from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Follow, Frozen, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import flow_step, lcm_timesteps, pseudo_huber, same_dropout
+from gentrain.methods.consistency import check_guidance, flow_step, lcm_timesteps, pseudo_huber, same_dropout
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser, drop_condition
 from gentrain.noise import Noise
@@ -94,7 +95,7 @@ class LatentConsistency(Method):
             raise ValueError(f"guidance [{low:g}, {high:g}] reads [lowest, highest]; swap them")
         inputs = ("guidance",) if low < high else ()
         roles: dict[str, Role] = {
-            "teacher": Frozen(given=True),
+            "teacher": Frozen(given=True, flow=True),
             "student": Trained(init="teacher", ema=True, inputs=inputs),
             "target": Trained(init="student", inputs=inputs),
         }
@@ -107,15 +108,29 @@ class LatentConsistency(Method):
                 f"count {self.count} times stride {self.stride} goes beyond the {grid_of(path, self.grid).num_train_timesteps} timesteps"
             )
 
+    def check_data(self, data: Data) -> None:
+        for weight in self.guidance:
+            check_guidance(weight, data)
+
     def own_sampler(self) -> Sampler:
-        return LCM(count=self.count, stride=self.stride, grid=self.grid)
+        low, high = self.guidance
+        return LCM(count=self.count, stride=self.stride, grid=self.grid, guidance=(low + high) / 2 if low < high else 1.0)
 
     def check_sampler(self, sampler: Sampler) -> None:
-        if isinstance(sampler, LCM) and (sampler.count, sampler.stride, sampler.grid) != (self.count, self.stride, self.grid):
+        if not isinstance(sampler, LCM):
+            raise ValueError(f"the student answers on its timesteps, at which {sampler.registered_name} does not ask; take lcm")
+        if (sampler.count, sampler.stride, sampler.grid) != (self.count, self.stride, self.grid):
             raise ValueError(
                 f"the student is taught on {self.count} timesteps {self.stride} apart, and the sampler lcm asks it on {sampler.count} "
                 f"{sampler.stride} apart; give both the same count, stride and grid"
             )
+        low, high = self.guidance
+        if low < high and not low <= sampler.guidance <= high:
+            raise ValueError(
+                f"the student is taught guidance {low:g} to {high:g}, not {sampler.guidance:g}; set sampler.guidance to one of these"
+            )
+        if low == high and sampler.guidance not in (1.0, low):
+            raise ValueError(f"guidance {low:g} is built in, and {sampler.guidance:g} would change nothing; leave sampler.guidance out")
 
     def updates(self, clock: Clock) -> Iterator[Update | Follow]:
         yield Update("student", self.loss)

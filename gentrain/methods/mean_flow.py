@@ -11,8 +11,9 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from gentrain.config import Fraction, option, register
+from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import Derivative, derivative_along
+from gentrain.methods.consistency import Derivative, check_guidance, derivative_along
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser, Prediction, drop_condition
 from gentrain.noise import Noise
@@ -20,7 +21,10 @@ from gentrain.paths.base import Path, TimeLaw, expand
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.times import LogitNormal
 from gentrain.samplers.base import Sampler
+from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.flow_map import FlowMap
+from gentrain.samplers.lcm import LCM
+from gentrain.samplers.one_step import OneStep
 
 
 def mean_flow_target(velocity: Tensor, derivative: Tensor, length: Tensor) -> Tensor:
@@ -67,6 +71,10 @@ class MeanFlow(Method):
     def __post_init__(self) -> None:
         if self.mixing == 1:
             raise ValueError("mixing 1 leaves nothing of the data's velocity; set it below 1")
+        if self.guidance != 1 and self.label_dropout == 0:
+            raise ValueError("guidance mixes in the null class, which label_dropout 0 does not train; raise that, or set guidance to 1")
+        if self.step >= 0.5:
+            raise ValueError(f"step {self.step:g} reaches over the whole path, of length 1, and beyond; set it below 0.5")
 
     @property
     def forward_mode(self) -> tuple[str, ...]:
@@ -76,8 +84,16 @@ class MeanFlow(Method):
         if not isinstance(path, RectifiedFlow):
             raise ValueError(f"mean_flow needs the path rectified_flow, not {path.registered_name}")
 
+    def check_data(self, data: Data) -> None:
+        check_guidance(self.guidance, data)
+        check_guidance(self.mixing, data, "mixing", without=0)
+
     def own_sampler(self) -> Sampler:
         return FlowMap()
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        if isinstance(sampler, Consistency | LCM | OneStep):
+            raise ValueError(f"{sampler.registered_name} takes the x0 of a velocity for data; take flow_map, or one that follows a flow")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", self.loss)

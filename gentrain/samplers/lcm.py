@@ -77,6 +77,9 @@ class LCM(Chain):
     stride: PositiveInt = option(20, "distance between them", unit="timesteps", source="arXiv:2310.04378, section 4.3")
     grid: VariancePreserving = option(stable_diffusion_grid, "the timesteps' path, where the student's own is not variance preserving")
 
+    def __post_init__(self) -> None:
+        lcm_sampling_timesteps(self.steps, self.count, self.stride)
+
     def start(self, path: Path) -> float:
         grid = grid_of(path, self.grid)
         last = lcm_sampling_timesteps(self.steps, self.count, self.stride)[:1].double()

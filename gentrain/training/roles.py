@@ -23,6 +23,7 @@ from gentrain.noise import derive
 from gentrain.training.blocks import compile_blocks, recompute
 from gentrain.training.checkpoint import Checkpoint, CheckpointError
 from gentrain.training.engine import RoleEngine, State, as_read, frozen
+from gentrain.training.given import refuse_other_law, source_of
 from gentrain.training.run import RunConfig, open_run
 from gentrain.training.saving import together
 from gentrain.training.world import RankGroup, World
@@ -292,7 +293,7 @@ def _origin(run: RunConfig, role: str) -> str:
     settings, copied = run.role_settings(role), run.method.roles[role].init
     if settings.weights is not None:
         try:
-            source = _source(open_run(settings.weights), role)
+            source = source_of(open_run(settings.weights), role)
         except ConfigError:  # not trained yet, which only a plan may meet: loading them says so
             source = ""
         return f"weights of {settings.weights} {source} in {to_dict(run.model_of(role))}"
@@ -315,7 +316,9 @@ def _first_weights(run: RunConfig, role: str, module: nn.Module) -> State:
     """What the role's freshly built network starts from; of a role that has gone on since, too, when a frozen one copies it."""
     settings, copied = run.role_settings(role), run.method.roles[role].init
     if settings.weights is not None:
-        return load_weights(settings.weights, f"roles.{role}.weights", role)
+        weights = load_weights(settings.weights, f"roles.{role}.weights", role)
+        refuse_other_law(run, role)
+        return weights
     return _first_weights(run, copied, build_network(run, copied)) if copied is not None else module.state_dict()
 
 
@@ -338,19 +341,13 @@ def _load_into(module: nn.Module, weights: State, key: str) -> None:
         module.begin_control()  # type: ignore[operator]
 
 
-def _source(run: RunConfig, role: str) -> str:
-    """Which of a run's roles gives its weights to `role` of another run: the one of that name if it learns, else the generator."""
-    names = [name for name, each in run.method.roles.items() if isinstance(each, Trained)]
-    return role if role in names else run.method.generator or names[0]
-
-
 def load_weights(directory: str, key: str = "", role: str = "") -> State:
     """Weights of a run's newest checkpoint: the average where it keeps one. Raises ConfigError.
 
     Of the run's role of the name `role` if one that learns is called so, else of its generator (or its only role).
     """
     run = open_run(directory, key)
-    role = _source(run, role)
+    role = source_of(run, role)
     if not isinstance(run.method.roles[role], Trained):  # a pipeline as it was adopted
         return _first_weights(run, role, build_network(run, role))
     storage = run.storage

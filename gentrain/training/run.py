@@ -217,7 +217,7 @@ class RunConfig:
                 continue
             if not same_law(self.path, each[0]):
                 remedy = "leave `path` out" if given else "name pipelines of one path"
-                raise ConfigError(f"the pretrained network was trained on another path, {_described(each[0])}; {remedy}", key=key or "path")
+                raise ConfigError(f"the pretrained network was trained on another path, {described(each[0])}; {remedy}", key=key or "path")
             if self.prediction != each[1]:
                 raise ConfigError(
                     f"the pretrained network predicts {each[1]}, not {self.prediction}; leave `prediction` out", key=key or "prediction"
@@ -376,7 +376,8 @@ class RunConfig:
         return open_storage(self.training.checkpoints or str(self.directory / CHECKPOINTS), self.directory)
 
 
-def _described(path: Path) -> str:
+def described(path: Path) -> str:
+    """As a configuration would say it, but for its space and what only some predictions read."""
     values = {key: value for key, value in to_dict(path).items() if key not in ("sigma_data", "space")}
     return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
 

@@ -66,6 +66,7 @@ def _topics() -> dict[str, list[Path]]:
 
 
 def run(topic: str) -> int:
+    topic = topic.replace("-", "_")  # few-step is few_step
     tests = _topics().get(topic)
     if tests is None:
         print(f"no gate is called {topic!r}; gates: {', '.join(_topics())}", file=sys.stderr)

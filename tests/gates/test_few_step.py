@@ -30,7 +30,7 @@ from gentrain.models.denoiser import Denoiser
 from gentrain.models.mlp import MLP
 from gentrain.noise import Noise, derive
 from gentrain.paths.rectified_flow import RectifiedFlow
-from gentrain.paths.times import LogNormal, Uniform
+from gentrain.paths.times import LogitNormal, LogNormal
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.euler import Euler
@@ -67,7 +67,7 @@ class Case(NamedTuple):
     sampler: Callable[[int], Sampler]
     steps: int
     plane: tuple[float, float]
-    batch: int = BATCH
+    batch: int = BATCH  # of the line
     line: float = 0.05  # the most that W1 in one step may be on the line
     begins: bool = True  # as the flow
 
@@ -82,12 +82,12 @@ CASES: dict[str, Case] = {
         lambda: EasyConsistencyTuning(distance="l2", times=LogNormal(mean=0.5, std=1.5)), consistency, 6000, (1.6e-3, 7e-4)
     ),
     "mean_flow": Case(
-        lambda: MeanFlow(power=0.0, times=Uniform(), equal=0.25, derivative="difference"),
+        lambda: MeanFlow(power=0.0, times=LogitNormal(std=2.5), equal=0.25, derivative="difference"),
         lambda steps: FlowMap(steps=steps),
         2000,
         (2.2e-3, 2e-3),
         batch=1024,
-        line=0.08,  # short of what is asked: .043, .046 and .069 were measured
+        line=0.08,  # short of what is asked: seed 2 is at .056 to .068 whatever was tried, see docs/methods/few_step.md
     ),
     "continuous_consistency": Case(ContinuousConsistency, consistency, 1000, (6e-4, 5e-4)),
 }
@@ -163,7 +163,7 @@ def mean_error(denoiser: Denoiser, line: Line, seed: int) -> float:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CASES)
 def test_students_of_a_flow_on_the_line_that_is_known(name: str, seed: int, record_property: Record) -> None:
-    """Asked of every member: W1 <= .05 in one step, mean |f - f*| <= .06. mean_flow has the second with every seed, the first with two."""
+    """Asked of every member: W1 <= .05 in one step, mean |f - f*| <= .06. mean_flow misses the first with one seed."""
     learnt, case, line = student(name, seed, True, record_property), CASES[name], Line(seed)
     one, error = w1(learnt, case.sampler(1), line, seed), mean_error(learnt, line, seed)
     record_property("W1 in one step", round(one, 4))

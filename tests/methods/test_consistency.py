@@ -1,11 +1,17 @@
 """What few-step methods share, against formulas written down independently in float64."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gentrain.config import ConfigError, Document, build
+from gentrain.data.toys import Rings
+from gentrain.methods.base import Method
 from gentrain.methods.consistency import (
     boundary_scalings,
     derivative_along,
@@ -21,6 +27,10 @@ from gentrain.methods.consistency import (
     same_dropout,
     time_of_ratio,
 )
+from gentrain.methods.consistency_distillation import ConsistencyDistillation
+from gentrain.methods.consistency_training import ConsistencyTraining
+from gentrain.methods.easy_consistency_tuning import EasyConsistencyTuning
+from gentrain.methods.latent_consistency import LatentConsistency
 from gentrain.models.base import Condition, Model
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.dit import DiT
@@ -34,7 +44,7 @@ from gentrain.paths.trigflow import TrigFlow
 from gentrain.paths.variance_exploding import VarianceExploding
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.lcm import stable_diffusion_grid
-from tests.methods.toy import TinyNetwork, noise_of
+from tests.methods.toy import TinyNetwork, batch_of, noise_of
 from tests.samplers.toy import GaussianNetwork
 
 PATHS: list[Path] = [RectifiedFlow(), TrigFlow(), VariancePreserving(), VarianceExploding()]
@@ -114,6 +124,38 @@ def test_two_calls_drop_the_same_units() -> None:
     with same_dropout(x):
         first = dropout(x)
     assert torch.equal(first, dropout(x)) and not torch.equal(first, dropout(x))
+
+
+class Dropping(nn.Module):
+    """Remembers which units each of its calls dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.dropped = nn.Parameter(torch.ones(())), []  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        kept = torch.nn.functional.dropout(torch.ones_like(x), 0.5)
+        self.dropped.append(kept)
+        return self.weight * x * kept
+
+
+@pytest.mark.parametrize("loss", [
+    ConsistencyDistillation().loss, LatentConsistency(guidance=(1.0, 1.0)).loss, partial(ConsistencyTraining().loss, 20),
+    partial(EasyConsistencyTuning().loss, 0.5),
+])  # fmt: skip
+def test_the_student_and_its_target_drop_the_same_units(loss: Any) -> None:
+    network, path = Dropping(), RectifiedFlow()
+    own = Denoiser(network, path, "velocity")
+    nets = SimpleNamespace(model=own, student=own, target=own, teacher=Denoiser(TinyNetwork(), path, "velocity"))
+    loss(nets, batch_of(64), noise_of(64))
+    target, student = network.dropped
+    assert torch.equal(target, student) and 0 < target.mean() < 2
+
+
+def test_both_sides_of_a_difference_drop_the_same_units() -> None:
+    network, x, t = Dropping(), torch.randn(64, 2), torch.full((64,), 0.5)
+    derivative_along(network, x, t, x, t, "difference", 1e-3)
+    assert torch.equal(*network.dropped)
 
 
 @pytest.mark.parametrize("how, tolerance", [("jvp", 1e-12), ("difference", 1e-6)])
@@ -225,6 +267,17 @@ def test_a_flow_map_tells_the_network_where_it_ends() -> None:
     moved = flow_map(Denoiser(network, RectifiedFlow(), "velocity"), x, torch.tensor([1.0, 0.8]), torch.tensor([0.5, 0.2]))
     assert seen[0].tolist() == pytest.approx([500.0, 200.0])
     assert moved[:, 0].tolist() == pytest.approx([-0.5, -0.6])
+
+
+@pytest.mark.parametrize("method, key, value, without", [
+    ("consistency_distillation", "guidance", 2, 1), ("latent_consistency", "guidance", [1, 3], 1),
+    ("continuous_consistency", "guidance", 2, 1), ("mean_flow", "guidance", 2, 1), ("mean_flow", "mixing", 0.5, 0),
+])  # fmt: skip
+def test_guidance_without_anything_to_guide_by_is_refused(method: str, key: str, value: Any, without: int) -> None:
+    made = build(Method, Document({"name": method, key: value}, "x.yaml"))
+    with pytest.raises(ConfigError, match=rf"{key}: the data have neither classes nor captions to guide by; set it to {without}"):
+        made.check_data(SimpleNamespace(class_names=(), captions=()))  # type: ignore[arg-type]
+    made.check_data(Rings())
 
 
 @pytest.mark.parametrize("path", [RectifiedFlow(), TrigFlow()])

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from gentrain.config import ConfigError, Document
 from gentrain.domains.box import Box
 from gentrain.methods.base import Clock
-from gentrain.methods.consistency import flow_step
+from gentrain.methods.consistency import flow_step, solver_step
 from gentrain.methods.consistency_distillation import ConsistencyDistillation
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
@@ -21,6 +22,7 @@ from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.consistency import Consistency
 from gentrain.training.run import parse_run
 from tests.methods.toy import TinyNetwork, batch_of, noise_of
+from tests.samplers.toy import GaussianNetwork
 
 MEAN, STD = 0.3, 0.5
 
@@ -143,6 +145,83 @@ def test_predictions_without_the_boundary_condition_are_refused() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"prediction: .* needs a network that predicts v or velocity or edm, not x0"):
         parse_run(Document(settings, "x.yaml"))
+
+
+SETTINGS = {
+    "method": "consistency_distillation", "data": "rings", "model": "mlp", "training": {"samples": 10},
+    "roles": {"teacher": {"weights": "runs/teacher"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler, message", [
+    ("heun", "sampler: heun follows a flow, and a consistency function goes to its end in one call; take consistency or lcm"),
+    ("flow_map", "sampler: flow_map follows a flow"),
+    ({"name": "consistency", "guidance": 2}, "guidance 2 asks for the null class, which consistency_distillation does not teach"),
+])  # fmt: skip
+def test_samplers_that_would_not_draw_what_is_taught_are_refused(sampler: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_run(Document(SETTINGS | {"sampler": sampler}, "x.yaml"))
+
+
+def test_students_that_know_the_null_class_may_be_guided() -> None:
+    method = {"method": "easy_consistency_tuning", "roles": {}, "sampler": {"name": "consistency", "guidance": 2}}
+    assert parse_run(Document(SETTINGS | method, "x.yaml")).sampler.guidance == 2
+
+
+def ends_of(path: Path, x: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    """The flow of N(MEAN, STD^2) keeps quantiles."""
+    times = torch.tensor([t, s], dtype=torch.float64)
+    alpha, sigma = path.alpha(times), path.sigma(times)
+    deviation = (alpha**2 * STD**2 + sigma**2).sqrt()
+    return alpha[1] * MEAN + (x - alpha[0] * MEAN) * deviation[1] / deviation[0]
+
+
+class Exact(GaussianNetwork):
+    mean, deviation = MEAN, STD
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), TrigFlow(), VariancePreserving(), VarianceExploding()])
+def test_heuns_step_is_of_second_order_and_ddims_of_first(path: Path) -> None:
+    """Errors of one step fall with the cube and with the square of its length."""
+    teacher, x = Exact(path).denoiser(), torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+    for solver, order in (("ddim", 2), ("heun", 3)):
+        errors = []
+        for step in (0.04, 0.02):
+            t, s = 0.5 * path.t_max, (0.5 - step) * path.t_max
+            times = (torch.full((5,), each, dtype=torch.float64) for each in (t, s))
+            found = solver_step(solver, teacher, x, *times, None, 1.0)  # type: ignore[arg-type]
+            errors.append((found - ends_of(path, x, t, s)).abs().max().item())
+        assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25), solver
+
+
+def test_heuns_step_by_hand_from_pure_noise_to_data_and_mirrored_at_walls() -> None:
+    """Velocities of 1 at the beginning and of 3 at the end of a step: 2 on average. To t = 0 it is Euler's."""
+    x, labels = torch.zeros(2, 1), {"label": torch.tensor([0, 1])}
+    calls = []
+
+    def network(x: torch.Tensor, t: torch.Tensor, condition: Condition | None) -> torch.Tensor:
+        assert condition is not None
+        calls.append(condition["label"].tolist())
+        return torch.where(t > 950, 1.0, 3.0)[:, None] - (condition["label"] < 0).float()[:, None]
+
+    t, s = torch.ones(2), torch.tensor([0.5, 0.0])
+    teacher = Denoiser(network, RectifiedFlow(), "velocity")
+    assert solver_step("heun", teacher, x, t, s, labels, 1.0)[:, 0].tolist() == pytest.approx([-1.0, -1.0])  # 0.5 * 2 and 1 * 1
+    assert calls == [[0, 1], [0, 1]]
+    assert solver_step("heun", teacher, x, t, s, labels, 2.0)[:, 0].tolist() == pytest.approx(
+        [-1.5, -2.0]
+    )  # null is 1 less: guided is 1 more
+    inside = Denoiser(network, RectifiedFlow(space=Inside(domain=Box(low=-0.75, high=0.75))), "velocity")
+    assert solver_step("heun", inside, x, t, s, labels, 1.0)[0].item() == pytest.approx(-0.5)
+
+
+def test_the_solver_makes_the_targets() -> None:
+    """An exact function's loss is what the teacher's steps leave: of second order it is far less."""
+    path = RectifiedFlow()
+    batch = {"x": MEAN + STD * noise_of(2000, 2000).normal((2000, 2))}
+    losses = [ConsistencyDistillation(intervals=20, solver=solver).loss(nets(ExactStudent(path), path), batch, noise_of(2000)).value.item()
+              for solver in ("ddim", "heun")]  # type: ignore[arg-type]  # fmt: skip
+    assert losses[1] < losses[0] / 3, losses
 
 
 @pytest.mark.parametrize("steps", [1, 3])

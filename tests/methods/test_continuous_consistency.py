@@ -183,6 +183,8 @@ def test_roles_and_mistakes() -> None:
     assert list(ContinuousConsistency(source="data").roles) == ["student", "weighting"]
     with pytest.raises(ConfigError, match="guidance needs a teacher"):
         build(Method, Document({"name": "continuous_consistency", "source": "data", "guidance": 2}, "x.yaml"))
+    with pytest.raises(ConfigError, match=r"step 0\.4 leaves no times between the path's ends; set it below 0\.39"):
+        build(Method, Document({"name": "continuous_consistency", "derivative": "difference", "step": 0.4}, "x.yaml"))
     settings: dict[str, Any] = {
         "method": {"name": "continuous_consistency", "source": "data"}, "data": "rings", "model": "mlp", "training": {"samples": 10},
         "engine": {"name": "deepspeed", "zero_stage": 3},

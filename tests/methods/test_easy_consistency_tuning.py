@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gentrain.methods.base import Clock
+from gentrain.config import ConfigError, Document, build
+from gentrain.methods.base import Clock, Method
 from gentrain.methods.consistency import row_huber
 from gentrain.methods.easy_consistency_tuning import EasyConsistencyTuning, earlier_level, level_weight
 from gentrain.models.base import Condition
@@ -30,6 +31,7 @@ def test_earlier_levels_by_the_formula() -> None:
 def test_the_distance_of_the_levels_falls_by_q_from_stage_to_stage() -> None:
     method = EasyConsistencyTuning(q=2, stages=4, closest=0.1)
     assert [method.shrink(progress) for progress in (0.0, 0.24, 0.25, 0.5, 0.75, 1.0)] == [0.5, 0.5, 0.25, 0.125, 0.1, 0.1]
+    assert EasyConsistencyTuning(stages=2, closest=0.0).shrink(1.0) == 0.25  # the last stage lasts to the end
     for samples, shrink in ((0, 0.5), (40, 0.25)):
         (update,) = method.updates(Clock(samples, 10, 100))
         assert update.losses[0].args[0] == shrink  # type: ignore[attr-defined]
@@ -94,6 +96,13 @@ def test_the_square_has_the_mean_of_noisy_targets_as_its_optimum_and_the_norm_th
         assert network.value.grad is not None
         found[distance] = network.value.grad.item()
     assert abs(found["l2"]) < 0.05 < 0.5 < -found["huber"]  # towards 1
+
+
+def test_stages_that_would_not_shrink_are_refused() -> None:
+    with pytest.raises(ConfigError, match="with q 1 the two times never come closer"):
+        build(Method, Document({"name": "easy_consistency_tuning", "q": 1}, "x.yaml"))
+    with pytest.raises(ConfigError, match="closest"):
+        build(Method, Document({"name": "easy_consistency_tuning", "closest": 2}, "x.yaml"))
 
 
 def test_the_target_is_held_fixed() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gentrain.config import ConfigError, Document, build
 from gentrain.methods.base import Clock, Follow, Method
-from gentrain.methods.latent_consistency import LatentConsistency, augmented_x0, solve
+from gentrain.methods.latent_consistency import LatentConsistency, Taught, augmented_x0, solve
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
@@ -15,6 +15,7 @@ from gentrain.paths.base import Path, convert_time
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
 from gentrain.paths.variance_preserving import VariancePreserving
+from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.lcm import LCM, stable_diffusion_grid
 from gentrain.training.roles import build_network
 from gentrain.training.run import parse_run
@@ -172,6 +173,20 @@ def nets_of(student: nn.Module, path: Path = GRID, prediction: Any = "eps", targ
     return SimpleNamespace(**{role: Denoiser(module, path, prediction) for role, module in modules.items()})
 
 
+@pytest.mark.parametrize("solver, calls", [("ddim", 1), ("dpmpp_2s", 2)])
+def test_the_solver_takes_the_teachers_steps(solver: Any, calls: int) -> None:
+    nets = nets_of(TinyNetwork())
+    LatentConsistency(solver=solver).loss(nets, batch_of(8), noise_of(8))
+    assert len(nets.teacher.network.seen) == calls
+
+
+def test_the_distance_is_quadratic_below_huber_and_linear_above() -> None:
+    found, target = torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2)
+    taught = Taught(found, target, found, torch.zeros(1, dtype=torch.int64))
+    assert LatentConsistency(huber=4.0).distances(taught).tolist() == [[1.0, 0.0]]  # sqrt(9 + 16) - 4
+    assert LatentConsistency(distance="l2").distances(taught).tolist() == [[9.0, 0.0]]
+
+
 def test_gradients_reach_the_student_only() -> None:
     nets = nets_of(TinyNetwork())
     LatentConsistency().loss(nets, batch_of(16), noise_of(16)).value.backward()
@@ -242,10 +257,21 @@ def test_points_lie_on_the_grid_at_equal_signal_to_noise_ratio(path: Path) -> No
 
 def test_the_sampler_is_that_of_the_timesteps() -> None:
     method = LatentConsistency(count=20, stride=50)
-    assert method.own_sampler() == LCM(count=20, stride=50)
+    assert method.own_sampler() == LCM(count=20, stride=50, guidance=9)  # of what it is taught, 3 to 15, the middle
     method.check_sampler(method.own_sampler())
-    with pytest.raises(ValueError, match="on 20 timesteps 50 apart, and the sampler lcm asks it on 50 20 apart"):
-        method.check_sampler(LCM())
+    for sampler, message in (
+        (LCM(), "on 20 timesteps 50 apart, and the sampler lcm asks it on 50 20 apart"),
+        (Consistency(), "at which consistency does not ask; take lcm"),
+        (LCM(count=20, stride=50, guidance=2), "is taught guidance 3 to 15, not 2"),
+        (LCM(count=20, stride=50, guidance=16), "is taught guidance 3 to 15, not 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method.check_sampler(sampler)
+    built_in = LatentConsistency(guidance=(2.0, 2.0))
+    for guidance in (1.0, 2.0):
+        built_in.check_sampler(LCM(guidance=guidance))
+    with pytest.raises(ValueError, match="guidance 2 is built in, and 3 would change nothing"):
+        built_in.check_sampler(LCM(guidance=3))
 
 
 def test_mistakes_are_told_as_the_configuration_loads() -> None:

@@ -11,8 +11,11 @@ from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
+from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.euler import Euler
 from gentrain.samplers.flow_map import FlowMap
+from gentrain.samplers.lcm import LCM
+from gentrain.samplers.one_step import OneStep
 from gentrain.training.run import parse_run
 from tests.methods.few_step import gradients_hold_calls_fixed
 from tests.methods.toy import TinyNetwork, batch_of, nets_with, noise_of
@@ -137,9 +140,18 @@ def test_mistakes_are_told_as_the_configuration_loads() -> None:
     method = build(Method, Document({"name": "mean_flow"}, "x.yaml"))
     with pytest.raises(ValueError, match="needs the path rectified_flow, not trigflow"):
         method.check(TrigFlow())
-    with pytest.raises(ConfigError, match="mixing 1 leaves nothing"):
-        build(Method, Document({"name": "mean_flow", "mixing": 1}, "x.yaml"))
-    settings = {
+    for settings, message in (
+        ({"mixing": 1}, "mixing 1 leaves nothing"),
+        ({"guidance": 2, "label_dropout": 0}, "the null class, which label_dropout 0 does not train"),
+        ({"step": 0.5}, "step 0.5 reaches over the whole path"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(Method, Document({"name": "mean_flow", **settings}, "x.yaml"))
+    MeanFlow().check_sampler(Euler())
+    for sampler in (Consistency(), LCM(), OneStep()):
+        with pytest.raises(ValueError, match=f"{sampler.registered_name} takes the x0 of a velocity for data; take flow_map"):
+            MeanFlow().check_sampler(sampler)
+    settings: dict[str, Any] = {
         "method": "mean_flow",
         "data": "rings",
         "model": "mlp",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gentrain.catalogue import plan_tables
 from gentrain.config import ConfigError
 from gentrain.models.denoiser import Denoiser
 from gentrain.training.roles import Roles, build_network, load_network, load_weights
@@ -70,6 +71,35 @@ def test_weights_that_do_not_fit_or_are_not_there_are_named(tmp_path: Path) -> N
     save_config(run_of(values(tmp_path / "empty")))
     with pytest.raises(ConfigError, match=r"roles\.teacher\.weights: .*has no checkpoint yet; train it first"):
         Roles(run_of(values(tmp_path / "run") | {"roles": {"teacher": {"weights": str(tmp_path / "empty")}}}), ALONE)
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"path": "trigflow"}, r"roles\.teacher\.weights: .*source was trained otherwise .* its path: \{name: rectified_flow, .*velocity"),
+    ({"prediction": "v"}, r"roles\.teacher\.weights: .*source was trained otherwise than it is read here"),
+    ({"model": {"name": "mlp", "width": 8, "time_scale": 1.0}}, r"model: .*was trained with time_scale 0\.01, and is read with 1\.0"),
+])  # fmt: skip
+def test_weights_that_would_be_read_otherwise_than_they_were_trained_are_refused(tmp_path: Path, changed: Any, message: str) -> None:
+    model = {"model": {"name": "mlp", "width": 8, "time_scale": 0.01}}
+    source = _trained(values(tmp_path / "source", "flow_matching") | model, stop_at=1)
+    settings = values(tmp_path / "run") | model | {"roles": {"teacher": {"weights": str(source)}}}
+    Roles(run_of(settings), ALONE)
+    other = run_of(settings | changed)
+    for check in (lambda: Roles(other, ALONE), lambda: plan_tables({"run": other}, None)):
+        with pytest.raises(ConfigError, match=message):
+            check()
+
+
+def test_a_student_is_no_teacher(tmp_path: Path) -> None:
+    flow = _trained(values(tmp_path / "flow", "flow_matching"), stop_at=1)
+
+    def taught_by(name: str, teacher: Path) -> dict[str, Any]:
+        return values(tmp_path / name, "consistency_distillation") | {"roles": {"teacher": {"weights": str(teacher)}}}
+
+    student = _trained(taught_by("student", flow), stop_at=1)
+    with pytest.raises(ConfigError, match=r"roles\.teacher\.weights: .*holds a student of consistency_distillation, which follows no flow"):
+        Roles(run_of(taught_by("next", student)), ALONE)
+    settings = values(tmp_path / "more", "consistency_training") | {"roles": {"model": {"weights": str(student)}}}
+    Roles(run_of(settings), ALONE)  # which may well begin from one
 
 
 def test_a_network_that_does_not_fit_the_data_is_a_mistake_of_its_key(tmp_path: Path) -> None:
