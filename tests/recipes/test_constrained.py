@@ -93,7 +93,7 @@ def test_likelihood_of_a_reflected_diffusion(tmp_path: Path) -> None:
 
 def test_likelihood_of_another_method_is_refused(tmp_path: Path) -> None:
     out = run(tmp_path, {"model": {"name": "train", "run": RUN | {"method": "flow_matching", "data": "digits"}}})
-    with pytest.raises(ConfigError, match="is not a run of reflected_diffusion"):
+    with pytest.raises(ConfigError, match="is neither a run of reflected_diffusion nor one on tokens"):
         Likelihood(run=str(out / "model")).execute(tmp_path / "bits")
 
 
