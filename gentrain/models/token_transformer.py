@@ -132,7 +132,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm, self.hidden_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attention, self.mixed = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
         self.hidden = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 

@@ -92,6 +92,7 @@ class VQ(Model):
             num_vq_embeddings=self.codes,
             norm_num_groups=self.norm_groups,
             sample_size=shape[1],
+            mid_block_add_attention=False,  # convolutions see enough of so small a grid
             scaling_factor=1.0,
         )
         nn.init.normal_(model.quantize.embedding.weight, std=0.5)  # diffusers' 1 / codes would have all latents nearest to a few
