@@ -21,6 +21,7 @@ from gentrain.models.conditional import ConditionalNetwork
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.space import Free
 from gentrain.samplers.base import Sampler
+from gentrain.samplers.few_step import FewStep, call_times
 from gentrain.samplers.one_step import OneStep, as_affine
 
 _STOCK_USE = """from diffusers import DiffusionPipeline
@@ -97,7 +98,7 @@ def export(
     Args:
         out: must not exist, or be an empty directory; it appears whole or not at all.
         denoiser: of a `ConditionalNetwork` with its full weights.
-        sampler: whose steps the directory's scheduler takes; OneStep needs none.
+        sampler: whose steps the directory's scheduler takes; OneStep and FewStep need none.
         class_names: one per class; empty without classes.
         licence: of the data, for the card.
         config: the resolved configuration; `config["method"]["name"]` is named in the card.
@@ -160,8 +161,10 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
     if not isinstance(path.space, Free):
         raise ValueError(f"no diffusers pipeline undoes the space {path.space.registered_name}; draw samples with gentrain instead")
     scheduler = sampler.diffusers_scheduler(path, denoiser.prediction)
-    one_step = as_affine(denoiser, sampler.sigma) if isinstance(sampler, OneStep) else None
-    if scheduler is None and one_step is None:
+    calls = None
+    if isinstance(sampler, OneStep | FewStep):
+        calls = [as_affine(denoiser, float(t)) for t in call_times(path, sampler.sigma, sampler.steps)]
+    if scheduler is None and calls is None:
         raise ValueError(
             f"no diffusers scheduler takes the steps of sampler {sampler.registered_name} ({sampler.steps} steps) on path "
             f"{path.registered_name} with prediction {denoiser.prediction}; sampler euler has one for rectified_flow with velocity, "
@@ -183,7 +186,7 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
         num_inference_steps=sampler.steps,
         timestep_scale=network.time_scale * (1000.0 if edm else 1.0),
         init_noise_sigma=sampler.start(path) if edm else None,
-        one_step=one_step,
+        calls=calls,
     )
 
 

@@ -15,14 +15,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     Args:
         network: UNet2DModel or DiTTransformer2DModel on images whose space_to_depth x space_to_depth blocks of pixels are channels.
-        scheduler: that takes the steps; None for a network that needs one call.
+        scheduler: that takes the steps; None for a network that goes to clean data in each call.
         num_classes: index of the null class in the network's label embedding; None = the network takes no labels.
         class_names: {"0": name of class 0, ...}.
         guidance_scale, num_inference_steps: what calls use unless they say otherwise.
         timestep_scale: the network is given the scheduler's timesteps times this.
         init_noise_sigma: factor of the noise at the start; None = the scheduler's.
-        one_step: of a network that needs one call: with x = start noise, images are x_weight x + output_weight network(input_scale x,
-            timestep).
+        calls: of a network that goes to clean data in each call: with x = alpha clean + sigma noise, where nothing is clean at first,
+            it goes to x_weight x + output_weight network(input_scale x, timestep).
     """
 
     _optional_components = ["scheduler"]
@@ -38,7 +38,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         timestep_scale: float = 1.0,
         init_noise_sigma: float | None = None,
-        one_step: dict[str, float] | None = None,
+        calls: list[dict[str, float]] | None = None,
     ):
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler)
@@ -50,7 +50,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             timestep_scale=timestep_scale,
             init_noise_sigma=init_noise_sigma,
-            one_step=one_step,
+            calls=calls,
         )
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             guidance_scale: null + guidance_scale (conditional - null); 1 = conditional only.
             num_inference_steps: more are slower and more exact.
             generator: of the noise.
-            noise: standard normal numbers [B, C, H, W] to start from, in place of the generator's.
+            noise: standard normal numbers [B, C, H, W] to start from, in place of the generator's; calls after the first draw more.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]) or "pt" ([B, C, H, W] in [0, 1]).
         """
         guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -83,8 +83,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
             shape = (batch_size, config.in_channels // block**2, size[0] * block, size[1] * block)
             noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        solve = self._solve if self.config.one_step is None else self._one_step
-        x = (solve(noise.to(self._execution_device), labels, steps, guidance_scale) / 2 + 0.5).clamp(0, 1)
+        noise = noise.to(self._execution_device)
+        if self.config.calls is None:
+            x = self._solve(noise, labels, steps, guidance_scale)
+        else:
+            x = self._call(noise, labels, steps, guidance_scale, generator)
+        x = (x / 2 + 0.5).clamp(0, 1)
         images: Any = x if output_type == "pt" else x.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
@@ -110,14 +114,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
             x = self.scheduler.step(self._guided(x, t, labels, guidance_scale), t, x).prev_sample
         return x
 
-    def _one_step(self, noise: torch.Tensor, labels: torch.Tensor | None, steps: int, guidance_scale: float) -> torch.Tensor:
-        if steps != 1 or guidance_scale != 1:
-            raise ValueError(f"this network draws in 1 step without guidance, got {steps} steps and guidance_scale {guidance_scale}")
-        numbers = self.config.one_step
-        x = numbers["start"] * noise
-        t = torch.tensor(numbers["timestep"], device=x.device)
-        output = self._guided(numbers["input_scale"] * x, t, labels, 1.0)
-        return numbers["x_weight"] * x + numbers["output_weight"] * output
+    def _call(self, noise: torch.Tensor, labels: torch.Tensor | None, steps: int, guidance_scale: float, generator: Any) -> torch.Tensor:
+        calls = self.config.calls
+        if steps != len(calls) or guidance_scale != 1:
+            many = f"{len(calls)} step{'s' if len(calls) > 1 else ''}"
+            raise ValueError(f"this network draws in {many} without guidance, got {steps} steps and guidance_scale {guidance_scale}")
+        x = calls[0]["sigma"] * noise
+        for index, numbers in enumerate(calls):
+            if index > 0:
+                fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+                x = numbers["alpha"] * x + numbers["sigma"] * fresh
+            t = torch.tensor(numbers["timestep"], device=x.device)
+            output = self._guided(numbers["input_scale"] * x, t, labels, 1.0)
+            x = numbers["x_weight"] * x + numbers["output_weight"] * output
+        return x
 
     def _set_timesteps(self, steps: int) -> None:
         if steps < 1:

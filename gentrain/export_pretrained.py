@@ -18,6 +18,7 @@ from gentrain.models.pretrained import PretrainedNetwork
 from gentrain.paths.base import convert_time
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.base import Sampler
+from gentrain.samplers.few_step import FewStep, call_times
 from gentrain.samplers.lcm import LCM, lcm_sampling_timesteps
 from gentrain.samplers.one_step import OneStep, time_at
 
@@ -65,6 +66,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
 pipeline.scheduler.init_noise_sigma = {start}  # the noise that its one call reads
 images = pipeline(prompt, sigmas=[{start}], guidance_scale=1).images  # the guidance is built in"""
+
+_FEW_STEP_USE = """
+from diffusers import LCMScheduler
+
+pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=1000, clip_sample=False)
+pipeline.scheduler.init_noise_sigma = {start}  # the noise that its first call reads
+images = pipeline(prompt, timesteps={timesteps}, guidance_scale=1).images  # the guidance is built in"""
+
+_FLOW_FEW_STEP_USE = """
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+pipeline.scheduler.init_noise_sigma = {start}  # the noise that its first call reads
+images = pipeline(prompt, sigmas={sigmas}, guidance_scale=1).images  # the guidance is built in"""
 
 _PEFT_USE = """from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -170,6 +185,11 @@ def how_to_draw(sampler: Sampler | None, network: PretrainedNetwork) -> str:
     if isinstance(sampler, OneStep):
         use = _ONE_STEP_USE if isinstance(path, VariancePreserving) else _FLOW_ONE_STEP_USE
         return use.format(start=round(sampler.start(path), 5), timestep=round(time_at(path, sampler.sigma)))
+    if isinstance(sampler, FewStep):
+        calls = call_times(path, sampler.sigma, sampler.steps).tolist()
+        use = _FEW_STEP_USE if isinstance(path, VariancePreserving) else _FLOW_FEW_STEP_USE
+        rounded = {"timesteps": [round(time) for time in calls], "sigmas": [round(time, 5) for time in calls]}
+        return use.format(start=round(sampler.start(path), 5), **rounded)
     if not isinstance(sampler, LCM):
         return ""
     told = (1, "the guidance is built in") if network.inputs is None else (sampler.guidance, "which the network reads")

@@ -24,6 +24,7 @@ from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.ddim import DDIM
 from gentrain.samplers.dpm_solver import DPMSolver
 from gentrain.samplers.euler import Euler
+from gentrain.samplers.few_step import FewStep
 from gentrain.samplers.heun import Heun
 from gentrain.samplers.one_step import OneStep
 
@@ -51,6 +52,9 @@ CASES = {
     "one step, variance preserving": (UNET, (1, 8, 8), 3, VariancePreserving("cosine"), "eps", OneStep(sigma=1.7)),
     "one step, trigflow, transformer": (TRANSFORMER, (3, 6, 6), 0, TrigFlow(), "v", OneStep()),
     "one step, EDM": (UNET, (1, 8, 8), 3, VarianceExploding(), "edm", OneStep()),
+    "three steps, rectified flow": (DEEP, (1, 8, 8), 3, RectifiedFlow(), "velocity", FewStep(steps=3)),
+    "two steps, variance preserving": (UNET, (1, 8, 8), 0, VariancePreserving(), "eps", FewStep(steps=2, sigma=1.7)),
+    "two steps, EDM": (SLOW, (1, 8, 8), 3, VarianceExploding(), "edm", FewStep(steps=2)),
 }
 
 # draws with every exported directory; importing gentrain would fail
@@ -68,7 +72,8 @@ for directory in sys.argv[1:]:
     given = load_file(directory + "/noise.safetensors")
     labels = given["label"].tolist() if "label" in given else None
     if trusted:
-        images = pipeline(class_labels=labels, noise=given["noise"], output_type="pt").images
+        generator = torch.Generator().manual_seed(1)
+        images = pipeline(class_labels=labels, noise=given["noise"], generator=generator, output_type="pt").images
     else:
         # a stock pipeline takes no noise: have its generator hand it ours
         import diffusers.pipelines.ddim.pipeline_ddim as module
@@ -76,6 +81,16 @@ for directory in sys.argv[1:]:
         images = pipeline(num_inference_steps=10, output_type="pt").images
     save_file({"images": images.contiguous()}, directory + "/images.safetensors")
 """
+
+
+class ThenDrawn(Noise):
+    """After the first call, what the generator of DRAW gives."""
+
+    def normal(self, shape, dtype=torch.float32):
+        if not hasattr(self, "generator"):
+            self.generator = torch.Generator().manual_seed(1)
+            return super().normal(shape, dtype)
+        return torch.randn(shape, generator=self.generator)
 
 
 def denoiser_of(model, shape, num_classes, path, prediction):
@@ -104,7 +119,7 @@ def drawn(tmp_path_factory):
         save_file(given | ({"label": label} if num_classes else {}), directory / "noise.safetensors")
         (directory / "trust.json").write_text(json.dumps(sorted(p.name for p in (directory / "model").iterdir())))
         with torch.no_grad():
-            samples = sampler.sample(denoiser, (ROWS, *shape), Noise(7, torch.arange(ROWS)), {"label": label} if num_classes else None)
+            samples = sampler.sample(denoiser, (ROWS, *shape), ThenDrawn(7, torch.arange(ROWS)), {"label": label} if num_classes else None)
         expected[name] = (directory, (samples / 2 + 0.5).clamp(0, 1))
     environment = os.environ | {"HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
     directories = [str(directory) for directory, _ in expected.values()]
@@ -186,17 +201,18 @@ def test_what_diffusers_cannot_draw_is_refused(tmp_path, model, shape, path, pre
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_one_step_directory_has_no_scheduler_and_refuses_more_steps(tmp_path):
+@pytest.mark.parametrize(("case", "steps"), [("one step, rectified flow", "1 step"), ("three steps, rectified flow", "3 steps")])
+def test_a_students_directory_has_no_scheduler_and_refuses_other_steps(tmp_path, case, steps):
     from diffusers import DiffusionPipeline
 
-    model, shape, num_classes, path, prediction, sampler = CASES["one step, rectified flow"]
+    model, shape, num_classes, path, prediction, sampler = CASES[case]
     out = write(tmp_path / "owls", denoiser_of(model, shape, num_classes, path, prediction), sampler)
     assert not (out / "scheduler").exists()
     pipeline = DiffusionPipeline.from_pretrained(out, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     assert len(pipeline(["owl", 1]).images) == 2
     for arguments in ({"num_inference_steps": 2}, {"guidance_scale": 2.0}):
-        with pytest.raises(ValueError, match="1 step without guidance"):
+        with pytest.raises(ValueError, match=f"draws in {steps} without guidance"):
             pipeline("owl", **arguments)
 
 

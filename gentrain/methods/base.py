@@ -14,6 +14,7 @@ from gentrain.data.pool import Pool
 from gentrain.extractors.base import Extractor
 from gentrain.models.base import Codec, Condition, Model
 from gentrain.models.denoiser import Prediction
+from gentrain.models.heads import Heads
 from gentrain.noise import Noise
 from gentrain.paths.base import Path
 from gentrain.samplers.base import Sampler
@@ -61,6 +62,7 @@ class Role:
         flow: its weights must be those of a generator whose flow samplers follow, no few-step student's.
         given: the config must name its weights, or a pretrained network: random ones would teach nothing.
         control: its network has a branch for this control, see models.control. Weights without one may be loaded.
+        heads: what it learns in place of a network: heads on the features of one that starts as `init` does.
     """
 
     init: str | None = None
@@ -71,6 +73,7 @@ class Role:
     given: bool = False
     flow: bool = False
     control: Extractor | None = None
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True)

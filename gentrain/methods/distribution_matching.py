@@ -1,4 +1,5 @@
-"""Distribution matching: a student that draws in one call, led by the difference of two scores, the teacher's and its samples' own."""
+"""Distribution matching: a student that draws in one call or a few, led by the difference of two scores, the teacher's and its samples'
+own."""
 
 from __future__ import annotations
 
@@ -18,16 +19,18 @@ from gentrain.methods.decoupled import decoupled_guidance
 from gentrain.methods.prompt_critic import PromptCritic, prompt_critic_loss, prompt_student_loss
 from gentrain.methods.sfd import score_identity_loss
 from gentrain.models.base import Condition
+from gentrain.models.heads import Heads
 from gentrain.noise import Noise
 from gentrain.paths.base import Path, TimeLaw, expand
 from gentrain.paths.times import LogNormal
 from gentrain.rewards.base import Texts
 from gentrain.samplers.base import Sampler
+from gentrain.samplers.few_step import FewStep, require_few_step, simulate
 from gentrain.samplers.guidance import guided_x0
 from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
 
 Divergence = Literal["rkl", "kl", "js", "sf", "neyman", "sh", "jf"]
-GeneratorLoss = Literal["vsd", "dmd", "sid", "rkl", "kl", "js", "sf", "neyman", "sh", "jf"]
+GeneratorLoss = Literal["vsd", "dmd", "sid", "rkl", "kl", "js", "sf", "neyman", "sh", "jf", "ladd"]
 
 _LEAST_ERROR = 1e-6  # of the teacher, added to what gradients are divided by
 _LARGEST_LOGIT = 10.0
@@ -139,7 +142,8 @@ class _Noised:
 @register("distribution_matching")
 @dataclass
 class DistributionMatching(Method):
-    """A one-step student of a many-step teacher: VSD / Diff-Instruct, DMD, DMD2, f-distill and SiD, by choice of the generator's loss.
+    """A student of one step, or a few, of a many-step teacher: VSD / Diff-Instruct, DMD, DMD2, f-distill, SiD and LADD, by
+    choice of the generator's loss.
 
     A fake score learns to denoise what the student draws. Where it differs from the teacher, the student's samples are too frequent or too
     rare: the student follows the difference. Batches give labels; their data are seen by the critic only. All networks start as the
@@ -156,13 +160,19 @@ class DistributionMatching(Method):
 
     generator_loss: GeneratorLoss = option(
         "dmd",
-        "vsd (alpha(t) times the difference), dmd (difference over the teacher's error), sid, or dmd weighted for a divergence: "
-        "rkl, kl, js, sf, neyman, sh, jf",
-        source="arXiv:2305.18455, 2311.18828, 2404.04057, 2502.15681",
+        "vsd (alpha(t) times the difference), dmd (difference over the teacher's error), sid, dmd weighted for a divergence: "
+        "rkl, kl, js, sf, neyman, sh, jf; or ladd, the critic's adversarial term alone",
+        source="arXiv:2305.18455, 2311.18828, 2404.04057, 2502.15681, 2403.12015",
     )
     alpha: float = option(1.2, "of sid: weight of the score identity's correction", source="arXiv:2404.04057, section 4")
     critic_weight: NonNegativeFloat = option(
         0.0, "of the adversarial term, for which a role critic learns to tell noised data from samples; 0 = none", source="arXiv:2405.14867"
+    )
+    critic_heads: Heads | None = option(
+        None, "the critic is heads on a network's features, {} = the teacher's; null = a network of its own, which begins as the teacher"
+    )
+    critic_times: TimeLaw | None = option(
+        None, "law of the times at which the critic looks, apart from those of the scores; null = at the same", source="arXiv:2403.12015"
     )
     spectral_decoupling: NonNegativeFloat = option(
         0.0, "of the critic: weight of half its squared logits, against features that take all", source="arXiv:2011.09468, eq. 15"
@@ -178,23 +188,58 @@ class DistributionMatching(Method):
         None, "law of the times of the guidance, drawn apart from those of the scores; null = at the same times (not for sid: null)"
     )
     sigma: PositiveFloat = option(SIGMA, "noise-to-signal ratio at which the student is given pure noise", source="arXiv:2404.04057")
+    steps: PositiveInt = option(
+        1, "calls that the student draws in: each after the first reads its own sample, noised anew", source="arXiv:2405.14867, section 4.4"
+    )
+    fake_score_reads_step: bool = option(
+        False, "of several steps: the fake score is told which a sample is of, and not led by their mixture (mlp, unet, dit)"
+    )
     times: TimeLaw = option(lambda: LogNormal(mean=0.0, std=1.0), "law of the times at which scores are compared")
 
     def __post_init__(self) -> None:
         if self.guidance_times is not None and self.generator_loss == "sid":
             raise ConfigError("the loss sid has its guidance in its teacher; leave guidance_times out", key="guidance_times")
-        roles: dict[str, Role] = {}
+        if self._alone:
+            self._check_ladd()
+        if not self._has_critic:
+            for key in ("critic_heads", "critic_times"):
+                if getattr(self, key) is not None:
+                    raise ConfigError("there is no critic; set critic_weight above 0, or leave it out", key=key)
+        if self._divergence is not None and self.critic_times is not None:
+            raise ConfigError(f"{self._divergence} needs the critic where the scores are compared; leave it out", key="critic_times")
+        if self.fake_score_reads_step and (self.steps == 1 or self._alone):
+            raise ConfigError("there is one step, or no fake score; leave it out", key="fake_score_reads_step")
+        roles = dict(type(self).roles)
+        if self._alone:
+            del roles["fake_score"]
+        elif self.fake_score_reads_step:
+            roles["fake_score"] = Trained(init="teacher", inputs=("end",))
+        vars(self)["roles"] = roles
         if self._has_critic:
-            roles["critic"] = Trained(init="teacher")
+            self.roles["critic"] = Trained(init="teacher", heads=self.critic_heads)
         if self.prompt_critic is not None:
-            roles["prompt_critic"] = Trained(denoiser=False, model=self.prompt_critic.towers)
-        if roles:
-            vars(self)["roles"] = {**type(self).roles, **roles}
+            self.roles["prompt_critic"] = Trained(denoiser=False, model=self.prompt_critic.towers)
+
+    def _check_ladd(self) -> None:
+        if not self.critic_weight:
+            raise ConfigError("ladd is the adversarial term alone; set it to 1", key="critic_weight")
+        if self.guidance != 1 or self.guidance_times is not None:
+            key = "guidance" if self.guidance != 1 else "guidance_times"
+            raise ConfigError("the teacher of ladd lends its features and guides nobody; leave it out, or draw guided data", key=key)
+        if self.critic_heads is None:
+            self.critic_heads = Heads()
+        if self.critic_heads.of != "teacher":
+            raise ConfigError("ladd has no fake score; set it to teacher", key="critic_heads.of")
+
+    @property
+    def _alone(self) -> bool:
+        """Without scores: the critic alone leads."""
+        return self.generator_loss == "ladd"
 
     @property
     def _divergence(self) -> Divergence | None:
         """That asks for ratios."""
-        return self.generator_loss if self.generator_loss not in ("vsd", "dmd", "sid", "rkl") else None  # type: ignore[return-value]
+        return self.generator_loss if self.generator_loss not in ("vsd", "dmd", "sid", "rkl", "ladd") else None  # type: ignore[return-value]
 
     @property
     def _has_critic(self) -> bool:
@@ -217,13 +262,17 @@ class DistributionMatching(Method):
                 raise ConfigError(str(error), key="prompt_critic") from error
 
     def own_sampler(self) -> Sampler:
-        return OneStep(sigma=self.sigma)
+        return OneStep(sigma=self.sigma) if self.steps == 1 else FewStep(steps=self.steps, sigma=self.sigma)
 
     def check_sampler(self, sampler: Sampler) -> None:
-        require_one_step(sampler, self.sigma)
+        if self.steps == 1:
+            require_one_step(sampler, self.sigma)
+        else:
+            require_few_step(sampler, self.sigma, self.steps)
 
     def updates(self, clock: Clock) -> Iterator[Update]:
-        yield Update("fake_score", self.fake_score_loss)
+        if not self._alone:
+            yield Update("fake_score", self.fake_score_loss)
         if self._has_critic:
             yield Update("critic", self.critic_loss)
         if self.prompt_critic is not None:
@@ -234,18 +283,18 @@ class DistributionMatching(Method):
     def fake_score_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         """Denoising of the student's samples, in what the network predicts."""
         with torch.no_grad():
-            x_g = self._draw(nets, batch, noise)
+            x_g, told = self._draw(nets, batch, noise)
         at = self._noised(nets.student.path, x_g, noise, self.times)
         fake = nets.fake_score
-        error = fake.raw(at.x_t, at.t, condition_of(batch)) - fake.target(x_g, at.eps, at.t)
+        error = fake.raw(at.x_t, at.t, told) - fake.target(x_g, at.eps, at.t)
         return Loss(error.square().mean())
 
     def critic_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         """Data and samples of the same labels and times, each with noise of its own."""
         path, condition = nets.student.path, condition_of(batch)
         with torch.no_grad():
-            x_g = self._draw(nets, batch, noise)
-        at = self._noised(path, x_g, noise, self.times)
+            x_g, _ = self._draw(nets, batch, noise)
+        at = self._noised(path, x_g, noise, self.critic_times or self.times)
         real = path.perturb(path.space.encode(batch["x"]), path.draw_eps(noise, tuple(x_g.shape)), at.t)
         both = None if condition is None else {key: torch.cat([value, value]) for key, value in condition.items()}
         output = nets.critic.raw(torch.cat([real, at.x_t]), torch.cat([at.t, at.t]), both)
@@ -259,7 +308,7 @@ class DistributionMatching(Method):
     def prompt_critic_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         """Data, and samples of the same prompts, as pictures."""
         with torch.no_grad():
-            drawn = self._pictures(nets, self._draw(nets, batch, noise))
+            drawn = self._pictures(nets, self._draw(nets, batch, noise)[0])
             real = nets.decode(batch["x"])
         place = batch[self._texts.key]
         value, right = prompt_critic_loss(nets.prompt_critic, real, drawn, self._tokens(batch), place, nets.group)
@@ -275,15 +324,37 @@ class DistributionMatching(Method):
         return self.prompt_critic.towers.read(texts, batch["x"].device)[rows]
 
     def student_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
-        condition = condition_of(batch)
-        x_g = self._draw(nets, batch, noise)
-        at = self._noised(nets.student.path, x_g, noise, self.times)
+        condition, path = condition_of(batch), nets.student.path
+        x_g, told = self._draw(nets, batch, noise)
+        at = self._noised(path, x_g, noise, self.times)
+        seen = at if self.critic_times is None else self._noised(path, x_g, noise, self.critic_times)
+        with torch.set_grad_enabled(self.critic_weight > 0):
+            logits = logits_of(nets.critic.raw(seen.x_t, seen.t, condition)) if self._has_critic else None
+        loss = Loss(x_g.new_zeros(())) if self._alone else self._led_by_scores(nets, x_g, at, logits, condition, told, noise)
+        if logits is not None and self.critic_weight > 0:
+            adversarial = gan_generator_loss(logits)
+            loss = Loss(loss.value + self.critic_weight * adversarial, {**loss.logs, "adversarial": adversarial.detach()})
+        if self.prompt_critic is not None:
+            adversarial = prompt_student_loss(nets.prompt_critic, self._pictures(nets, x_g), self._tokens(batch))
+            value = loss.value + self.prompt_critic.weight * adversarial
+            loss = Loss(value, {**loss.logs, "prompt_adversarial": adversarial.detach()})
+        return loss
+
+    def _led_by_scores(
+        self,
+        nets: Nets,
+        x_g: Tensor,
+        at: _Noised,
+        logits: Tensor | None,
+        condition: Condition | None,
+        told: Condition | None,
+        noise: Noise,
+    ) -> Loss:
+        """The part of the student's loss that comes of the difference of the scores; `told` is the fake score's condition."""
         through = self.generator_loss == "sid"  # whose gradient flows through both predictions
         with torch.set_grad_enabled(through):
-            fake_x0 = nets.fake_score.x0(at.x_t, at.t, condition)
+            fake_x0 = nets.fake_score.x0(at.x_t, at.t, told)
             teacher_x0 = guided_x0(nets.teacher, at.x_t, at.t, condition, self.guidance if self.guidance_times is None else 1.0)
-        with torch.set_grad_enabled(self.critic_weight > 0):
-            logits = logits_of(nets.critic.raw(at.x_t, at.t, condition)) if self._has_critic else None
         if through:
             value = score_identity_loss(x_g, teacher_x0, fake_x0, self.alpha).mean() / x_g[0].numel()
         else:
@@ -292,14 +363,7 @@ class DistributionMatching(Method):
                 weight = weight * divergence_weight(self._divergence, logits, at.bins, nets.group)
             value = pseudo_target_loss(x_g, self._gradient(nets, x_g, fake_x0, teacher_x0, weight, condition, noise))
         # the losses are no distances: this tells how far the student's law is from the teacher's
-        logs = {"score_gap": (fake_x0 - teacher_x0).detach().abs().mean()}
-        if logits is not None and self.critic_weight > 0:
-            adversarial = gan_generator_loss(logits)
-            value, logs["adversarial"] = value + self.critic_weight * adversarial, adversarial.detach()
-        if self.prompt_critic is not None:
-            adversarial = prompt_student_loss(nets.prompt_critic, self._pictures(nets, x_g), self._tokens(batch))
-            value, logs["prompt_adversarial"] = value + self.prompt_critic.weight * adversarial, adversarial.detach()
-        return Loss(value, logs)
+        return Loss(value, {"score_gap": (fake_x0 - teacher_x0).detach().abs().mean()})
 
     def _weight(self, nets: Nets, x_g: Tensor, teacher_x0: Tensor, t: Tensor) -> Tensor:
         return nets.student.path.alpha(t) if self.generator_loss == "vsd" else per_error(x_g, teacher_x0)
@@ -316,9 +380,15 @@ class DistributionMatching(Method):
         there = self._weight(nets, x_g, conditional, at.t)
         return decoupled_guidance(fake_x0, teacher_x0, conditional, null, self.guidance - 1, weight, there)
 
-    def _draw(self, nets: Nets, batch: Batch, noise: Noise) -> Tensor:
-        """The student's samples for the batch's labels."""
-        return generate(nets.student, nets.student.path.draw_eps(noise, tuple(batch["x"].shape)), self.sigma, condition_of(batch))
+    def _draw(self, nets: Nets, batch: Batch, noise: Noise) -> tuple[Tensor, Condition | None]:
+        """The student's samples for the batch's labels, and the fake score's condition. Of several steps a row's is any, drawn evenly."""
+        z, condition = nets.student.path.draw_eps(noise, tuple(batch["x"].shape)), condition_of(batch)
+        if self.steps == 1:
+            return generate(nets.student, z, self.sigma, condition), condition
+        stage = noise.randint(0, self.steps, (len(z),))
+        x_t, t = simulate(nets.student, FewStep(steps=self.steps, sigma=self.sigma), z, stage, noise, condition)
+        told = {**(condition or {}), "end": nets.student.path.network_time(t)} if self.fake_score_reads_step else condition
+        return nets.student.x0(x_t, t, condition), told
 
     def _noised(self, path: Path, x_g: Tensor, noise: Noise, times: TimeLaw) -> _Noised:
         uniform = noise.uniform((len(x_g),))

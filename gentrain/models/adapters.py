@@ -73,10 +73,13 @@ class Base:
     """A frozen network that adapters share. Called as itself it is as if there were none.
 
     Layers that any adapter names get a hook, which adds what the adapter that is worn at the time makes of the layer's input.
+
+    Args:
+        live: the network is another role's that learns; it is left as that role's engine has it.
     """
 
-    def __init__(self, network: nn.Module):
-        self.network = network.eval().requires_grad_(False)
+    def __init__(self, network: nn.Module, live: bool = False):
+        self.network, self.live = network if live else network.eval().requires_grad_(False), live
         self.digest = ""  # see `digest_of`; before its weights were rounded or shared out
         self._worn: Adapted | None = None
         self._hooked: set[str] = set()
@@ -129,7 +132,8 @@ class OnBase(nn.Module):
         return self.base.network
 
     def _apply(self, fn: Any, recurse: bool = True) -> OnBase:
-        if not any(hasattr(p, "ds_id") for p in self.base.network.parameters()):  # ZeRO-3 places what it has shared out
+        placed = self.base.live or any(hasattr(p, "ds_id") for p in self.base.network.parameters())  # ZeRO-3 does what it has shared out
+        if not placed:
             self.base.network._apply(fn)
         super()._apply(fn, recurse)
         return self

@@ -41,12 +41,14 @@ def generate(denoiser: Denoiser, z: Tensor, sigma: float, condition: Condition |
     return denoiser.x0(path.sigma(t)[0] * z, t, condition)
 
 
-def as_affine(denoiser: Denoiser, sigma: float) -> dict[str, float]:
-    """`generate` without the denoiser: with x = start z, it is x_weight x + output_weight network(input_scale x, timestep).
+def as_affine(denoiser: Denoiser, time: float) -> dict[str, float]:
+    """The x0 prediction of x at `time` without the denoiser: x_weight x + output_weight network(input_scale x, timestep).
 
-    x0 is affine in the network's output, whatever the prediction and the path, so that these numbers are all that code elsewhere needs.
+    x0 is affine in the network's output, whatever the prediction and the path, so that these numbers, and the path's alpha and sigma at
+    that time, are all that code elsewhere needs to draw.
     """
-    t = torch.tensor([time_at(denoiser.path, sigma)], dtype=torch.float64)
+    t = torch.tensor([time], dtype=torch.float64)
+    path = denoiser.path
     seen: dict[str, float] = {}
 
     def x0(output: float) -> float:
@@ -54,11 +56,11 @@ def as_affine(denoiser: Denoiser, sigma: float) -> dict[str, float]:
             seen.update(input_scale=float(x), timestep=float(timestep))
             return torch.full_like(x, output)
 
-        return float(Denoiser(network, denoiser.path, denoiser.prediction).x0(torch.ones_like(t), t))
+        return float(Denoiser(network, path, denoiser.prediction).x0(torch.ones_like(t), t))
 
     x_weight = x0(0.0)
     output_weight = x0(1.0) - x_weight
-    return {"start": float(denoiser.path.sigma(t)), **seen, "x_weight": x_weight, "output_weight": output_weight}
+    return {"alpha": float(path.alpha(t)), "sigma": float(path.sigma(t)), **seen, "x_weight": x_weight, "output_weight": output_weight}
 
 
 def require_one_step(sampler: Sampler, sigma: float) -> None:
@@ -69,6 +71,13 @@ def require_one_step(sampler: Sampler, sigma: float) -> None:
             f"a student of one step at sigma {sigma:g} cannot be drawn from by {got}; leave the sampler out, or set it to "
             f"{{name: one_step, sigma: {sigma:g}}}"
         )
+
+
+def refuse_guidance(sampler: Sampler) -> None:
+    """Raises ValueError where a sampler of students is guided."""
+    if sampler.guidance != 1:
+        calls = "one-step" if sampler.steps == 1 else "few-step"
+        raise ValueError(f"a {calls} student is not guided: it has learnt its teacher's guidance; leave guidance out")
 
 
 @register("one_step")
@@ -82,8 +91,7 @@ class OneStep(Sampler):
     def __post_init__(self) -> None:
         if self.steps != 1:
             raise ValueError(f"one_step takes 1 step, not {self.steps}; leave steps out")
-        if self.guidance != 1:
-            raise ValueError("a one-step student is not guided: it has learnt its teacher's guidance; leave guidance out")
+        refuse_guidance(self)
 
     def start(self, path: Path) -> float:
         return float(path.sigma(torch.tensor(time_at(path, self.sigma), dtype=torch.float64)))

@@ -24,7 +24,7 @@ from gentrain.models.base import Codec
 from gentrain.noise import Noise
 from gentrain.training.blocks import recompute
 from gentrain.training.engine import as_read, frozen
-from gentrain.training.roles import RoleNets, build_network, network_above, place_of
+from gentrain.training.roles import RoleNets, build_network, learning_below, network_above, place_of
 from gentrain.training.run import RunConfig
 from gentrain.training.world import RankGroup
 from gentrain.training.zero import WHOLE
@@ -136,8 +136,10 @@ class Networks:
         self.held: dict[str, list[nn.Parameter]] = {}
         above = [role for role in run.method.roles if run.part_of(role) is not None]
         places = {role: place_of(run, role) for role in run.method.roles}
-        shared = {places[role] for role in above}
-        sharing = [role for role, part in run.method.roles.items() if places[role] in shared and (role in above or not trains(run, role))]
+        live = {role: other for role in above if (other := learning_below(run, role)) is not None}
+        shared = {places[role] for role in above if role not in live}
+        alike = [role for role in run.method.roles if places[role] in shared and role not in live]
+        sharing = [role for role in alike if role in above or not trains(run, role)]
         self.below = {f"below {', '.join(found)}": found for found in _grouped(sharing, places)}
         self._bases: dict[str, Base] = {}
         with torch.device("meta"):
@@ -145,7 +147,8 @@ class Networks:
                 self._bases |= dict.fromkeys(roles, Base(build_network(run, roles[0])))
             for role in run.method.roles:
                 if role in above:
-                    self.modules[role] = network_above(run, role, self._bases[role])
+                    base = Base(self.modules[live[role]], live=True) if role in live else self._bases[role]
+                    self.modules[role] = network_above(run, role, base)
                 else:
                     self.modules[role] = self._bases[role].network if role in self._bases else build_network(run, role)
                     if run.training.recompute and trains(run, role):

@@ -18,6 +18,7 @@ from gentrain.methods.base import Nets, Trained
 from gentrain.models.adapters import Adapted, Adapter, Base, OnBase, digest_of
 from gentrain.models.base import Model
 from gentrain.models.control import Form
+from gentrain.models.heads import FeatureCritic, Heads, feature_shapes
 from gentrain.models.partial import Partial
 from gentrain.noise import derive
 from gentrain.training.blocks import compile_blocks, recompute
@@ -69,7 +70,7 @@ class Roles:
         self.codec = run.codec().to(world.device)
         self._shared: dict[str, Base] = {}
         above = {name for name in run.method.roles if run.part_of(name) is not None}
-        places = {place_of(run, name) for name in above}
+        places = {place_of(run, name) for name in above if learning_below(run, name) is None}
         drawing = {pool.role for pool in run.method.pools().values()}
         self.digests: dict[str, str] = {}
         for name, role in run.method.roles.items():
@@ -118,8 +119,10 @@ class Roles:
             engine.refresh()
 
     def _base(self, name: str) -> Base:
-        """The frozen network that the role shares."""
-        place = place_of(self.run, name)
+        """The network that the role shares: a frozen one, or that of another role as it learns."""
+        learning, place = learning_below(self.run, name), place_of(self.run, name)
+        if learning is not None:
+            return Base(self.engines[learning].module, live=True)
         if place not in self._shared:
             base = _first_base(self.run, name)
             base.network = base.network.to(self.run.engine_of(name).live_dtype).to(self.world.device)
@@ -253,7 +256,8 @@ def count_parameters(run: RunConfig, role: str) -> tuple[int, int]:
 
 
 def network_above(run: RunConfig, role: str, base: Base) -> OnBase:
-    """What the role learns, on `base`: an adapter has the random weights that (seed, role) give, or those of the role whose copy it is.
+    """What the role learns, on `base`: an adapter has the random weights that (seed, role) give, or those of the role whose copy it is,
+    heads have random ones.
 
     Raises ConfigError when it does not fit.
     """
@@ -267,6 +271,11 @@ def network_above(run: RunConfig, role: str, base: Base) -> OnBase:
                 remedy = ", or take two equal weights in method.guidance, which need no input" if inputs == ("guidance",) else ""
                 raise ValueError(f"no layer that reads {', '.join(inputs)} is among the targets; name {inputs[0]}, too{remedy}")
             return above
+        if isinstance(part, Heads):
+            key = "method.critic_heads.layers"
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                shapes = feature_shapes(build_network(run, role), part, run.codec().shape)
+            return FeatureCritic(base, part, shapes)
         key = "trainable" if settings.trainable is None else f"roles.{role}.trainable"
         return Partial(base, str(part))
     except ValueError as error:
@@ -280,6 +289,12 @@ def _first_base(run: RunConfig, role: str) -> Base:
     base = Base(network)
     base.digest = digest_of(network.state_dict())
     return base
+
+
+def learning_below(run: RunConfig, role: str) -> str | None:
+    """The role that learns whose features this one reads, if it reads any of such a one."""
+    heads = run.method.roles[role].heads
+    return heads.of if heads is not None and isinstance(run.method.roles[heads.of], Trained) else None
 
 
 def place_of(run: RunConfig, role: str) -> str:
@@ -354,6 +369,8 @@ def load_weights(directory: str, key: str = "", role: str = "") -> State:
     newest = storage.latest()
     if newest is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first", key=key)
+    if isinstance(run.part_of(role), Heads):
+        raise ConfigError(f"the role {role!r} of {directory} is heads on a network's features, which begin anew; leave it out", key=key)
     if run.part_of(role) is not None:
         return _load_above(run, role).merged()
     with storage.open(newest) as checkpoint:

@@ -20,6 +20,7 @@ from gentrain.methods.base import Method, Trained
 from gentrain.models.adapters import Adapter
 from gentrain.models.base import Codec, Model
 from gentrain.models.denoiser import Prediction
+from gentrain.models.heads import Heads
 from gentrain.models.partial import check_pattern
 from gentrain.paths.base import Path, same_law
 from gentrain.paths.inside import Inside
@@ -193,6 +194,8 @@ class RunConfig:
     def _check_parts(self) -> None:
         every: dict[str, RunConfig | RoleSettings] = {"": self, **{f"roles.{name}.": settings for name, settings in self.roles.items()}}
         for name, given in every.items():
+            if name and self.method.roles[name.split(".")[1]].heads is not None and (given.adapter or given.trainable):
+                raise ConfigError("this role learns heads on the features of a network; leave it out", key=name.removesuffix("."))
             if given.trainable is None:
                 continue
             if given.adapter is not None:
@@ -336,15 +339,18 @@ class RunConfig:
         """The role's network, or what stands for it, as methods see it: a Denoiser or a TokenModel, or bare."""
         return self.model_of(role).seen(network, self.path, self.prediction) if self.method.roles[role].denoiser else network
 
-    def part_of(self, role: str) -> Adapter | str | None:
-        """What a role that learns does so with: an adapter, or the parameters that a regular expression names; None = its whole network.
+    def part_of(self, role: str) -> Adapter | Heads | str | None:
+        """What a role that learns does so with: an adapter, heads, or the parameters that a regular expression names; None = its whole
+        network.
 
         The run's adapter is of the run's network: a role whose network is the method's own learns it whole.
         """
         if not isinstance(self.method.roles[role], Trained):
             return None
+        if self.method.roles[role].heads is not None:
+            return self.method.roles[role].heads
         own = self.role_settings(role)
-        part = own.adapter or own.trainable
+        part: Adapter | Heads | str | None = own.adapter or own.trainable
         if part is None and self.method.roles[role].model is None:
             part = self.adapter or self.trainable
         part = part or getattr(self.method.roles[role], "trainable", None)

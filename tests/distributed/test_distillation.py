@@ -1,4 +1,4 @@
-"""One-step distillation on two ranks, and resumed: the student's turn and the ratios of all ranks."""
+"""Distillation on two ranks, and resumed: the student's turn, the ratios of all ranks, calls before the last, heads on other networks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from tests.distributed.three_ways import (
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(480)]
 
+HEADS = {"layers": "hidden$", "width": 5}
 RUNS: dict[str, dict[str, Any]] = {
     "sid": {"generator_loss": "sid"},
     # ratios are made of all ranks' samples; the student learns in steps 2, 4 and 6 of six
     "kl": {"generator_loss": "kl", "critic_weight": 0.1, "student_every": 2},
+    "steps": {"generator_loss": "dmd", "steps": 3, "critic_weight": 0.1, "critic_heads": HEADS | {"of": "fake_score"}},
+    "ladd": {"generator_loss": "ladd", "guidance": 1, "critic_weight": 1, "critic_heads": HEADS, "critic_times": "uniform"},
 }
 
 

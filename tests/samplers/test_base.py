@@ -19,6 +19,7 @@ def test_samples_belong_to_their_rows(name: str) -> None:
     box = Box(-1.0, 1.0)
     one_step = {"steps": 1, "guidance": 1.0}
     special = {"ddim": {"eta": 0.5}, "reflected_sde": {"corrector_steps": 1}, "confined": {"domain": box}, "one_step": one_step}
+    special["few_step"] = {"guidance": 1.0}
     special["adaptive_ode"] = {"steps": 200}
     fields = {"steps": 5, "guidance": 2.0, **special.get(name, {})}
     sampler, denoiser = Sampler.available()[name](**fields), Denoiser(toy_network, VarianceExploding(), "edm")

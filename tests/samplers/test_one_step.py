@@ -96,9 +96,10 @@ def test_the_sampler_draws_what_the_student_is_trained_to(path: Path) -> None:
 @pytest.mark.parametrize("prediction", ["x0", "eps", "v", "velocity", "edm"])
 def test_its_affine_form_is_the_same_map(path: Path, prediction: str) -> None:
     denoiser = Denoiser(toy_network, path, prediction)
-    numbers = as_affine(denoiser, 2.5)
+    numbers = as_affine(denoiser, time_at(path, 2.5))
+    assert numbers["sigma"] / numbers["alpha"] == pytest.approx(2.5)
     z = noise_for().normal(SHAPE, torch.float64)
-    x = numbers["start"] * z
+    x = numbers["sigma"] * z
     output = toy_network(numbers["input_scale"] * x, torch.full((6,), numbers["timestep"], dtype=torch.float64), CONDITION)
     torch.testing.assert_close(numbers["x_weight"] * x + numbers["output_weight"] * output, generate(denoiser, z, 2.5, CONDITION))
 
