@@ -43,6 +43,9 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
 from gentrain.paths.variance_exploding import VarianceExploding
 from gentrain.paths.variance_preserving import VariancePreserving
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.consistency import Consistency
+from gentrain.samplers.flow_map import FlowMap
 from gentrain.samplers.lcm import stable_diffusion_grid
 from tests.methods.toy import TinyNetwork, batch_of, noise_of
 from tests.samplers.toy import GaussianNetwork
@@ -253,6 +256,17 @@ def test_a_flow_map_to_the_end_is_the_x0_prediction(path: Path) -> None:
     found = flow_map(denoiser, x, t, s, labels)
     expected = path.perturb(denoiser.x0(x, t, labels), denoiser.eps(x, t, labels), s)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [Consistency(guidance=3.0), FlowMap(guidance=3.0)])
+def test_samplers_guide_where_asked(sampler: Sampler) -> None:
+    """A velocity of 1 given a label and of 2 without, guided by 3 to -1: from 0 at t = 1 to 1."""
+
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return torch.where(condition["label"] < 0, 2.0, 1.0)[:, None].expand_as(x)
+
+    denoiser, labels = Denoiser(network, RectifiedFlow(), "velocity"), {"label": torch.zeros(4, dtype=torch.int64)}
+    torch.testing.assert_close(sampler.solve(denoiser, torch.zeros(4, 2), noise_of(4), labels), torch.ones(4, 2))
 
 
 def test_a_flow_map_tells_the_network_where_it_ends() -> None:

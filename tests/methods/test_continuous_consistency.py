@@ -131,6 +131,20 @@ def test_the_exact_function_is_not_moved_and_others_are_moved_towards_it(derivat
     assert low < -0.02 and high > 0.02, found
 
 
+def test_a_difference_stays_on_the_path() -> None:
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        seen.append(t * math.pi / 2000)
+        return x
+
+    method, denoiser = ContinuousConsistency(derivative="difference", step=0.1, std=10.0), Denoiser(network, TRIG, "velocity")
+    nets = SimpleNamespace(student=denoiser, teacher=denoiser, weighting=LossWeightNetwork())
+    losses_of(method, nets, batch_of(200))
+    times = torch.cat(seen)
+    assert times.min() == pytest.approx(0.1, abs=1e-4) and times.max() == pytest.approx(math.pi / 2 - 0.1, abs=1e-4)
+
+
 def test_networks_of_other_paths_are_read_on_trigflow() -> None:
     """The loss of one function is the same whatever path it was written on."""
     count = 256

@@ -12,7 +12,7 @@ from gentrain.paths.base import Path, convert_time
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
 from gentrain.samplers.base import Sampler
-from gentrain.samplers.lcm import LCM, lcm_sampling_timesteps, stable_diffusion_grid
+from gentrain.samplers.lcm import LCM, consistent, lcm_sampling_timesteps, stable_diffusion_grid
 from tests.samplers.toy import CONDITION, SHAPE, GaussianNetwork, noise_for, toy_network
 
 
@@ -64,6 +64,17 @@ def test_another_path_is_read_at_equal_signal_to_noise_ratio(path: Path) -> None
     length = (path.alpha(t) ** 2 + path.sigma(t) ** 2).sqrt()
     assert LCM().start(path) == pytest.approx(length.item())
     assert LCM().start(grid) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), stable_diffusion_grid()])
+def test_at_timestep_0_a_point_is_its_own_end_but_for_the_paths_scale(path: Path) -> None:
+    """z = x / sqrt(alpha^2 + sigma^2), as the grid's path has it; above 0 all but the x0 prediction counts for nothing."""
+    grid, x, timesteps = stable_diffusion_grid(), torch.full((2, 3), 0.7), torch.tensor([0.0, 500.0])
+    t = convert_time(timesteps, grid, path)
+    found = consistent(path, grid, x, torch.ones(2, 3), timesteps)
+    scale = (path.alpha(t[0]) ** 2 + path.sigma(t[0]) ** 2).sqrt()
+    torch.testing.assert_close(found[0], 0.7 / scale.expand(3))
+    torch.testing.assert_close(found[1], torch.ones(3), rtol=1e-4, atol=1e-4)
 
 
 def test_the_guidance_goes_to_the_network_less_one() -> None:
