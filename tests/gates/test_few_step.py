@@ -87,7 +87,7 @@ CASES: dict[str, Case] = {
         2000,
         (2.2e-3, 2e-3),
         batch=1024,
-        line=0.08,  # short of what is asked: seed 2 is at .056 to .068 whatever was tried, see docs/methods/few_step.md
+        line=0.07,  # short of what is asked: .047, .059 and .056 were measured, see docs/methods/few_step.md
     ),
     "continuous_consistency": Case(ContinuousConsistency, consistency, 1000, (6e-4, 5e-4)),
 }
@@ -163,7 +163,7 @@ def mean_error(denoiser: Denoiser, line: Line, seed: int) -> float:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CASES)
 def test_students_of_a_flow_on_the_line_that_is_known(name: str, seed: int, record_property: Record) -> None:
-    """Asked of every member: W1 <= .05 in one step, mean |f - f*| <= .06. mean_flow misses the first with one seed."""
+    """Asked of every member: W1 <= .05 in one step, mean |f - f*| <= .06. mean_flow misses the first."""
     learnt, case, line = student(name, seed, True, record_property), CASES[name], Line(seed)
     one, error = w1(learnt, case.sampler(1), line, seed), mean_error(learnt, line, seed)
     record_property("W1 in one step", round(one, 4))
