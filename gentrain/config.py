@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
 
+_plugins: dict[str, None] = {}  # that were loaded, in order
 _LONGEST_SHOWN = 200  # characters of a value in a message
 _HIDDEN = "_from_environment"  # attribute: field -> its value as the file has it, of fields that the environment gave
 
@@ -109,10 +110,16 @@ def load_plugins(document: Document) -> None:
     for index, plugin in enumerate(resolved):
         try:
             _import_plugin(plugin)
+            _plugins[plugin] = None
         except (Exception, SystemExit) as error:  # a plugin is foreign code: whatever it raises is reported as a fault of that plugin
             message = f"plugin {plugins[index]!r} failed to import: {type(error).__name__}: {error}"
             raise document.error(f"plugins[{index}]", message) from error
     document.values["plugins"] = resolved
+
+
+def loaded_plugins() -> list[str]:
+    """Those of this process, for another one's `plugins:`."""
+    return list(_plugins)
 
 
 def _import_plugin(plugin: str) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gentrain.cluster import session
-from gentrain.cluster.progress import shown
+from gentrain.cluster.fleet import spread
 from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.methods.base import Trained
 from gentrain.models.control import CONTROL
@@ -26,9 +25,7 @@ CHUNK = 100  # samples drawn together. Fixed: results must not depend on how the
 class Generator:
     """Holds a run's generator and draws chunks of its samples. One lives in each actor of a fleet."""
 
-    def __init__(self, directory: str, sampler: dict[str, Any], seed: int, threads: int | None = None):
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, directory: str, sampler: dict[str, Any], seed: int):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.denoiser, self.run = load_network(directory)
         self.denoiser.network.to(self.device)
@@ -81,24 +78,7 @@ def generate(
     if isinstance(run.method.roles[run.method.generator], Trained) and run.storage.latest() is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first")
     parts = [slice(first, first + CHUNK) for first in range(0, len(labels), CHUNK)]
-    chunks = [(part.start, labels[part], prompts, None if controls is None else controls[part], decoded) for part in parts]
-    if actors == 0:
-        generator = Generator(str(directory), to_dict(sampler), seed)
-        return torch.cat(list(shown((generator.draw(*chunk) for chunk in chunks), len(chunks), "samples, in hundreds")))
-    session.start()
-    import ray
-    from ray.util import ActorPool
-
-    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU", 0) >= actors else 0}
-    actor = ray.remote(**resources, max_restarts=3, max_task_retries=3)(Generator)
-    size = min(actors, len(chunks), max(1, int(ray.cluster_resources().get("CPU", 1))))  # one that has no core would wait for ever
-    fleet = [actor.remote(str(Path(directory).resolve()), to_dict(sampler), seed, threads=1) for _ in range(size)]
-    try:
-        drawn = ActorPool(fleet).map(lambda member, chunk: member.draw.remote(*chunk), chunks)
-        done = list(shown(drawn, len(chunks), "samples, in hundreds"))
-    except ray.exceptions.RayTaskError as error:
-        raise error.as_instanceof_cause() from None
-    finally:
-        for member in fleet:
-            ray.kill(member)
-    return torch.cat(done)
+    # clones: a slice would carry the whole storage to every actor
+    chunks = [(part.start, labels[part].clone(), prompts, None if controls is None else controls[part].clone(), decoded) for part in parts]
+    arguments = (str(Path(directory).resolve()), to_dict(sampler), seed)
+    return torch.cat(list(spread(Generator, arguments, "draw", chunks, actors, "samples, in hundreds")))

@@ -187,6 +187,10 @@ class Wrapped(Data):
         return self.data.weighted
 
     @property
+    def to_come(self) -> bool:
+        return self.data.to_come
+
+    @property
     def licence(self) -> str:
         return self.data.licence
 

@@ -22,6 +22,7 @@ from gentrain.data.base import Data, check_split
 
 MANIFEST = "manifest.json"
 MEAN, DEVIATION = "x", "deviation"  # of the latents' posterior
+TEXTS = "texts"  # begins the names of files that hold them, as a split's name does of its own
 
 
 class Shard(TypedDict):
@@ -40,6 +41,7 @@ class Manifest(TypedDict):
     shapes: NotRequired[list[list[PositiveInt]]]
     class_names: list[str]
     captions: list[str]
+    weighted: bool
     licence: str
     data: dict[str, Any]
     splits: dict[str, list[Shard]]
@@ -70,6 +72,10 @@ class Latents(Data):
             raise ConfigError(f"{path} cannot be read ({what}); encode the data with a stage `encode`", key="data.directory") from error
 
     @property
+    def to_come(self) -> bool:
+        return not Path(self.directory, MANIFEST).exists()
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.manifest["shape"])
 
@@ -84,6 +90,10 @@ class Latents(Data):
     @property
     def captions(self) -> Sequence[str]:
         return self.manifest["captions"]
+
+    @property
+    def weighted(self) -> bool:
+        return self.manifest["weighted"]
 
     @property
     def licence(self) -> str:
@@ -107,11 +117,7 @@ class Latents(Data):
     def split(self, name: str) -> LatentItems:
         check_split(name)
         texts, shards = self._read(self.manifest["texts"]), self._read(self.manifest["splits"][name])
-        items = LatentItems(
-            shards,
-            {key: torch.cat([part[key] for part in texts]) for key in (texts[0] if texts else ())},
-            "caption" if self.captions else "label",
-        )
+        items = LatentItems(shards, texts, "caption" if self.captions else "label")
         if len(self.shapes) == 1 or name == "held_out":
             return items
         places = torch.tensor([self.shapes.index(tuple(shard[MEAN].shape[1:])) for shard in shards])
@@ -123,14 +129,14 @@ class Latents(Data):
 
 def read_shard(directory: Path, shard: Shard) -> dict[str, Tensor]:
     """The tensors of a file, in memory when they are used. Raises ValueError when it is not what was written."""
-    path = directory / shard["file"]
+    path, remedy = directory / shard["file"], f"move {directory} away and run its stage `encode` again"
     try:
         found = load_file(path)
         digest = file_digest(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or damaged ({type(error).__name__}: {error}); run the stage `encode` again") from error
+        raise ValueError(f"{path} is missing or damaged ({type(error).__name__}: {error}); {remedy}") from error
     if digest != shard["sha256"] or {len(value) for value in found.values()} != {shard["rows"]}:
-        raise ValueError(f"{path} is not the file that was written; run the stage `encode` again")
+        raise ValueError(f"{path} is not the file that was written; {remedy}")
     return found
 
 
@@ -145,11 +151,11 @@ class LatentItems:
     """{"x": mean, "deviation": [C, H, W], "caption" or "label", "condition/...": what became of its text, "condition/null": False}.
 
     Args:
-        shards: the rows, in order. texts: entries [names, ...] of the condition. place: the entry of a row that says which.
+        shards: the rows, in order. texts: entries [names, ...] of the condition, in order. place: the entry of a row that says which.
     """
 
     shards: list[dict[str, Tensor]]
-    texts: Mapping[str, Tensor]
+    texts: list[dict[str, Tensor]]
     place: str
 
     def __len__(self) -> int:
@@ -159,15 +165,20 @@ class LatentItems:
         return {key: value[0] for key, value in self.batch(torch.tensor([index])).items()}
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        ends = torch.tensor([len(shard[MEAN]) for shard in self.shards]).cumsum(0)
-        places = torch.bucketize(indices, ends, right=True).tolist()
-        rows = [(self.shards[place], index - (int(ends[place - 1]) if place else 0)) for place, index in zip(places, indices.tolist())]
-        batch = {key: torch.stack([shard[key][row] for shard, row in rows]) for key in self.shards[0]}
+        batch = _rows(self.shards, indices)
         if self.texts:
             named = batch[self.place]
-            batch |= {f"condition/{key}": value[named.clamp(min=0)] for key, value in self.texts.items()}
+            batch |= {f"condition/{key}": value for key, value in _rows(self.texts, named.clamp(min=0)).items()}
             batch["condition/null"] = named < 0
         return batch
+
+
+def _rows(shards: Sequence[Mapping[str, Tensor]], indices: Tensor) -> dict[str, Tensor]:
+    """These rows of all, in order: no others are read into memory."""
+    ends = torch.tensor([len(next(iter(shard.values()))) for shard in shards]).cumsum(0)
+    places = torch.bucketize(indices, ends, right=True).tolist()
+    rows = [(shards[place], index - (int(ends[place - 1]) if place else 0)) for place, index in zip(places, indices.tolist())]
+    return {key: torch.stack([shard[key][row] for shard, row in rows]) for key in shards[0]}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -121,6 +121,9 @@ class Model(Component, kind="model"):
                 f"{self.registered_name} is for samples of one shape; leave out `buckets`, or take unet or a pipeline's network"
             )
 
+    def check_beside(self, other: Model) -> None:
+        """Raises ValueError unless networks of both can be roles of one run."""
+
     def codec(self, data: Data) -> Codec:
         """What stands between the data and the network. Raises ValueError when the data do not fit."""
         return Codec(data)

@@ -52,6 +52,7 @@ class Pretrained(Model):
     )
 
     def __post_init__(self) -> None:
+        self.directory = str(FilePath(self.directory).expanduser()) if self.directory.startswith("~") else self.directory
         self._awaited = is_to_come(self.directory)
         if self.to_come or FilePath(self.directory).is_dir():
             self.directory = str(FilePath(self.directory).absolute())
@@ -104,6 +105,18 @@ class Pretrained(Model):
 
     def law(self) -> tuple[Path, Prediction] | None:
         return None if self.to_come else self.family.law()
+
+    def check_beside(self, other: Model) -> None:
+        """Raises ValueError unless latents and conditions that are made for the other pipeline's network are this one's as well."""
+        if not isinstance(other, Pretrained) or self.to_come or other.to_come:
+            return
+        mine, theirs = ({"family": each.family.registered_name, **each.family.latents_are} for each in (self, other))
+        if different := [key for key in mine if mine[key] != theirs[key]]:
+            key = different[0]
+            raise ValueError(
+                f"{self.directory} and {other.directory} differ in {key} ({mine[key]} and {theirs[key]}), and their networks in what "
+                "they read; name pipelines of one kind"
+            )
 
     def codec(self, data: Data) -> Codec:
         return PretrainedCodec(self, data)
@@ -201,6 +214,8 @@ class PretrainedCodec(Codec):
         self.takes_prompts = self.family.takes_text
         if self.family.takes_text and data.captions:
             self.names = data.captions
+        if not self.family.takes_text and data.captions and not data.class_names:
+            raise ValueError(f"the pipeline in {model.directory} takes classes, and the data have prompts; name data with classes")
         if isinstance(data, Latents):
             data.require(model.encoder_digest)
             self.decoded_shape = (3, *(side * self.family.factor for side in self.shape[1:]))

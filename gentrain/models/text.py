@@ -28,6 +28,6 @@ def minilm(tokens: int) -> tuple[Any, Any]:
     directory = minilm_directory()
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, model_max_length=tokens)
     with torch.device("cpu"):
-        encoder = BertModel.from_pretrained(directory, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32)
+        encoder = BertModel.from_pretrained(directory, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     encoder.config.use_attention_mask = True
     return tokenizer, encoder.eval().requires_grad_(False)

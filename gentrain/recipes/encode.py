@@ -8,21 +8,26 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from gentrain.config import ConfigError, option, register, to_dict
-from gentrain.data.base import BatchItems, BucketItems, CorruptItem, Data, Items
-from gentrain.data.latents import DEVIATION, MANIFEST, MEAN, Manifest, Shard, file_digest
+from gentrain.cluster.fleet import spread
+from gentrain.config import ConfigError, Document, build, load_plugins, loaded_plugins, option, register, to_dict
+from gentrain.data.augmented import Augmented
+from gentrain.data.base import BatchItems, BucketItems, CorruptItem, Data, Items, Wrapped
+from gentrain.data.latents import DEVIATION, MANIFEST, MEAN, TEXTS, Manifest, Shard, file_digest
 from gentrain.data.loader import bucket_rows
+from gentrain.data.toys import UNLIMITED
 from gentrain.models.base import Model
-from gentrain.models.pretrained import Pretrained, PretrainedCodec
+from gentrain.models.pretrained import Pretrained
 from gentrain.recipes.base import Stage
 
 log = logging.getLogger(__name__)
@@ -42,28 +47,42 @@ class Encode(Stage):
     model: Model = option(help="the pipeline: a pretrained network")
     data: Data = option(help="the data set to encode")
     shard: PositiveInt = option(1_024, "rows of a file", unit="samples")
+    actors: NonNegativeInt = option(0, "size of the Ray fleet, whose nodes share the directory; 0 = in this process, without Ray")
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Pretrained):
             raise ConfigError(f"{self.model.registered_name} has no latents; name a pretrained network", key="model")
+        if _augmented(self.data):
+            raise ConfigError("what changes anew in each step cannot be encoded once; name the data set below `augmented`", key="data")
+
+    def settings(self) -> dict[str, Any]:
+        values = super().settings()
+        del values["actors"]
+        if not self.model.awaited:  # one that an earlier stage writes is known by that stage
+            values["encoder"] = self.model.encoder_digest  # type: ignore[attr-defined]  # its files may change where they lie
+        return values
 
     def execute(self, directory: Path) -> None:
         assert isinstance(self.model, Pretrained)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.data.fit()
-            codec = self.model.codec(self.data).to(device)
+            codec = self.model.codec(self.data)
+            splits = {name: self.data.split(name) for name in ("train", "held_out")}
         except ValueError as error:
             raise ConfigError(str(error), key="data") from error
-        assert isinstance(codec, PretrainedCodec)
+        if any(len(items) >= UNLIMITED for items in splits.values()):
+            raise ConfigError(f"{self.data.registered_name} has no end; name data that has", key="data")
         directory.mkdir(parents=True, exist_ok=True)
-        encoder = self.model.encoder_digest
-        told = json.dumps([encoder, to_dict(self.data), self.shard], sort_keys=True)
-        writer = _Writer(directory, hashlib.sha256(told.encode()).hexdigest())
-        splits = {name: self._images(writer, codec, name) for name in ("train", "held_out")}
+        rows = {name: [part for bucket in _buckets(items) for part in bucket.split(self.shard)] for name, items in splits.items()}
+        texts = codec.names if codec.takes_prompts else ()
+        rows |= {TEXTS: list(torch.arange(len(texts)).split(self.shard)) if texts else []}
+        told = [self.model.encoder_digest, to_dict(self.data), self.shard, *map(len, splits.values()), list(texts)]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        shards = self._shards(directory.absolute(), digest, rows)
         manifest = Manifest(
-            encoder=encoder, shape=list(codec.shape), class_names=list(self.data.class_names), captions=list(self.data.captions),
-            licence=self.data.licence, data=to_dict(self.data), splits=splits, texts=self._texts(writer, codec),
+            encoder=self.model.encoder_digest, shape=list(codec.shape), class_names=list(self.data.class_names),
+            captions=list(self.data.captions), weighted=self.data.weighted, licence=self.data.licence, data=to_dict(self.data),
+            texts=shards.pop(TEXTS), splits=shards,
         )  # fmt: skip
         if len(codec.shapes) > 1:
             manifest["shapes"] = [list(shape) for shape in codec.shapes]
@@ -71,56 +90,73 @@ class Encode(Stage):
         temporary.write_text(json.dumps(manifest, indent=1))
         os.replace(temporary, directory / MANIFEST)
 
-    def _images(self, writer: _Writer, codec: PretrainedCodec, split: str) -> list[Shard]:
-        items, shards = self.data.split(split), []
-        for number, rows in enumerate(part for bucket in _buckets(items) for part in bucket.split(self.shard)):
-            shard = writer.present(split, number)
-            if shard is None:
-                parts = [_encoded(codec, batch) for batch in _batches(items, rows)]
-                if not parts:
-                    raise ConfigError(f"none of the {len(rows)} images of {split} from number {rows[0]} on can be read", key="data")
-                shard = writer.write(split, number, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
-            shards.append(shard)
-        return shards
-
-    def _texts(self, writer: _Writer, codec: PretrainedCodec) -> list[Shard]:
-        """Of every caption, or class."""
-        shards: list[Shard] = []
-        if not codec.family.takes_text:
-            return shards
-        for number, first in enumerate(range(0, len(codec.names), self.shard)):
-            places = torch.arange(first, min(first + self.shard, len(codec.names)))
-            shard = writer.present("texts", number)
-            if shard is None:
-                parts = [codec.condition(part) or {} for part in places.split(_AT_ONCE)]
-                texts = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0] if key != "null"}
-                shard = writer.write("texts", number, texts)
-            shards.append(shard)
-        return shards
+    def _shards(self, directory: Path, digest: str, rows: dict[str, list[Tensor]]) -> dict[str, list[Shard]]:
+        """Of each split, and of the texts, all files: those that are there, and those that are made."""
+        found = {(name, number): present(directory, digest, name, number) for name, parts in rows.items() for number in range(len(parts))}
+        # clones: a part would carry all rows to every actor
+        missing = [(name, number, rows[name][number].clone()) for name, number in found if found[name, number] is None]
+        arguments = (to_dict(self.model), to_dict(self.data), str(directory), digest, loaded_plugins())
+        made = spread(Encoder, arguments, "write", missing, self.actors, "files of the cache")
+        for (name, number, _), left_out in zip(missing, made, strict=True):
+            for what in left_out:
+                log.warning("left out: %s", what)
+            found[name, number] = present(directory, digest, name, number)
+            if found[name, number] is None:
+                raise ConfigError(f"{directory} is not there for all nodes; name one that they share, or set actors=0", key="actors")
+        return {name: [shard for number in range(len(parts)) if (shard := found[name, number])] for name, parts in rows.items()}
 
 
-class _Writer:
-    """Files of a cache. `digest` of everything that they depend on stands in the head of each."""
+class Encoder:
+    """Writes files of a cache: in the process of the stage, or in each actor of its fleet.
 
-    def __init__(self, directory: Path, digest: str):
-        self.directory, self.digest = directory, digest
+    Args:
+        model, data: their configuration. digest: of all that the files depend on; stands in the head of each.
+    """
 
-    def present(self, name: str, number: int) -> Shard | None:
-        """The file if it was written whole, from the same inputs."""
-        path = self.directory / _FILE.format(name=name, number=number)
-        try:
-            with safe_open(path, "pt") as file:
-                head, rows = file.metadata() or {}, len(file.get_slice(next(iter(file.keys())))[:])
-        except (OSError, SafetensorError):
-            return None
-        return Shard(file=path.name, rows=rows, sha256=file_digest(path)) if head.get("digest") == self.digest else None
+    def __init__(self, model: dict[str, Any], data: dict[str, Any], directory: str, digest: str, plugins: list[str]):
+        load_plugins(Document({"plugins": plugins}, "fleet"))
+        self.data = build(Data, Document(data, "fleet"))
+        self.codec: Any = build(Model, Document(model, "fleet")).codec(self.data)
+        self.codec.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.directory, self.digest = Path(directory), digest
+        self._split = cache(self.data.split)
 
-    def write(self, name: str, number: int, tensors: dict[str, Tensor]) -> Shard:
+    def write(self, name: str, number: int, rows: Tensor) -> list[str]:
+        """The file of these rows of a split, or of the texts; what is left out of it, because it cannot be read. Raises ConfigError."""
+        left_out: list[str] = []
+        if name == TEXTS:
+            parts = [self._texts(part) for part in rows.split(_AT_ONCE)]
+        else:
+            parts = [self._latents(batch) for batch in _batches(self._split(name), rows, left_out)]
+        if not parts:
+            raise ConfigError(f"none of the {len(rows)} images of {name} from number {rows[0]} on can be read", key="data")
         path = self.directory / _FILE.format(name=name, number=number)
         temporary = path.with_name(f".{path.name}")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"digest": self.digest})
+        save_file({key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]}, temporary, {"digest": self.digest})
         os.replace(temporary, path)
-        return Shard(file=path.name, rows=len(next(iter(tensors.values()))), sha256=file_digest(path))
+        return left_out
+
+    def _latents(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        mean, deviation = self.codec.posterior(batch["x"].to(self.codec.device))
+        return {**batch, MEAN: mean.cpu(), DEVIATION: deviation.cpu()}
+
+    def _texts(self, places: Tensor) -> dict[str, Tensor]:
+        return {key: value.cpu() for key, value in self.codec.condition(places).items() if key != "null"}
+
+
+def present(directory: Path, digest: str, name: str, number: int) -> Shard | None:
+    """A file of a cache if it was written whole, from the same inputs."""
+    path = directory / _FILE.format(name=name, number=number)
+    try:
+        with safe_open(path, "pt") as file:
+            head, rows = file.metadata() or {}, file.get_slice(next(iter(file.keys()))).get_shape()[0]
+    except (OSError, SafetensorError):
+        return None
+    return Shard(file=path.name, rows=rows, sha256=file_digest(path)) if head.get("digest") == digest else None
+
+
+def _augmented(data: Data) -> bool:
+    return isinstance(data, Augmented) or (isinstance(data, Wrapped) and _augmented(data.data))
 
 
 def _buckets(items: Items) -> list[Tensor]:
@@ -128,8 +164,8 @@ def _buckets(items: Items) -> list[Tensor]:
     return bucket_rows(items.buckets) if isinstance(items, BucketItems) else [torch.arange(len(items))]
 
 
-def _batches(items: Items, rows: Tensor) -> Iterator[dict[str, Tensor]]:
-    """The readable ones of these items, some at once."""
+def _batches(items: Items, rows: Tensor, left_out: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The readable ones of these items, some at once; what is wrong with the others is added to `left_out`."""
     for part in rows.split(_AT_ONCE):
         if isinstance(items, BatchItems):
             yield items.batch(part)
@@ -139,11 +175,6 @@ def _batches(items: Items, rows: Tensor) -> Iterator[dict[str, Tensor]]:
             try:
                 read.append(items[index])
             except CorruptItem as error:
-                log.warning("left out: %s", error)
+                left_out.append(str(error))
         if read:
             yield default_collate(read)
-
-
-def _encoded(codec: PretrainedCodec, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    mean, deviation = codec.posterior(batch["x"].to(codec.device))
-    return {**batch, MEAN: mean.cpu(), DEVIATION: deviation.cpu()}

@@ -90,7 +90,10 @@ class Export(Stage):
         network = denoiser.network
         if pretrained_network(network) is not None:
             about: Any = {"licence": run.data.licence, "config": to_dict(run), "metrics": metrics}
-            return export_pretrained(out, network, self.form, sampler=run.drawn_with(self.sampler), **about)
+            try:
+                return export_pretrained(out, network, self.form, sampler=run.drawn_with(self.sampler), **about)
+            except ValueError as error:
+                raise ConfigError(str(error), key="form") from error
         if self.form == "adapter":
             raise ConfigError("the network came from no pipeline of diffusers; its adapter goes with it: form=pipeline", key="form")
         if self.form == "control_net":

@@ -65,7 +65,10 @@ class Generate(Stage):
 
     def execute(self, directory: Path) -> None:
         run = open_run(self.run)
-        classes = len(self.prompts if self.prompts is not None else run.codec().names)
+        codec = run.codec()
+        if self.prompts is not None and not codec.takes_prompts:
+            raise ConfigError("this run's network takes classes, not prompts; name labels instead", key="prompts")
+        classes = len(self.prompts if self.prompts is not None else codec.names)
         asked = self.labels if self.labels is not None else list(range(classes)) or [-1]
         if classes and max(asked) >= classes:
             raise ConfigError(f"class {max(asked)} does not exist; those of {self.run} are 0 to {classes - 1}", key="labels")
@@ -82,7 +85,7 @@ class Generate(Stage):
             images = paired(2 * controls - 1, x, self.columns) if beside and controls is not None else x
             save_grid(images[: self.grid], directory / GRID, self.columns)
         info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
-        info["names"] = list(self.prompts if self.prompts is not None else run.codec().names)  # what the labels stand for
+        info["names"] = list(self.prompts if self.prompts is not None else codec.names)  # what the labels stand for
         info["other_law"] = sampler.other_law
         info["weights"] = digest_of(load_weights(self.run))  # training refuses samples of other weights than its reference has
         (directory / INFO).write_text(json.dumps(info, indent=1))

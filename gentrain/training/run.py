@@ -215,6 +215,12 @@ class RunConfig:
         given = self.path is not None or self.prediction is not None
         self.left_out = [key for key in ("path", "prediction") if getattr(self, key) is None]
         self.path, self.prediction = self.path or path, self.prediction or prediction
+        for name, settings in self.roles.items():
+            try:
+                if settings.model is not None:
+                    settings.model.check_beside(self.model)
+            except ValueError as error:
+                raise ConfigError(str(error), key=f"roles.{name}.model") from error
         for key, each in {"": self.model.law(), **laws}.items():
             if each is None:
                 continue
@@ -260,19 +266,22 @@ class RunConfig:
             self.method.check(self.path)
         except ValueError as error:
             raise ConfigError(str(error), key="path") from error
+        if not (self.data.to_come or any(self.model_of(role).to_come for role in self.method.roles)):  # nor perhaps its latents
+            self._check_data()
+        if self.sampler is _UNNAMED:
+            self.sampler = self.method.own_sampler()
+        self.drawn_with(self.sampler)
+
+    def _check_data(self) -> None:
         if self.data.weighted and not self.method.weighs:
             able = ", ".join(name for name, method in Method.available().items() if method.weighs)
             raise ConfigError(f"{self.method.registered_name} does not weigh its samples, which have weights; these do: {able}", key="data")
         try:
-            if not (self.data.to_come or any(self.model_of(role).to_come for role in self.method.roles)):  # nor perhaps its latents
-                self.method.check_data(self.data)
+            self.method.check_data(self.data)
         except ConfigError as error:
             raise ConfigError(error.message, key=f"method.{error.key}") from error
         except ValueError as error:
             raise ConfigError(str(error), key="data") from error
-        if self.sampler is _UNNAMED:
-            self.sampler = self.method.own_sampler()
-        self.drawn_with(self.sampler)
 
     def _check_tokens(self) -> None:
         method, of_tokens = self.method.registered_name, self.method.of_tokens

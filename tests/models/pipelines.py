@@ -174,7 +174,7 @@ def sana(directory: Path) -> Path:
     torch.manual_seed(0)
     transformer = SanaTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
-        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=SIDE // 2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=SIDE // 2, timestep_scale=0.5,
     )  # fmt: skip
     vae = AutoencoderDC(
         in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),

@@ -119,6 +119,19 @@ def test_predictions_take_the_steps_of_the_pipelines_own_scheduler(family: Opene
     torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), made, rtol=1e-4, atol=1e-4)
 
 
+def test_sdxl_is_told_the_height_of_an_image_before_its_width(tmp_path: Path) -> None:
+    """As its pipeline tells it, of images that are no squares."""
+    made = opened(PIPELINES["stable_diffusion_xl"](tmp_path / "stable_diffusion_xl"))
+    told: list[dict[str, Tensor]] = []
+    unet = made.denoiser.network.backbone  # type: ignore[attr-defined]
+    for each in (unet, made.pipeline.unet):
+        each.register_forward_pre_hook(lambda module, arguments, given: told.append(given["added_cond_kwargs"]), with_kwargs=True)
+    with torch.no_grad():
+        made.denoiser.raw(torch.randn(2, 4, 8, 12), torch.full((2,), 500.0), condition_of(made))
+    made.pipeline(PROMPTS, height=16, width=24, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    assert torch.equal(told[0]["time_ids"], told[1]["time_ids"]) and told[0]["time_ids"][0].tolist() == [16, 24, 0, 0, 16, 24]
+
+
 def test_eps_x0_and_velocity_are_those_of_the_networks_output(family: Opened) -> None:
     denoiser, path = family.denoiser, family.denoiser.path
     x, t = torch.randn(2, *family.codec.shape, generator=torch.manual_seed(1)), torch.full((2,), 0.3 * path.t_max)
@@ -292,6 +305,60 @@ def test_images_that_do_not_fit_and_an_autoencoder_that_gives_no_numbers_are_nam
         codec.encode(batch, Noise(0, batch["index"]))
 
 
+def _without_a_folder(directory: Path) -> None:
+    shutil.rmtree(directory / "tokenizer")
+
+
+def _pickled(directory: Path) -> None:
+    (directory / "text_encoder" / "model.safetensors").rename(directory / "text_encoder" / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [(_without_a_folder, "has no folder tokenizer, which its model_index.json names"), (_pickled, "only safetensors are read")],
+)
+def test_what_prompts_need_and_is_not_there_is_named(tmp_path: Path, damage: Any, said: str) -> None:
+    directory = stable_diffusion(tmp_path / "sd")
+    damage(directory)
+    codec = run_of(_run(directory)).codec()
+    with pytest.raises(ValueError, match=said):
+        codec.condition(torch.tensor([0]))
+
+
+def test_places_that_are_no_pipeline_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = stable_diffusion(tmp_path / "sd")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for place, said in (
+        (str(tmp_path / "model.safetensors"), ".*/model.safetensors is a file; convert it with from_single_file and save_pretrained"),
+        ("./nowhere", r"there is no directory \./nowhere; name a directory that save_pretrained"),
+        ("~/nowhere", f"there is no directory {tmp_path}/nowhere"),
+    ):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        with pytest.raises(ConfigError, match=rf"model: {said}"):
+            run_of(_run(directory, model={"name": "pretrained", "directory": place}))
+    assert Pretrained("~/sd").directory == str(directory)
+    with pytest.raises(ConfigError, match=r"model: .* is a directory, which has no revisions"):
+        run_of(_run(directory, model={"name": "pretrained", "directory": str(directory), "revision": "main"}))
+
+
+def test_pipelines_whose_networks_read_other_things_are_no_roles_of_one_run(tmp_path: Path) -> None:
+    directory = stable_diffusion(tmp_path / "sd")
+    method, data = {"name": "distribution_matching", "generator_loss": "dmd"}, images(tmp_path / "images")
+
+    def beside(other: Path) -> Any:
+        return run_of(
+            _run(directory, method=method, data=data, roles={"teacher": {"model": {"name": "pretrained", "directory": str(other)}}})
+        )
+
+    with pytest.raises(ConfigError, match=r"roles\.teacher\.model: .* differ in family \(stable_diffusion_xl and stable_diffusion\)"):
+        beside(PIPELINES["stable_diffusion_xl"](tmp_path / "xl"))
+    scaled = stable_diffusion(tmp_path / "scaled")
+    assert beside(scaled).model_of("teacher").directory == str(scaled)
+    _config(scaled, "vae", scaling_factor=0.5)
+    with pytest.raises(ConfigError, match=r"roles\.teacher\.model: .* differ in scaling_factor \(0\.5 and 0\.18215\)"):
+        beside(scaled)
+
+
 # --- prompts ---
 
 
@@ -323,6 +390,13 @@ def test_captions_become_prompts_by_the_template_and_are_encoded_once(tmp_path: 
     assert torch.equal(condition["prompt"][0], encoded["condition/prompt"][1])
     chosen = codec.condition(torch.tensor([0]), ["my cat"])  # prompts are taken as they are
     assert chosen is not None and torch.equal(chosen["prompt"], condition["prompt"][:1]) and len(asked) == 2
+
+
+def test_a_pipeline_of_classes_refuses_data_with_nothing_but_prompts(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("cat\n")
+    data = {"name": "prompts", "path": str(tmp_path / "prompts.txt"), "size": SIDE}
+    with pytest.raises(ConfigError, match=r"model: the pipeline in .* takes classes, and the data have prompts"):
+        run_of(_run(PIPELINES["dit"](tmp_path / "dit"), data=data)).codec()
 
 
 def test_classes_are_no_prompts(family: Opened) -> None:

@@ -16,11 +16,13 @@ from gentrain.data.base import CorruptItem
 from gentrain.data.latents import MANIFEST, Latents
 from gentrain.models.pretrained import Pretrained
 from gentrain.noise import Noise
+from gentrain.recipes.base import load_recipe, run_recipe
 from gentrain.recipes.encode import Encode
 from gentrain.training.batches import encoded
 from gentrain.training.loop import train
 from gentrain.training.roles import build_network
 from gentrain.training.run import RunConfig
+from gentrain.training.settings import changed_keys
 from gentrain.training.world import World
 from tests.distributed.cases import difference, run_of, state_of
 from tests.methods.captioned import CaptionedPatches
@@ -156,7 +158,7 @@ def test_damage_is_told(pipeline: Path, tmp_path: Path) -> None:
     path = tmp_path / "train-00001.safetensors"
     content = load_file(path)
     save_file(content | {"x": content["x"] + 1}, path)
-    with pytest.raises(ValueError, match=r"train-00001\.safetensors is not the file that was written; run the stage `encode` again"):
+    with pytest.raises(ValueError, match=r"train-00001\.safetensors is not the file that was written; move .* and run its stage `encode`"):
         Latents(str(tmp_path)).split("train")
     path.unlink()
     with pytest.raises(ValueError, match=r"train-00001\.safetensors is missing or damaged"):
@@ -166,9 +168,74 @@ def test_damage_is_told(pipeline: Path, tmp_path: Path) -> None:
         _ = Latents(str(tmp_path)).captions
 
 
-def test_a_network_without_latents_is_refused() -> None:
+def test_what_cannot_be_encoded_is_refused(pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model: unet has no latents; name a pretrained network"):
         build(Encode, Document({"model": "unet", "data": "captioned_patches"}, "stage"))
+    model = {"name": "pretrained", "directory": str(pipeline)}
+    changing = {"name": "resampled", "balance": "classes", "data": {"name": "augmented", "flip": 0.5, "data": images(tmp_path / "images")}}
+    with pytest.raises(ConfigError, match="data: what changes anew in each step cannot be encoded once"):
+        build(Encode, Document({"model": model, "data": changing}, "stage"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\ndog\n")
+    words = {"cat": {"words": ["cat"], "append": True}}
+    without_end = {"name": "concepts", "prompts": {"name": "prompts", "path": str(prompts), "size": 16}, "concepts": words}
+    with pytest.raises(ConfigError, match="data: concepts has no end"):
+        build(Encode, Document({"model": model, "data": without_end}, "stage")).execute(tmp_path / "cache")
+
+
+def test_weights_of_samples_are_in_the_cache(tmp_path: Path) -> None:
+    directory = dit(tmp_path / "dit")
+    data = {"name": "resampled", "balance": "classes", "unbiased": True, "data": images(tmp_path / "images") | {"held_out": 0.5}}
+    build(Encode, Document({"model": {"name": "pretrained", "directory": str(directory)}, "data": data}, "stage")).execute(
+        tmp_path / "cache"
+    )
+    cached = Latents(str(tmp_path / "cache"))
+    assert cached.weighted and "weight" in cached.split("train")[0]
+    settings = run_settings(directory, {"name": "latents", "directory": str(tmp_path / "cache")})
+    with pytest.raises(ConfigError, match="data: distribution_matching does not weigh its samples"):
+        run_of(settings | {"method": "distribution_matching"})
+
+
+def test_texts_stay_on_disk_until_their_rows_are_read(cache: Path) -> None:
+    items = Latents(str(cache)).split("train")
+    assert [len(part["prompt"]) for part in items.texts] == [8, 8, 8, 8, 4]  # none were put together
+    rows = items.batch(torch.tensor([27, 0]))
+    whole = torch.cat([part["prompt"] for part in items.texts])
+    assert torch.equal(rows["condition/prompt"], whole[rows["caption"]])
+
+
+RECIPE = """
+stages:
+  cache: {{name: encode, model: &model {{name: pretrained, directory: {pipeline}}}, data: captioned_patches}}
+  tuned:
+    name: train
+    run:
+      method: {{name: draft, reward: {{name: brightness}}, sampler: {{name: ddim, steps: 2}}}}
+      data: {{name: latents, directory: '${{output:cache}}'}}
+      model: *model
+      engine: torch
+      training: {{samples: 4, batch_size: 2}}
+output: {output}
+"""
+
+
+def test_a_recipe_trains_from_a_cache_of_a_pipeline_that_is_there_and_encodes_anew_when_it_changes(tmp_path: Path) -> None:
+    """The method looks at its data, which are not there as the recipe is read."""
+    directory, said = stable_diffusion(tmp_path / "sd"), []
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(pipeline=directory, output=tmp_path / "out"))
+    run_recipe(load_recipe(tmp_path / "recipe.yaml"), said.append)
+    assert not any("again" in line or "skipped" in line for line in said)
+    before = load_recipe(tmp_path / "recipe.yaml").stages["cache"].settings()
+    config = directory / "vae" / "config.json"
+    config.write_text(config.read_text().replace("0.18215", "0.2"))
+    said.clear()
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert changed_keys(before, recipe.stages["cache"].settings()) == ["encoder"]
+    run_recipe(recipe, said.append)
+    assert "cache: runs again: encoder changed" in said and "tuned: runs again: cache ran again" in said
+    said.clear()
+    run_recipe(load_recipe(tmp_path / "recipe.yaml", ["stages.cache.actors=3"]), said.append)  # makes no other cache
+    assert [line for line in said if "skipped" not in line] == []
 
 
 def test_classes_stay_classes_and_unreadable_images_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -98,6 +98,11 @@ class Family(Component, kind="family"):
         """Of the latents that the denoiser takes."""
         return int(self.config["in_channels"])
 
+    @property
+    def latents_are(self) -> dict[str, Any]:
+        """What tells the latents of one autoencoder from those of another."""
+        return {key: self.vae_config.get(key) for key in ("latent_channels", "scaling_factor", "shift_factor")}
+
     def posterior(self, vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images in [-1, 1] -> mean and deviation of their latents, scaled to about unit variance."""
         posterior, scale = vae.encode(images).latent_dist, self.vae_config["scaling_factor"]  # type: ignore[operator]

@@ -18,6 +18,7 @@ import torch
 from gentrain.models.hub import fetched, files_of
 
 INDEX = "model_index.json"
+_REMEDY = "name a directory that save_pretrained of a diffusers pipeline wrote, or a repository on the hub"
 _LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded; a repository's own code never is
 _to_come: ContextVar[tuple[Path, ...]] = ContextVar("directories that the recipe being read will write", default=())
 _WEIGHTLESS = ("tokenizer", "scheduler", "feature_extractor", "image_processor")  # ends or begins the name of what has no weights
@@ -35,6 +36,16 @@ class Source:
 
     def __init__(self, directory: str, revision: str | None = None, variant: str | None = None):
         self.directory, self.revision, self.variant = directory, revision, variant
+        if self.is_local and revision is not None:
+            raise ValueError(f"{directory} is a directory, which has no revisions; leave out `revision`")
+        if not self.is_local and Path(directory).exists():
+            raise ValueError(f"{directory} is a file; convert it with from_single_file and save_pretrained of diffusers; {_REMEDY}")
+        if not self.is_local and directory.startswith((".", "/")):
+            raise ValueError(f"there is no directory {directory}; {_REMEDY}")
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.directory).is_dir()
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -49,21 +60,20 @@ class Source:
         try:
             content = json.loads(self._local(file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            remedy = "name a directory that save_pretrained of a diffusers pipeline wrote, or a repository on the hub"
-            raise ValueError(f"{self.directory}/{file} cannot be read ({_brief(error)}); {remedy}") from error
+            raise ValueError(f"{self.directory}/{file} cannot be read ({_brief(error)}); {_REMEDY}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{self.directory}/{file} holds no mapping; download the pipeline anew")
         return content
 
     def _local(self, file: str) -> Path:
-        if Path(self.directory).is_dir():
+        if self.is_local:
             return Path(self.directory, file)
         return fetched(self.directory, self.revision, (file,)) / file
 
     def digest(self, components: Sequence[str]) -> str:
         """SHA-256 that tells these components from others: of their files, or of the repository's commit."""
         digest = hashlib.sha256()
-        if not Path(self.directory).is_dir():
+        if not self.is_local:
             digest.update(f"{self.directory} {self._local(INDEX).parent.name} {self.variant}".encode())
             return digest.hexdigest()
         for file in sorted(path for component in components for path in Path(self.directory, component).rglob("*") if path.is_file()):
@@ -90,11 +100,11 @@ class Source:
     def load(self, component: str) -> Any:
         """The component with its weights."""
         weights = {} if any(word in component for word in _WEIGHTLESS) else {
-            "torch_dtype": torch.float32, "use_safetensors": True, "variant": self.variant,
+            "dtype": torch.float32, "use_safetensors": True, "variant": self.variant,
         }  # fmt: skip
         with torch.device("cpu"), _telling(f"{component} of the pipeline in {self.directory}"):
             cls = self.component_class(component)
-            if not Path(self.directory).is_dir():
+            if not self.is_local:
                 fetched(self.directory, self.revision, *files_of(component, self.variant))
             return cls.from_pretrained(self.directory, subfolder=component, revision=self.revision, local_files_only=True, **weights)
 
@@ -108,9 +118,12 @@ class Source:
         import diffusers
 
         cls = getattr(diffusers, self.index["_class_name"])
+        needed = [key for key, value in self.index.items() if isinstance(value, list) and value[0] and key not in components]
+        if missing := [key for key in needed if self.is_local and not Path(self.directory, key).is_dir()]:
+            raise ValueError(f"{self.directory} has no folder {missing[0]}, which its {INDEX} names; download the pipeline anew")
         with torch.device("cpu"), _quiet(), _telling(f"the pipeline in {self.directory}"):
             return cls.from_pretrained(
-                self.directory, revision=self.revision, variant=self.variant, torch_dtype=torch.float32, use_safetensors=True, **components
+                self.directory, revision=self.revision, variant=self.variant, dtype=torch.float32, use_safetensors=True, **components
             )
 
 
@@ -134,7 +147,9 @@ def _telling(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{what} cannot be loaded ({_brief(error)}); download it anew, or correct `variant`") from error
+        raise ValueError(
+            f"{what} cannot be loaded ({_brief(error)}); only safetensors are read: download them anew, or correct `variant`"
+        ) from error
 
 
 @contextlib.contextmanager
