@@ -14,14 +14,12 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from gentrain.config import ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.data.base import Data
-from gentrain.data.tokens import TokenData
 from gentrain.doctor import environment
 from gentrain.methods.base import Method, Trained
 from gentrain.models.adapters import Adapter
 from gentrain.models.base import Codec, Model
 from gentrain.models.denoiser import Prediction
 from gentrain.models.heads import Heads
-from gentrain.models.partial import check_pattern
 from gentrain.paths.base import Path, same_law
 from gentrain.paths.inside import Inside
 from gentrain.paths.rectified_flow import RectifiedFlow
@@ -29,6 +27,7 @@ from gentrain.samplers.base import Sampler
 from gentrain.samplers.euler import Euler
 from gentrain.training.averages import LONGEST
 from gentrain.training.cluster import Cluster
+from gentrain.training.compatibility import check_method, check_parts
 from gentrain.training.engine import Engine
 from gentrain.training.object_storage import check_storage, open_storage
 from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
@@ -161,7 +160,7 @@ class RunConfig:
                 raise ConfigError("parameters that learn need those of the others whole; set it to plain", key=f"roles.{name}.placement")
             if settings.placement == "offloaded":
                 raise ConfigError("what lies below an adapter is plain or sharded; choose one of them", key=f"roles.{name}.placement")
-        self._check_parts()
+        check_parts(self)
         self._follow_pretrained()
         cluster, training = self.cluster, self.training
         if cluster.place == "inline" and cluster.most > 1:
@@ -189,23 +188,10 @@ class RunConfig:
                 raise ConfigError(
                     f"{self.method.registered_name} needs the weights of its {name}; name a run's directory", key=f"roles.{name}.weights"
                 )
-        self._check_method()
-
-    def _check_parts(self) -> None:
-        every: dict[str, RunConfig | RoleSettings] = {"": self, **{f"roles.{name}.": settings for name, settings in self.roles.items()}}
-        for name, given in every.items():
-            if name and self.method.roles[name.split(".")[1]].heads is not None and (given.adapter or given.trainable):
-                raise ConfigError("this role learns heads on the features of a network; leave it out", key=name.removesuffix("."))
-            if given.trainable is None:
-                continue
-            if given.adapter is not None:
-                raise ConfigError("a role learns an adapter or some of its parameters, not both; leave one out", key=f"{name}trainable")
-            if name and not isinstance(self.method.roles[name.split(".")[1]], Trained):
-                raise ConfigError("this role does not learn; leave it out", key=f"{name}trainable")
-            try:
-                check_pattern(given.trainable)
-            except ValueError as error:
-                raise ConfigError(str(error), key=f"{name}trainable") from error
+        check_method(self)
+        if self.sampler is _UNNAMED:
+            self.sampler = self.method.own_sampler()
+        self.drawn_with(self.sampler)
 
     def _follow_pretrained(self) -> None:
         """Sets path and prediction where they were left out. Raises ConfigError where they are not those of a pretrained network."""
@@ -231,69 +217,6 @@ class RunConfig:
                 raise ConfigError(
                     f"the pretrained network predicts {each[1]}, not {self.prediction}; leave `prediction` out", key=key or "prediction"
                 )
-
-    def _check_method(self) -> None:
-        for key in ("recompute", "compile"):
-            if getattr(self.training, key) and self.method.forward_mode:
-                raise ConfigError("derivatives in forward mode do not pass through it; set it to false", key=f"training.{key}")
-            if getattr(self.training, key) and any(self.part_of(name) is not None for name in self.method.roles):
-                raise ConfigError("it would lose what a role learns beside its network; set it to false", key=f"training.{key}")
-            if getattr(self.training, key) and any(self.engine_of(name).registered_name != "torch" for name in self.method.roles):
-                raise ConfigError("it goes with engine: torch only; set that, or this to false", key=f"training.{key}")
-        if self.method.pools() and not self.data.to_come and len(self.data.shapes) > 1:
-            raise ConfigError("samples of the method's pools have one shape; leave it out", key="data.buckets")
-        for name in self.method.forward_mode:
-            if not self.engine_of(name).forward_mode:
-                raise ConfigError(
-                    f"forward-mode derivatives of role {name!r} do not pass through ZeRO stage 3; set engine.zero_stage to 2 or less, or "
-                    "method.derivative to difference",
-                    key="engine.zero_stage",
-                )
-            if getattr(self.model_of(name), "time_scale", 0.0) > 0.03:
-                log.warning(
-                    "a derivative by time passes through the time embedding of role %r, which turns by hundreds of radians over the path: "
-                    "train it, and what it begins with, with model.time_scale: 0.01, or expect a poor student",
-                    name,
-                )
-        self._check_tokens()
-        allowed = self.method.predictions
-        if allowed is not None and self.prediction not in allowed:
-            raise ConfigError(
-                f"{self.method.registered_name} needs a network that predicts {' or '.join(allowed)}, not {self.prediction}",
-                key="prediction",
-            )
-        try:
-            self.method.check(self.path)
-        except ValueError as error:
-            raise ConfigError(str(error), key="path") from error
-        if not (self.data.to_come or any(self.model_of(role).to_come for role in self.method.roles)):  # nor perhaps its latents
-            self._check_data()
-        if self.sampler is _UNNAMED:
-            self.sampler = self.method.own_sampler()
-        self.drawn_with(self.sampler)
-
-    def _check_data(self) -> None:
-        if self.data.weighted and not self.method.weighs:
-            able = ", ".join(name for name, method in Method.available().items() if method.weighs)
-            raise ConfigError(f"{self.method.registered_name} does not weigh its samples, which have weights; these do: {able}", key="data")
-        try:
-            self.method.check_data(self.data)
-        except ConfigError as error:
-            raise ConfigError(error.message, key=f"method.{error.key}") from error
-        except ValueError as error:
-            raise ConfigError(str(error), key="data") from error
-
-    def _check_tokens(self) -> None:
-        method, of_tokens = self.method.registered_name, self.method.of_tokens
-        what = ("numbers", "tokens")
-        if isinstance(self.data, TokenData) != of_tokens:
-            raise ConfigError(f"{method} learns from {what[of_tokens]}, {self.data.registered_name} has {what[not of_tokens]}", key="data")
-        for name, role in self.method.roles.items():
-            model = self.model_of(name)
-            if role.denoiser and model.of_tokens != of_tokens:
-                fit = ", ".join(key for key, each in Model.available().items() if each.of_tokens == of_tokens and not each.classifies)
-                key = "model" if self.role_settings(name).model is None else f"roles.{name}.model"
-                raise ConfigError(f"{method} needs a network of {what[of_tokens]}, not {model.registered_name}; there are: {fit}", key=key)
 
     def drawn_with(self, sampler: Sampler | None) -> Sampler:
         """`sampler`, or the run's where it is None. Raises ConfigError when the generator is not for that sampler."""

@@ -1,0 +1,99 @@
+"""Whether the parts of a run's configuration go together."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from gentrain.config import ConfigError
+from gentrain.data.tokens import TokenData
+from gentrain.methods.base import Method, Trained
+from gentrain.models.base import Model
+from gentrain.models.partial import check_pattern
+
+if TYPE_CHECKING:
+    from gentrain.training.run import RoleSettings, RunConfig
+
+log = logging.getLogger(__name__)
+
+
+def check_parts(run: RunConfig) -> None:
+    """Of what a role learns beside a whole network. Raises ConfigError."""
+    every: dict[str, RunConfig | RoleSettings] = {"": run, **{f"roles.{name}.": settings for name, settings in run.roles.items()}}
+    for name, given in every.items():
+        if name and run.method.roles[name.split(".")[1]].heads is not None and (given.adapter or given.trainable):
+            raise ConfigError("this role learns heads on the features of a network; leave it out", key=name.removesuffix("."))
+        if given.trainable is None:
+            continue
+        if given.adapter is not None:
+            raise ConfigError("a role learns an adapter or some of its parameters, not both; leave one out", key=f"{name}trainable")
+        if name and not isinstance(run.method.roles[name.split(".")[1]], Trained):
+            raise ConfigError("this role does not learn; leave it out", key=f"{name}trainable")
+        try:
+            check_pattern(given.trainable)
+        except ValueError as error:
+            raise ConfigError(str(error), key=f"{name}trainable") from error
+
+
+def check_method(run: RunConfig) -> None:
+    """The method with the path, the networks, the engines and the data. Raises ConfigError."""
+    for key in ("recompute", "compile"):
+        if getattr(run.training, key) and run.method.forward_mode:
+            raise ConfigError("derivatives in forward mode do not pass through it; set it to false", key=f"training.{key}")
+        if getattr(run.training, key) and any(run.part_of(name) is not None for name in run.method.roles):
+            raise ConfigError("it would lose what a role learns beside its network; set it to false", key=f"training.{key}")
+        if getattr(run.training, key) and any(run.engine_of(name).registered_name != "torch" for name in run.method.roles):
+            raise ConfigError("it goes with engine: torch only; set that, or this to false", key=f"training.{key}")
+    if run.method.pools() and not run.data.to_come and len(run.data.shapes) > 1:
+        raise ConfigError("samples of the method's pools have one shape; leave it out", key="data.buckets")
+    for name in run.method.forward_mode:
+        if not run.engine_of(name).forward_mode:
+            raise ConfigError(
+                f"forward-mode derivatives of role {name!r} do not pass through ZeRO stage 3; set engine.zero_stage to 2 or less, or "
+                "method.derivative to difference",
+                key="engine.zero_stage",
+            )
+        if getattr(run.model_of(name), "time_scale", 0.0) > 0.03:
+            log.warning(
+                "a derivative by time passes through the time embedding of role %r, which turns by hundreds of radians over the path: "
+                "train it, and what it begins with, with model.time_scale: 0.01, or expect a poor student",
+                name,
+            )
+    _check_tokens(run)
+    allowed = run.method.predictions
+    if allowed is not None and run.prediction not in allowed:
+        raise ConfigError(
+            f"{run.method.registered_name} needs a network that predicts {' or '.join(allowed)}, not {run.prediction}",
+            key="prediction",
+        )
+    try:
+        run.method.check(run.path)
+    except ValueError as error:
+        raise ConfigError(str(error), key="path") from error
+    if not (run.data.to_come or any(run.model_of(role).to_come for role in run.method.roles)):  # nor perhaps its latents
+        _check_data(run)
+
+
+def _check_data(run: RunConfig) -> None:
+    if run.data.weighted and not run.method.weighs:
+        able = ", ".join(name for name, method in Method.available().items() if method.weighs)
+        raise ConfigError(f"{run.method.registered_name} does not weigh its samples, which have weights; these do: {able}", key="data")
+    try:
+        run.method.check_data(run.data)
+    except ConfigError as error:
+        raise ConfigError(error.message, key=f"method.{error.key}") from error
+    except ValueError as error:
+        raise ConfigError(str(error), key="data") from error
+
+
+def _check_tokens(run: RunConfig) -> None:
+    method, of_tokens = run.method.registered_name, run.method.of_tokens
+    what = ("numbers", "tokens")
+    if isinstance(run.data, TokenData) != of_tokens:
+        raise ConfigError(f"{method} learns from {what[of_tokens]}, {run.data.registered_name} has {what[not of_tokens]}", key="data")
+    for name, role in run.method.roles.items():
+        model = run.model_of(name)
+        if role.denoiser and model.of_tokens != of_tokens:
+            fit = ", ".join(key for key, each in Model.available().items() if each.of_tokens == of_tokens and not each.classifies)
+            key = "model" if run.role_settings(name).model is None else f"roles.{name}.model"
+            raise ConfigError(f"{method} needs a network of {what[of_tokens]}, not {model.registered_name}; there are: {fit}", key=key)
