@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import signal
@@ -11,15 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gentrain import cli
 from gentrain.catalogue import kinds
 from gentrain.cluster.attempts import ATTEMPTS
+from gentrain.recipes import generate as generate_stage
 from tests.distributed.cases import difference, newest, records, state_of
 
 COMMANDS = [
@@ -221,6 +225,23 @@ def test_export(gentrain: Command, folder: Path) -> None:
     assert status == 2 and "pipeline exists and is not an empty directory; name another" in printed
 
 
+def test_samples_are_not_told_to_be_of_weights_that_a_run_published_while_they_were_drawn(
+    gentrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gentrain("train", "toy.yaml")[0] == 0
+    draw = generate_stage.generate
+
+    def late(*arguments: Any) -> Any:
+        x = draw(*arguments)
+        assert gentrain("train", "toy.yaml", "training.samples=128")[0] == 0
+        return x
+
+    monkeypatch.setattr(generate_stage, "generate", late)
+    assert gentrain("sample", "runs/toy", "count=60")[0] == 0
+    status, printed = gentrain("evaluate", "runs/toy")
+    assert status == 2 and "draw and measure anew" in printed, printed
+
+
 def test_numbers_of_former_weights_are_not_exported(gentrain: Command, folder: Path) -> None:
     """Trained on since: neither are the former samples measured, nor do the former numbers reach a model card."""
     assert gentrain("train", "digits.yaml")[0] == 0
@@ -390,6 +411,30 @@ def test_a_damaged_checkpoint_is_named(gentrain: Command, folder: Path) -> None:
     for command in ("train toy.yaml", "sample runs/toy"):
         status, printed = gentrain(*command.split())
         assert status == 2 and "model.ema.00000.safetensors differs from its hash in the manifest" in printed
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("Error while serializing: No space left on device (os error 28)"), OSError(errno.ENOSPC, "No space left")]
+)
+def test_a_full_disk_is_told_with_the_remedy_by_whatever_writes(
+    gentrain: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    assert gentrain("train", "toy.yaml")[0] == 0
+    monkeypatch.setattr(generate_stage, "save_file", full)
+    status, printed = gentrain("sample", "runs/toy", "count=4")
+    assert status == 1 and str(error) in printed and "; the disk is full: free some space" in printed
+
+
+def test_a_directory_that_was_removed_below_the_shell_is_told(gentrain: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "gone").mkdir()
+    monkeypatch.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    monkeypatch.setattr("gentrain.recipes.base.is_recipe", lambda *_: Path("x").resolve())
+    status, printed = gentrain("train", str(folder / "toy.yaml"))
+    assert status == 1 and "was the directory that this shell is in removed? Change to another one" in printed
 
 
 def test_fewer_samples_than_a_run_has_seen_are_refused(gentrain: Command) -> None:

@@ -1,23 +1,30 @@
 """The `gentrain` command. Thin: every command loads what it needs when it runs, so that --help is quick."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
+
+import sys
+
+from gentrain.cluster.stopping import StopRequested, goes_on, receive, settle
+
+if goes_on() and "multiprocessing" not in sys.modules:  # with it, this may be a child that was told the command line of its parent
+    receive()  # before what follows, which takes a moment to be imported
 
 import logging
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from typer.core import TyperGroup
 
-from gentrain.cluster.stopping import StopRequested, receive, settle
+from gentrain.cli.console import Console
 
 if TYPE_CHECKING:
     from gentrain.training.run import RunConfig
@@ -39,14 +46,7 @@ app: typer.Typer = typer.Typer(
 )  # fmt: skip
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Whoever read it has gone (`| head`, a `tee` that the same Ctrl-C ended): the command goes on, silent, to its own status."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-console: Console = _Console(quiet=os.environ.get("RANK", "0") != "0")  # of the ranks of torchrun, one speaks
+console: Console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of the ranks of torchrun, one speaks
 
 GENERATED, EVALUATION = "generated", "evaluation"  # of a run, as `sample` and `evaluate` leave them
 FAILED, MEND, RESUME = 1, 2, 75  # 75 = EX_TEMPFAIL, which schedulers can be told to requeue on
@@ -79,9 +79,9 @@ def _options(
 
 def main() -> None:
     """Entry point: turns expected errors into one clear message and an exit status."""
-    if sys.argv[1:2] in (["train"], ["run"], ["sweep"]):
+    if goes_on():
         receive()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=_Console(stderr=True), show_path=False)])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
     logging.getLogger("gentrain").setLevel(logging.INFO)
     try:
         status = _guarded(app)
@@ -95,6 +95,7 @@ def _guarded(command: Callable[..., Any], passed_on: tuple[type[Exception], ...]
     from safetensors import SafetensorError
 
     from gentrain.config import ConfigError
+    from gentrain.training.remedies import remedy_of
 
     try:
         status = command(standalone_mode=False)
@@ -117,11 +118,11 @@ def _guarded(command: Callable[..., Any], passed_on: tuple[type[Exception], ...]
         return _complain(f"{message} See gentrain --help.", error.exit_code) if message else error.exit_code
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last: how safetensors reports a full disk
         logging.getLogger("gentrain").debug("traceback", exc_info=True)
-        return _complain(f"{error}", FAILED)
+        return _complain("; ".join(filter(None, (str(error), remedy_of(error)))), FAILED)
 
 
 def _complain(message: str, status: int) -> int:
-    _Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escape(message)}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escape(message)}", highlight=False)
     return status
 
 
@@ -416,4 +417,4 @@ def _print_metrics(directory: Path) -> None:
     console.print(table)
 
 
-from gentrain.cli import jobs, sweep  # noqa: E402, F401  # add their commands to the app
+from gentrain.cli import jobs, sweep  # noqa: F401  # add their commands to the app

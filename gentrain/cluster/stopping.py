@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from types import FrameType
 
 STOP_FILE = ".stop"
 STOPPED = 75  # EX_TEMPFAIL: the exit status of what may be run again to go on
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # SLURM's --signal is usually told to send USR1
+# SLURM's --signal is usually told to send USR1, by some launchers USR2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopRequested(BaseException):
@@ -58,9 +60,16 @@ def heeded() -> list[signal.Signals]:
     return [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
+def goes_on() -> bool:
+    """Whether the command of this process is one that a signal stops in order, to be gone on with."""
+    return sys.argv[1:2] in (["train"], ["run"], ["sweep"])
+
+
 def receive() -> None:
-    """From now to the end of this process signals ask it to stop. Where nobody looks, see `interruptible`."""
+    """From now to the end of this process signals ask it to stop. Where nobody looks, see `interruptible`. Called again, does nothing."""
     global _command
+    if _command is not None:
+        return
     _command = StopFlag()
     for number in heeded():
         signal.signal(number, _command.receive)

@@ -76,6 +76,7 @@ class Generate(Stage):
         sampler = run.drawn_with(self.sampler)
         found, controls = controls_of(run, labels)
         labels = found if self.prompts is None else labels
+        weights = digest_of(load_weights(self.run))  # before: of a run that trains on, they are told to be of former weights at worst
         x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts, controls, self.decoded)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INFO).unlink(missing_ok=True)  # whatever is killed here, it never tells of other samples
@@ -87,5 +88,5 @@ class Generate(Stage):
         info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
         info["names"] = list(self.prompts if self.prompts is not None else codec.names)  # what the labels stand for
         info["other_law"] = sampler.other_law
-        info["weights"] = digest_of(load_weights(self.run))  # training refuses samples of other weights than its reference has
+        info["weights"] = weights  # training refuses samples of other weights than its reference has
         (directory / INFO).write_text(json.dumps(info, indent=1))

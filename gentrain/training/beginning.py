@@ -7,6 +7,7 @@ The run's directory holds its identity and where its checkpoints are; beside tho
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from collections.abc import Iterable
@@ -79,7 +80,8 @@ def claim(run: RunConfig, storage: Storage) -> None:
         mine = {"run": storage.owner().get("run") or secrets.token_hex(8)}
         replace_file(run.directory / IDENTITY, json.dumps(mine))
     storage.claim(mine["run"], str(run.directory.resolve()))
-    note_published(run)
+    if (newest := storage.latest()) is not None:
+        note_published(run, newest)
 
 
 def identity_of(run: RunConfig) -> str:
@@ -87,11 +89,11 @@ def identity_of(run: RunConfig) -> str:
     return str(_identity(run).get("run", ""))
 
 
-def note_published(run: RunConfig) -> None:
+def note_published(run: RunConfig, newest: str) -> None:
     """Writes down where checkpoints of this run are and how far the newest is, so that it never begins anew, or goes back, because another
     place is named."""
-    mine, newest = _identity(run), run.storage.latest()
-    if mine and newest is not None and (now := mine | {"checkpoints": _place(run), "published": int(newest)}) != mine:
+    mine = _identity(run)
+    if mine and (now := mine | {"checkpoints": _place(run), "published": int(newest)}) != mine:
         replace_file(run.directory / IDENTITY, json.dumps(now))
 
 
@@ -180,9 +182,10 @@ def _samples_seen(run: RunConfig) -> int:
 def samples_of(line: str) -> float | None:
     """Of a line of metrics; None for one that is damaged."""
     try:
-        return float(json.loads(line)["samples"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        samples = float(json.loads(line)["samples"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
+    return samples if math.isfinite(samples) else None
 
 
 def _newest(place: str, run: RunConfig) -> int:

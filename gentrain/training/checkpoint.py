@@ -144,8 +144,11 @@ class Checkpoint:
             state = dict(json.loads(self.file(STATE).read_text()))
         except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{self.where}/{STATE} is damaged ({error}); {self.instead}") from error
-        if (samples := state.get("samples")) != self._samples:  # renamed, or copied over another
-            raise CheckpointError(f"{self.where} is a checkpoint of {samples!r:.100} samples by its {STATE}; {self.instead}")
+        samples = state.get("samples")
+        if not isinstance(samples, int) or samples < 0:
+            raise CheckpointError(f"{self.where}/{STATE} is damaged (samples: {samples!r:.100}); {self.instead}")
+        if samples != self._samples:  # renamed, or copied over another
+            raise CheckpointError(f"{self.where} is a checkpoint of {samples} samples by its {STATE}; {self.instead}")
         return state
 
     def shards(self, stem: str, rank: int = 0) -> Shards:

@@ -6,7 +6,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from enum import Enum
 from functools import cache
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 CALLBACKS: tuple[Callable[[Trainer], Callback], ...] = (HeldOut, MetricsFile, Previews, Trackers, Profiler)  # trackers show what was drawn
 
+_LOST = "not_finite/"  # before a metric's key: the share of its values that were not finite
+
 
 class Outcome(Enum):
     """How `train` ended. STOPPED: a checkpoint is published and calling it again goes on from there."""
@@ -63,7 +65,7 @@ class Trainer:
     def __init__(self, run: RunConfig, world: World, watchdog: Watchdog):
         self.run, self.world, self._watchdog, self.attempt = run, world, watchdog, watchdog.attempt
         storage = run.storage
-        self.saver = Saver(storage, world, run.training, lambda: note_published(run))
+        self.saver = Saver(storage, world, run.training, lambda name: note_published(run, name))
         together(world, lambda: claim(run, storage) if world.is_main else None, f"no checkpoint can be written under {storage.where}")
         with self.saver.newest() as resume:
             state: dict[str, Any] = resume.state if resume else {"samples": 0, "seconds": 0.0, "skipped": {}, "metrics": {}}
@@ -202,28 +204,31 @@ class Trainer:
                 engine.update_powers([power_decay(length, self.clock.step + 1) for length in run.training.power_ema])
 
     def _accumulate(self, values: dict[str, Tensor], weight: float) -> None:
-        """Sums on the device: only logging steps wait for it."""
+        """Sums on the device: only logging steps wait for it. Of each value: it if it is finite, and how often it was and was not."""
         for key, value in values.items():
-            entry = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float32)]) * weight
+            finite = value.detach().isfinite()
+            entry = torch.stack([torch.where(finite, value.detach().float(), 0.0), finite.float(), 1 - finite.float()]) * weight
             _add(self._sums, key, entry)
             if self._spikes is not None and self._spikes.watches(key):
                 _add(self._step_sums, key, entry)
 
-    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Over all ranks, and over the steps that were not skipped."""
+    def _means(self, sums: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """Of what was finite, over all ranks and over the steps that were not skipped; and the share that was not, where some was not."""
         keys = sorted(sums)
         if not keys:
-            return {}
-        means = self.roles.group.mean(torch.stack([sums[key].to(self.world.device) for key in keys]))
-        return {key: (pair[0] / pair[1]).item() for key, pair in zip(keys, means.cpu(), strict=True)}
+            return {}, {}
+        sums_of_all = self.roles.group.mean(torch.stack([sums[key].to(self.world.device) for key in keys])).cpu()
+        means = {key: (each[0] / each[1]).item() for key, each in zip(keys, sums_of_all, strict=True)}
+        return means, {key: (each[2] / each[1:].sum()).item() for key, each in zip(keys, sums_of_all, strict=True) if each[2] > 0}
 
     def _record(self) -> dict[str, Any]:
         """Means since the last record, and the learning rates of the last steps."""
-        means, self._sums = self._means(self._sums), {}
-        _warn_of_lost(means, self.clock.samples)
+        (means, lost), self._sums = self._means(self._sums), {}
+        _warn_of_lost(lost, self.clock.samples)
         seconds = self.seconds
         record: dict[str, Any] = {"samples": self.clock.samples, "seconds": round(seconds, 3)}
         record |= means
+        record |= {f"{_LOST}{key}": round(share, 6) for key, share in lost.items()}
         record |= {f"lr/{role}": lr for role, lr in self._lr.items()}
         record |= {f"skipped/{role}": count for role, count in self.skipped.items()}
         if self._spikes is not None:
@@ -239,7 +244,8 @@ class Trainer:
         """Goes back to the newest checkpoint when what the method guards has spiked too often in a row. Collective."""
         if self._spikes is None:
             return
-        values, self._step_sums = self._means(self._step_sums), {}
+        (values, lost), self._step_sums = self._means(self._step_sums), {}
+        values |= dict.fromkeys(lost, math.nan)
         spiking = self._spikes.see(values)
         if spiking:
             self._roll_back(self._spikes, ", ".join(f"{key} = {values[key]:.4g}" for key in spiking))
@@ -267,8 +273,9 @@ class Trainer:
 
     def publish(self) -> None:
         """Writes a checkpoint of every role that learns, or begins to (training.async_checkpoints). Collective."""
+        metrics = {key: None if f"{_LOST}{key}" in self._metrics else value for key, value in sayable(self._metrics).items()}
         state = {
-            "samples": self.clock.samples, "seconds": self.seconds, "skipped": dict(self.skipped), "metrics": sayable(self._metrics),
+            "samples": self.clock.samples, "seconds": self.seconds, "skipped": dict(self.skipped), "metrics": metrics,
             "method": self.run.method.registered_name, "roles": sorted(self.roles.engines), "world_size": self.world.size,
             "settings": weight_settings(self.run),
         }  # fmt: skip
@@ -285,15 +292,14 @@ def _add(sums: dict[str, Tensor], key: str, entry: Tensor) -> None:
     sums[key] = sums[key] + entry if key in sums else entry
 
 
-def _warn_of_lost(means: Mapping[str, float], samples: int) -> None:
-    """The means are those of all ranks, so each of them says the same."""
-    lost = [key for key, value in means.items() if not math.isfinite(value)]
-    if lost:
-        names = [f"the loss of role {key.removeprefix('loss/')}" if key.startswith("loss/") else key for key in lost]
+def _warn_of_lost(lost: Iterable[str], samples: int) -> None:
+    """The sums are those of all ranks, so each of them says the same."""
+    names = [f"the loss of role {key.removeprefix('loss/')}" if key.startswith("loss/") else key for key in lost]
+    if names:
         log.warning(
             "%s: not a finite number in steps up to sample %d, though the gradients were finite, so that the steps were taken; "
-            "metrics.jsonl has null there",
-            ", ".join(names), samples,
+            "the means in metrics.jsonl are of the others, and %s... has the share that they leave out",
+            ", ".join(names), samples, _LOST,
         )  # fmt: skip
 
 
@@ -312,8 +318,8 @@ def _ema_decay(run: RunConfig, clock: Clock) -> float:
 
 def _refuse_foreign(state: dict[str, Any], run: RunConfig, resume: Checkpoint) -> None:
     """Raises CheckpointError for a state that this run cannot have written, be its hash right or not."""
-    kinds = {"samples": int, "seconds": int | float, "skipped": dict, "metrics": dict, "method": str}
-    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)] or ["samples"] * (state["samples"] < 0)
+    kinds = {"seconds": int | float, "skipped": dict, "metrics": dict, "method": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
     if wrong:
         raise CheckpointError(f"{resume.where}/{STATE} is damaged ({wrong[0]}: {state.get(wrong[0])!r:.100}); {resume.instead}")
     expected = run.method.registered_name

@@ -25,10 +25,19 @@ def remedy(code: int | None) -> str | None:
     return _REMEDIES.get(code or 0)
 
 
+def remedy_of(error: Exception) -> str | None:
+    """As `remedy`, of an OSError, or of what safetensors says of one."""
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return "was the directory that this shell is in removed? Change to another one"
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return remedy(int(said[1]) if said else getattr(error, "errno", None))
+
+
 # --- object stores ----------------------------------------------------------------------------------------------------------
 
 # what the type or the text of a store library's error shows -> the cause and the remedy
 _STORE_REMEDIES = (
+    ("TooSkewed|difference between the request time", "the clock of this machine is wrong: set it, such as with timedatectl set-ntp true"),
     (
         "credential|AuthorizationHeaderMalformed",
         "no usable credentials: export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",

@@ -365,16 +365,15 @@ def load_weights(directory: str, key: str = "", role: str = "") -> State:
     role = source_of(run, role)
     if not isinstance(run.method.roles[role], Trained):  # a pipeline as it was adopted
         return _first_weights(run, role, build_network(run, role))
-    storage = run.storage
-    newest = storage.latest()
-    if newest is None:
+    if run.storage.latest() is None:
         raise ConfigError(f"{directory} has no checkpoint yet; train it first", key=key)
     if isinstance(run.part_of(role), Heads):
         raise ConfigError(f"the role {role!r} of {directory} is heads on a network's features, which begin anew; leave it out", key=key)
     if run.part_of(role) is not None:
         return _load_above(run, role).merged()
-    with storage.open(newest) as checkpoint:
-        return _saved(checkpoint, run, role)
+    weights = run.storage.read_newest(lambda checkpoint: _saved(checkpoint, run, role))
+    assert weights is not None
+    return weights
 
 
 def _saved(checkpoint: Checkpoint, run: RunConfig, role: str) -> State:
@@ -386,11 +385,14 @@ def _load_above(run: RunConfig, role: str) -> OnBase:
     """What the role has learnt by the newest checkpoint on its base, on the host."""
     base = _first_base(run, role)
     module = network_above(run, role, base)
-    newest = run.storage.latest()
-    assert newest is not None
-    with run.storage.open(newest) as checkpoint:
+
+    def read(checkpoint: Checkpoint) -> State:
         _refuse_other_bases(checkpoint, {role: base.digest})
-        _load_into(module, _saved(checkpoint, run, role), f"roles.{role}")
+        return _saved(checkpoint, run, role)
+
+    weights = run.storage.read_newest(read)
+    assert weights is not None
+    _load_into(module, weights, f"roles.{role}")
     return module
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,11 +12,10 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from gentrain.config import ConfigError
 from gentrain.training.checkpoint import STATE, Checkpoint, CheckpointError, Shard, manifest, shard_file, write_shard
-from gentrain.training.remedies import StoreError, remedy
+from gentrain.training.remedies import StoreError, remedy_of
 from gentrain.training.run import Training
 from gentrain.training.storage import LATEST, Storage
 from gentrain.training.world import RankGroup, World
@@ -57,10 +55,7 @@ def together(world: World, act: Callable[[], T], failed: str) -> list[T]:
 def _reason(error: Exception) -> str:
     if isinstance(error, ConfigError | StoreError):
         return str(error)
-    code = getattr(error, "errno", None)
-    if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
-        code = int(number[1])
-    what = remedy(code)
+    what = remedy_of(error)
     return f"{type(error).__name__}: {error}" + (f"; {what}, or set training.checkpoints; then run the same command again" if what else "")
 
 
@@ -97,10 +92,10 @@ class Saver:
     have written. At most one is under way. What failed in a thread is raised by the next `poll`, `save` or `wait`.
 
     Args:
-        published: called by rank 0 after each checkpoint that was published.
+        published: called by rank 0 with the name of each checkpoint that was published.
     """
 
-    def __init__(self, storage: Storage, world: World, training: Training, published: Callable[[], object] = lambda: None):
+    def __init__(self, storage: Storage, world: World, training: Training, published: Callable[[str], object] = lambda name: None):
         self._storage, self._world, self._training, self._published = storage, world, training, published
         self._group = RankGroup(world.size)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -185,7 +180,7 @@ class Saver:
             self._storage.complete(name, manifest(hashes))
 
         def after() -> None:
-            self._published()
+            self._published(name)
             self._retire(name)
 
         def main(act: Callable[[], None], failed: str) -> None:

@@ -13,14 +13,18 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from gentrain.training.checkpoint import MANIFEST, Checkpoint, CheckpointError, refuse_foreign, sha256
 from gentrain.training.remedies import StoreError, remedy
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LATEST = "LATEST"
 OWNER = "OWNER"
@@ -45,6 +49,8 @@ class Storage:
         A death between the first checkpoint and LATEST leaves that one alone without it. Where there are more, somebody removed LATEST.
         """
         name, names = self._read(LATEST), self.names()
+        if name is not None and name not in names and self._read(LATEST) != name:  # deleted by a run that has published since
+            return self.latest()
         if name is None and len(names) > 1:
             raise CheckpointError(
                 f"{self.where}/{LATEST} is missing beside {len(names)} checkpoints; write the name of one into it, such as the newest, "
@@ -59,7 +65,7 @@ class Storage:
         return name
 
     def owner(self) -> dict[str, str]:
-        """Who publishes here: `run`, its identity, `output`, its directory, and `attempt`. Empty: nobody yet.
+        """Who publishes here: `run`, its identity, `output`, its directory, and `attempt` and `host` of the last one. Empty: nobody yet.
 
         Raises CheckpointError also when nobody does and something lies there that no run has written: it is not for us to write beside.
         """
@@ -98,13 +104,16 @@ class Storage:
         self._owner = self.owner()  # another run may have written it at the same time
         if self._owner.get("run") != run:
             raise self._taken(self._owner)
+        if (host := self._owner.get("host", socket.gethostname())) != socket.gethostname():
+            log.info("%s: the last attempt ran on %s; if it still does, it is refused at its next checkpoint", self.where, host)
 
     def _refuse_others(self) -> None:
         if self._owner is not None and (found := self.owner()) != self._owner:
             raise self._taken(found)
 
     def _taken(self, by: dict[str, str]) -> CheckpointError:
-        who = f"the run or a later attempt in {by['output']}" if by else f"somebody who removed {OWNER}"
+        where = " on ".join(filter(None, (by.get("output"), by.get("host"))))
+        who = f"the run or a later attempt in {where}" if by else f"somebody who removed {OWNER}"
         return CheckpointError(
             f"{self.where} was taken by {who}; stop one of them, or give each run a place of its own", key="training.checkpoints"
         )
@@ -113,7 +122,7 @@ class Storage:
         """Before anything is changed: says that this attempt publishes now, so that an earlier one that still lives is refused."""
         self._refuse_others()
         if self._owner is not None and not self._signed:
-            self._owner, self._signed = self._owner | {"attempt": secrets.token_hex(8)}, True
+            self._owner, self._signed = self._owner | {"attempt": secrets.token_hex(8), "host": socket.gethostname()}, True
             self._write(OWNER, json.dumps(self._owner))
 
     def whole(self, but: str) -> list[str]:
@@ -132,6 +141,22 @@ class Storage:
     def open(self, name: str) -> AbstractContextManager[Checkpoint]:
         """A published checkpoint for reading. Raises CheckpointError."""
         return self._open(name, lambda: self.whole(but=name))
+
+    def read_newest(self, read: Callable[[Checkpoint], T]) -> T | None:
+        """What `read` makes of the newest checkpoint, and again of a newer one where a run that trains has deleted that one meanwhile.
+
+        None before the first. Raises what `open` and `read` do.
+        """
+        name = self.latest()
+        while name is not None:
+            try:
+                with self.open(name) as checkpoint:
+                    return read(checkpoint)
+            except Exception:  # whatever is said of files that go while they are read
+                before, name = name, self.latest()
+                if name == before:
+                    raise
+        return None
 
     def sweep(self) -> None:
         """Removes what writers and readers that died have left. Raises CheckpointError where other users may write."""

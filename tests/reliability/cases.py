@@ -17,6 +17,7 @@ from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role
 from gentrain.noise import Noise
 from gentrain.training import saving
 from gentrain.training.engine import EngineMisuse
+from gentrain.training.roles import Roles
 from gentrain.training.world import World
 from tests.distributed.cases import Job, run_of, train_all, values
 
@@ -107,3 +108,26 @@ def stale_weights(world: World, engine: dict[str, Any]) -> tuple[str, str]:
         except EngineMisuse as error:
             said.append(str(error))
     return said[0], said[1]
+
+
+def comes_back(world: World, settings: dict[str, Any]) -> bool:
+    """Whether the roles that these settings build hold, to the last bit, the newest checkpoint's masters, averages and optimisers.
+
+    Not its buffers, which bf16 rounds.
+    """
+    run = run_of(settings)
+    newest = run.storage.latest()
+    assert newest is not None
+    with run.storage.open(newest) as checkpoint:
+        shards = [
+            (checkpoint.shards(f"{name}.{kind}", world.rank), {key: piece for key, piece in shard.items() if key not in buffers})
+            for name, engine in Roles(run, world, checkpoint).engines.items()
+            for buffers in [dict(engine.module.named_buffers())]
+            for kind, shard in engine.shards()
+        ]
+        assert len(shards) == 5  # of two roles, and an average
+        return all(
+            torch.equal(piece.values, saved.read(key, piece.start, len(piece.values), piece.shape))
+            for saved, shard in shards
+            for key, piece in shard.items()
+        )

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, ...]] = {  # name -> MOMENT, and the command where i
     "step-exit": ("step exit",),
     "finished": ("finished SIGTERM",),
     "end": ("end SIGUSR1",),
+    "other": ("step SIGUSR2",),
     "deaf": ("step SIGTERM",),
     "terminal": ("step wait", "train", "run.yaml", "training.samples=1_000_000", "training.log_every=1_000_000"),
     "recipe": ("stage SIGTERM", "run", "recipe.yaml"),

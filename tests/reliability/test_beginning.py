@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -263,7 +264,7 @@ def test_two_runs_that_claim_a_place_at_once_are_told_apart(tmp_path: Path, memo
     first.claim("a", "/runs/a")
     first._write = write  # type: ignore[method-assign]
     publish(first, 1, SHARDS)
-    with pytest.raises(CheckpointError, match=r"training\.checkpoints: .*was taken by the run or a later attempt in /runs/a; stop"):
+    with pytest.raises(CheckpointError, match=r"training\.checkpoints: .*was taken by the run or a later attempt in /runs/a on \S+; stop"):
         publish(second, 2, SHARDS)
     with pytest.raises(CheckpointError, match="was taken by"):
         second.discard("000000000001")
@@ -292,6 +293,30 @@ def test_an_attempt_that_another_one_has_followed_publishes_nothing_more(tmp_pat
     with pytest.raises(CheckpointError, match="a later attempt"):
         older.discard("000000000002")
     assert newer.names() == ["000000000001", "000000000002"]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_two_machines_with_one_place_are_told_of_each_other(
+    tmp_path: Path, memory: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under the same path of `output` they are one run to it, as a pod that was lost and the one that takes its place."""
+    place = "memory://machines/place" if memory else str(tmp_path / "place")
+    machines = []
+    caplog.set_level(logging.INFO, "gentrain")
+    for host in ("one", "two"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        machines.append(open_storage(place, tmp_path))
+        machines[-1].claim("a", "/runs/a")
+        publish(machines[-1], len(machines), SHARDS)
+    assert caplog.messages == [f"{machines[0].where}: the last attempt ran on one; if it still does, it is refused at its next checkpoint"]
+    monkeypatch.setattr("socket.gethostname", lambda: "one")
+    with pytest.raises(CheckpointError, match=r"was taken by the run or a later attempt in /runs/a on two; stop one of them"):
+        publish(machines[0], 3, SHARDS)
+    assert machines[1].names() == [f"{1:012d}", f"{2:012d}"]
+    caplog.clear()
+    monkeypatch.setattr("socket.gethostname", lambda: "two")
+    open_storage(place, tmp_path).claim("a", "/runs/a")
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"run": 3}', "{", '{"run": "a"}', '{"run": "a", "published": "x"}', "[" * 9_000])
@@ -357,6 +382,12 @@ def test_a_directory_that_shows_samples_and_has_neither_identity_nor_checkpoints
     error = _refused(_settings(tmp_path / "run"))
     assert f"has seen 36 samples by its {METRICS}" in error.message and "name their place with training.checkpoints" in error.message
     assert train_all(ALONE, [Job(_settings(tmp_path / "run"))])[0][0] == "CheckpointError" and records(tmp_path / "run") == metrics
+
+
+@pytest.mark.parametrize("samples", ["NaN", "1e999", "[]", "null", '"many"', "9" * 400])
+def test_metrics_that_tell_no_number_of_samples_are_damaged_lines(tmp_path: Path, samples: str) -> None:
+    (tmp_path / METRICS).write_text(f'{{"samples": {samples}}}\n{{"samples": 36}}\n')
+    assert "has seen 36 samples by its" in _refused(_settings(tmp_path)).message
 
 
 def test_an_identity_that_is_removed_while_a_run_trains_is_given_again(tmp_path: Path) -> None:

@@ -12,17 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gentrain.training.beginning import refuse_wrong_start
 from gentrain.training.run import CHECKPOINTS
 from gentrain.training.storage import LocalStorage
 from gentrain.training.world import World
-from tests.distributed.cases import Job, difference, newest, record_difference, records, state_of
+from tests.distributed.cases import Job, difference, newest, record_difference, records, run_of, state_of
 from tests.ranks import run_ranks
-from tests.reliability.cases import HALF, STEPS, stale_weights, three_roles, train_and_fail, train_and_tell
+from tests.reliability.cases import HALF, STEPS, comes_back, stale_weights, three_roles, train_and_fail, train_and_tell
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 ALONE = World(0, 1, torch.device("cpu"))
 ZERO3 = {"name": "deepspeed", "zero_stage": 3}
+BF16 = ZERO3 | {"precision": "bf16"}
 SHARDED: dict[str, dict[str, Any]] = {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)}
 SHARDED |= {f"{name}-bf16": engine | {"precision": "bf16"} for name, engine in SHARDED.items()}
 TOLERANCE = 4e-6  # as tests/gates/test_reliability.py, which measures it
@@ -43,6 +45,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     )
     full = three_roles(root / "full", ZERO3)
     full["training"] |= {"checkpoint_every": 24}
+    rounded = three_roles(root / "rounded", BF16)
     late = three_roles(root / "late", ZERO3)
     late["training"] |= {"checkpoint_every": 24, "async_checkpoints": True}
     jobs = {
@@ -51,17 +54,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         "second": Job(three_roles(root / "halves", ZERO3)),
         "half": Job(three_roles(root / "one", ZERO3), HALF),
         "two": Job(three_roles(root / "two", ZERO3)),
+        "float": Job(three_roles(root / "rounded", ZERO3), HALF),
     }
-    ranks = run_ranks(2, _all, jobs, {"full": Job(full), "late": Job(late)})
+    ranks = run_ranks(2, _all, jobs, {"full": Job(full), "late": Job(late)}, rounded)
     told = {name: [rank[name] for rank in ranks] for name in ranks[0]}
     told |= {name: [one] for name, one in alone.items()}
     told["rest"] = [train_and_tell(ALONE, {"rest": Job(three_roles(root / "one", "torch"))})["rest"]]
     return Results(root, told)
 
 
-def _all(world: World, jobs: dict[str, Job], failing: dict[str, Job]) -> dict[str, Any]:
+def _all(world: World, jobs: dict[str, Job], failing: dict[str, Job], rounded: dict[str, Any]) -> dict[str, Any]:
+    """`rounded` goes on in bf16 from where a run in float32 has stopped."""
     stale = {name: stale_weights(world, engine) for name, engine in SHARDED.items()}
-    return train_and_tell(world, jobs) | train_and_fail(world, failing, rank=1) | {"stale": stale}
+    told = train_and_tell(world, jobs) | train_and_fail(world, failing, rank=1)
+    exact = [comes_back(world, rounded)]
+    changed = refuse_wrong_start(run_of(rounded), []).settings
+    told |= train_and_tell(world, {"rounded": Job(rounded)})
+    exact.append(comes_back(world, three_roles(Path(rounded["output"]), {"name": "deepspeed", "zero_stage": 2})))
+    return told | {"stale": stale, "precision": (exact, changed)}
 
 
 def test_the_same_ranks_go_on_to_the_last_bit(results: Results) -> None:
@@ -77,6 +87,17 @@ def test_weights_that_did_not_follow_their_masters_are_refused(results: Results,
         good, bad = said[engine]
         assert not good
         assert re.fullmatch(r"role 'model': the weights '\S+' that forward uses are not the ones that were restored", bad)
+
+
+def test_another_precision_goes_on_from_the_same_masters_averages_and_optimisers(results: Results) -> None:
+    """From float32 to bf16, and back at another stage: what is saved is float32 in both."""
+    assert results.told["precision"] == [([True, True], {"engine.precision": ("fp32", "bf16")})] * 2
+    assert [outcome for outcome, _ in results.told["rounded"]] == [("finished", "")] * 2
+    seen: dict[Any, Any] = {}
+    for part in ("float", "rounded"):
+        for _, each in results.told[part]:
+            seen |= each
+    assert seen == results.told["whole"][0][1]  # no sample is left out, and none meets another noise
 
 
 @pytest.mark.parametrize("run", ["one", "two"])

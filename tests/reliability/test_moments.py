@@ -69,23 +69,24 @@ def test_a_signal_before_training_begins_ends_the_command_which_says_that_nothin
     assert not (ends.folder / "fit").exists()
 
 
-def test_a_signal_while_modules_are_imported(tmp_path: Path) -> None:
-    """In a process of its own: the first import of torch brings the signal."""
+@pytest.mark.parametrize("module", ["logging", "typer", "torch"])
+def test_a_signal_while_modules_are_imported(tmp_path: Path, module: str) -> None:
+    """In a process of its own: the first import of the module brings the signal; logging is among the first that the command needs."""
     _write(tmp_path)
-    code = """
+    code = f"""
 import os, signal, sys
 
 class Signals:
     def find_spec(self, name, path, target=None):
-        if name == "torch":
+        if name == "{module}":
             os.kill(os.getpid(), signal.SIGUSR1)
 
 sys.meta_path.insert(0, Signals())
 from gentrain.cli import main
-sys.argv = ["gentrain", "train", "run.yaml"]
 main()
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    command = [sys.executable, "-c", code, "train", "run.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 75 and "stopped where nothing had to be published" in " ".join(done.stdout.split()), done
 
 
@@ -93,6 +94,10 @@ def test_hanging_up_publishes_unless_nohup_has_it_ignored(ends: Ends) -> None:
     assert ends.statuses["step"] == 75 and ends.checkpoints("step") == [16]
     assert "stopped; a checkpoint is published" in ends.said("step")
     assert ends.statuses["nohup"] == 0 and ends.checkpoints("nohup") == [64]
+
+
+def test_the_other_signal_that_schedulers_are_told_to_send_publishes(ends: Ends) -> None:
+    assert ends.statuses["other"] == 75 and ends.checkpoints("other") == [16]
 
 
 def test_closing_the_terminal_publishes(ends: Ends) -> None:

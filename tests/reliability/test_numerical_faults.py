@@ -26,6 +26,8 @@ ENGINES: dict[str, Any] = {"torch": "torch", "zero3": {"name": "deepspeed", "zer
 ROLES = ("fake_score", "student")
 GUARD = {"window": 8, "patience": 2, "max_rollbacks": 1}
 LOST = {"role": "student", "start": 474, "end": 475, "added": float("nan")}  # in the last step, on one rank
+LOSING = {"role": "student", "start": 180, "end": 228, "added": float("-inf")}
+LOST_LINES = {192: (1, 0), 216: (0, 0), 240: (0, 1)}  # by samples: which of a line's two steps have a loss that is finite
 SPIKE = {"role": "student", "start": 276, "end": 300, "factor": 1e4}  # steps 23 and 24: a checkpoint is due between
 
 
@@ -61,6 +63,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     one["again"] = Job(troubled(root / "again", "torch", GUARD, **(SPIKE | {"end": 480})))
     one["calm"] = Job(troubled(root / "calm", "torch", GUARD))
     one["plain"] = Job(troubled(root / "plain", "torch", None))
+    one["lost-1"] = Job(troubled(root / "lost-1", "torch", None, **LOSING))
+    one["lost-1"].settings["training"] |= {"log_every": 24}
     outcomes |= {name: [outcome] for name, outcome in zip(one, train_troubled(ALONE, list(one.values())))}
     return Results(root, outcomes)
 
@@ -145,7 +149,7 @@ def test_a_loss_that_is_not_a_number_with_a_sound_gradient_is_told_by_all_ranks_
         return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
     lines = [strictly(line) for line in (run / METRICS).read_text().splitlines()]
-    assert [line["samples"] for line in lines if line["loss/student"] is None] == [480]
+    assert [(line["samples"], line["not_finite/loss/student"]) for line in lines if "not_finite/loss/student" in line] == [(480, 0.5)]
     assert all(line["skipped/student"] == 0 and line["grad_norm/student"] > 0 and line["loss/fake_score"] > 0 for line in lines)
     for rank in range(2):
         said = (run / LOGS / f"rank-{rank}.jsonl").read_text()
@@ -154,6 +158,19 @@ def test_a_loss_that_is_not_a_number_with_a_sound_gradient_is_told_by_all_ranks_
     best = min((line for line in lines[:-1] if line["samples"] % 96 == 0), key=lambda line: line["loss/student"])
     assert [int(name) for name in names] == sorted({best["samples"], 480})
     assert json.loads((newest(run) / STATE).read_text())["metrics"]["loss/student"] is None
+
+
+def test_where_a_loss_is_not_a_number_the_mean_of_the_other_steps_is_told(results: Results) -> None:
+    """Lines of two steps, beside lines of each step of a run without a fault."""
+    each, lines = records(results.root / "plain"), records(results.root / "lost-1")
+    assert [line["samples"] for line in lines] == list(range(24, 481, 24))
+    for first, second, line in zip(each[::2], each[1::2], lines, strict=True):
+        lost = line["samples"] in LOST_LINES
+        told = [step["loss/student"] for step, left in zip((first, second), LOST_LINES.get(line["samples"], (1, 1))) if left]
+        assert line["loss/student"] == (pytest.approx(sum(told) / len(told), rel=1e-6) if told else None)
+        assert line.get("not_finite/loss/student", 0) == (1 - len(told) / 2) and ("not_finite/loss/student" in line) == lost
+    metrics = json.loads((results.root / "lost-1" / CHECKPOINTS / f"{192:012d}" / STATE).read_text())["metrics"]
+    assert metrics["loss/student"] is None and metrics["loss/fake_score"] > 0  # so that it is not the best one
 
 
 def test_a_metric_to_keep_the_best_by_that_does_not_exist_is_said_at_the_first_line(results: Results) -> None:

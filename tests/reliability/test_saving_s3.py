@@ -18,7 +18,7 @@ from gentrain.training.beginning import refuse_wrong_start
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import train
 from gentrain.training.object_storage import ObjectStorage
-from gentrain.training.remedies import StoreError, has_secret, without_secrets
+from gentrain.training.remedies import StoreError, has_secret, store_error, without_secrets
 from gentrain.training.roles import load_weights
 from gentrain.training.run import CHECKPOINTS, RunConfig, save_config
 from gentrain.training.world import World
@@ -177,6 +177,13 @@ def test_whatever_call_is_denied_it_is_told_with_the_remedy(tmp_path: Path, call
     with pytest.raises(StoreError, match=r"^training\.checkpoints: memory://\S+ cannot be used: access is denied: give") as error:
         everything()
     assert "canary" not in str(error.value) and "https://me:***@store/run?X-Amz-Signature=***&part=1" in str(error.value)
+
+
+def test_a_clock_that_is_wrong_is_told_as_such() -> None:
+    """S3 denies what is signed at another time than its own by more than a quarter of an hour, and its library says no more than that."""
+    error = PermissionError("The difference between the request time and the current time is too large.")
+    said = str(store_error("s3://bucket/run", error))
+    assert said.startswith("training.checkpoints: s3://bucket/run cannot be used: the clock of this machine is wrong: set it, such as with")
 
 
 def test_an_error_of_the_store_is_no_damage(tmp_path: Path) -> None:

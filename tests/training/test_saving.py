@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from gentrain.training import saving
 from gentrain.training import storage as storages
@@ -211,7 +212,7 @@ def test_a_checkpoint_given_up_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         ),
         (PermissionError(errno.EACCES, "Permission denied"), "this user may not write there: mend the permissions"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the quota is used up: free some space"),
-        (saving.SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full: free some space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full: free some space"),
         (ValueError("what"), "ValueError: what"),
     ],
 )
@@ -259,7 +260,7 @@ class _Store:
         self._fs, self.storage._fs = self.storage._fs, self
         self.begin(**training)
 
-    def begin(self, published: Callable[[], object] = lambda: None, **training: Any) -> None:
+    def begin(self, published: Callable[[str], object] = lambda name: None, **training: Any) -> None:
         self.saver = Saver(self.storage, ALONE, Training(samples=100, **training), published)
 
     def __getattr__(self, name: str) -> Any:
@@ -355,12 +356,12 @@ def test_a_failure_amid_publishing_takes_back_nothing_that_may_be_visible(tmp_pa
 
 
 def test_what_fails_after_publishing_says_what_is_published(tmp_path: Path) -> None:
-    def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "identity.json")
+    def full(name: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", f"identity.json, of {name}")
 
     store = _Store(tmp_path)
     store.begin(full)
-    said = rf"^{store.storage.where}/{10:012d} is published, and the next start goes on from it; but: OSError: .*identity.*the disk is full"
+    said = rf"^{store.storage.where}/{10:012d} is published, and the next start goes on from it; but: OSError: .*of {10:012d}"
     with pytest.raises(OSError, match=said):
         _save(store.saver, 10)
     assert store.newest() == 10

@@ -13,7 +13,7 @@ import torch
 
 from gentrain.config import ConfigError
 from gentrain.training import storage as storages
-from gentrain.training.checkpoint import MANIFEST, STATE, CheckpointError, Piece
+from gentrain.training.checkpoint import MANIFEST, STATE, Checkpoint, CheckpointError, Piece
 from gentrain.training.object_storage import ObjectStorage, check_storage, open_storage
 from gentrain.training.remedies import refuse_url
 from gentrain.training.storage import LATEST, LocalStorage, Storage
@@ -83,6 +83,43 @@ def test_latest_that_names_nothing_is_an_error_that_lists_what_is_there(make: Ca
     with pytest.raises(CheckpointError, match="write one of these into it: 000000000064") as raised:
         storage.latest()
     assert f"{storage.where}/{LATEST}" in str(raised.value)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_reader_whose_checkpoint_is_deleted_meanwhile_reads_the_newer_one(make: Callable[[], Storage], kept: bool) -> None:
+    """As `sample` beside a run that trains on. Where nothing newer is named, what went wrong is raised."""
+    reader, trainer, names = make(), make(), []
+    assert reader.read_newest(lambda checkpoint: pytest.fail("there is none")) is None
+    _publish(trainer, 64)
+
+    def read(checkpoint: Checkpoint) -> list[float]:
+        names.append(checkpoint.where.rpartition("/")[2])
+        if len(names) == 1:
+            if not kept:
+                _publish(trainer, 128)
+            trainer.delete("000000000064")
+        return checkpoint.shards("model.weights").whole()["a"].tolist()
+
+    if kept:
+        with pytest.raises((CheckpointError, OSError)):
+            reader.read_newest(read)
+    else:
+        assert reader.read_newest(read) == [128.0] * 3 and names == ["000000000064", "000000000128"]
+
+
+def test_what_is_deleted_between_latest_and_the_names_is_not_missed(make: Callable[[], Storage]) -> None:
+    reader, trainer = make(), make()
+    _publish(trainer, 64)
+    names = reader.names
+
+    def late() -> list[str]:
+        if trainer.names() == ["000000000064"]:
+            _publish(trainer, 128)
+            trainer.delete("000000000064")
+        return names()
+
+    reader.names = late  # type: ignore[method-assign]
+    assert reader.latest() == "000000000128"
 
 
 class _Dying:
