@@ -254,10 +254,13 @@ def test_networks_for_one_shape_are_refused(tmp_path: Path) -> None:
             {"name": "unet", "channels": [8] * 4, "attention_head_dim": 8, "norm_groups": 4},
             r"model: images of 12x48 pixels are not divisible by 8",
         ),
-        ({"name": "pretrained", "directory": str(dit_pipeline(tmp_path / "dit"))}, r"model: DiTTransformer2DModel is for square images"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_network(run_of(settings | {"model": model}), "model")
+    classed = folder(tmp_path / "classed" / "a") | {"path": str(tmp_path / "classed"), "captioned": False}
+    of_classes = settings | {"model": {"name": "pretrained", "directory": str(dit_pipeline(tmp_path / "dit"))}, "data": classed}
+    with pytest.raises(ConfigError, match=r"model: DiTTransformer2DModel is for square images"):
+        build_network(run_of(of_classes), "model")
     flow = settings | {"method": "flow_matching"}
     three = flow | {"model": {"name": "pretrained", "directory": str(stable_diffusion_3(tmp_path / "three"))}}
     config = tmp_path / "three" / "transformer" / "config.json"
