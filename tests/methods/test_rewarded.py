@@ -33,7 +33,7 @@ def test_a_rewards_networks_become_frozen_roles_that_must_be_given() -> None:
 
 
 def test_mistakes_are_about_the_methods_reward() -> None:
-    with pytest.raises(ConfigError, match="is for images with") as mistake:
+    with pytest.raises(ConfigError, match="it reads images with") as mistake:
         check_reward(Brightness(), Rings())
     assert mistake.value.key == "reward"
     with pytest.raises(ConfigError) as mistake:

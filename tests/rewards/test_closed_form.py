@@ -75,7 +75,7 @@ def test_the_probability_of_a_class() -> None:
 
 def test_data_that_a_reward_cannot_judge_are_told() -> None:
     for name in ("brightness", "colour", "symmetry", "jpeg"):
-        with pytest.raises(ValueError, match="is for images with"):
+        with pytest.raises(ValueError, match="it reads images with"):
             built(name).check_data(Rings(rings=3))
     with pytest.raises(ConfigError, match=r"must have values in \[0, 1\]"):
         built({"name": "colour", "colour": [2.0]})

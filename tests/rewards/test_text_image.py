@@ -163,7 +163,7 @@ def test_mistakes_name_the_file_and_the_remedy(clip: Path, blip: Path, tmp_path:
         built("aesthetic", tmp_path)(images(), ASKED, {})
     with pytest.raises(ValueError, match=r"no directory, and preprocessor_config\.json of that repository cannot be had"):
         built("text_image", Path("no-such/repository"))(images(), ASKED, {})
-    with pytest.raises(ValueError, match="is for images with"):
+    with pytest.raises(ValueError, match="it reads images with"):
         build(Reward, Document({"name": "text_image", "directory": str(clip)}, "x.yaml")).check_data(Rings(rings=3))
 
 
