@@ -189,7 +189,10 @@ class Method(Component, kind="method"):
         return ()
 
     def check(self, path: Path) -> None:
-        """Raises ValueError, naming what would do, when the method does not work on the path. Called as the configuration loads."""
+        """Raises ValueError, or ConfigError about one of its keys, naming what would do, when the method does not work on the path.
+
+        Called as the configuration loads.
+        """
 
     def check_data(self, data: Data) -> None:
         """Takes from the data set what the method must know (the numbers of classes that it names). Called as the configuration loads.

@@ -25,7 +25,7 @@ from gentrain.paths.base import Path, TimeLaw, expand
 from gentrain.paths.times import LogNormal
 from gentrain.rewards.base import Texts
 from gentrain.samplers.base import Sampler
-from gentrain.samplers.few_step import FewStep, require_few_step, simulate
+from gentrain.samplers.few_step import FewStep, require_apart, require_few_step, simulate
 from gentrain.samplers.guidance import guided_x0
 from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
 
@@ -247,6 +247,10 @@ class DistributionMatching(Method):
 
     def check(self, path: Path) -> None:
         time_at(path, self.sigma)
+        try:
+            require_apart(path, self.sigma, self.steps)
+        except ValueError as error:
+            raise ConfigError(str(error), key="steps") from error
         if path.space.bounds is not None:
             raise ValueError("distribution_matching needs samples that may move freely, not a space with walls; take free or dual")
 

@@ -14,7 +14,7 @@ from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, weighed
 from gentrain.methods.controlled import BRANCH, check_control, control_of, steered
 from gentrain.methods.matching import loss_by_noise_level, noised
-from gentrain.methods.rewarded import reward_roles
+from gentrain.methods.rewarded import with_judges
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw
 from gentrain.paths.times import LogitNormal
@@ -47,7 +47,7 @@ class FlowMatching(Method):
     def __post_init__(self) -> None:
         if self.control is not None:
             model = Trained(ema=True, given=True, control=self.control, trainable=BRANCH)
-            vars(self)["roles"] = {"model": model} | ({} if self.control.labels else reward_roles(self.control))
+            vars(self)["roles"] = with_judges({"model": model}, control=None if self.control.labels else self.control)
 
     def check_data(self, data: Data) -> None:
         if self.control is not None:

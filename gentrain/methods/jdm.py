@@ -25,7 +25,7 @@ from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role
 from gentrain.methods.controlled import BRANCH, check_control, control_loss, control_of, known_of, steered
 from gentrain.methods.decoupled import decoupled_guidance as decoupled_guidance
 from gentrain.methods.distribution_matching import per_error, pseudo_target_loss
-from gentrain.methods.rewarded import check_reward, reward_roles, score
+from gentrain.methods.rewarded import check_reward, score, with_judges
 from gentrain.methods.sfd import score_identity_loss
 from gentrain.models.base import Condition
 from gentrain.noise import Noise
@@ -89,13 +89,10 @@ class JDM(Method):
             "teacher": Frozen(given=True),
             "fake_score": Trained(init="teacher", control=self.control if self.fake_score_conditioning == "control" else None),
             "student": Trained(init="teacher", ema=True, control=self.control, trainable=BRANCH),
-            **reward_roles(self.control),
         }
-        if self.reward is not None:
-            roles |= reward_roles(self.reward)
         if self.condition_at == "noisy":
             roles["consistency"] = Frozen(given=True)
-        vars(self)["roles"] = roles
+        vars(self)["roles"] = with_judges(roles, control=self.control, reward=self.reward)
 
     def check(self, path: Path) -> None:
         time_at(path, self.sigma)

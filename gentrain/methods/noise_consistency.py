@@ -16,7 +16,7 @@ from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update
 from gentrain.methods.consistency import DISTANCES, Distance
 from gentrain.methods.controlled import BRANCH, check_control, control_shown, known_of, steered
-from gentrain.methods.rewarded import reward_roles
+from gentrain.methods.rewarded import with_judges
 from gentrain.models.base import Condition
 from gentrain.models.multiplier import Multiplier
 from gentrain.noise import Noise
@@ -59,9 +59,8 @@ class NoiseConsistency(Method):
             "teacher": Frozen(given=True),
             "student": Trained(init="teacher", ema=True, control=self.control, trainable=BRANCH),
             "multiplier": Trained(denoiser=False, model=Multiplier()),
-            **reward_roles(self.control),
         }
-        vars(self)["roles"] = roles
+        vars(self)["roles"] = with_judges(roles, control=self.control)
 
     def check(self, path: Path) -> None:
         time_at(path, self.sigma)

@@ -16,7 +16,7 @@ from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Follow, Loss, Nets, Trained, Update, condition_of
 from gentrain.methods.latent_consistency import LatentConsistency
-from gentrain.methods.rewarded import check_reward, reward_roles, score
+from gentrain.methods.rewarded import check_reward, score, with_judges
 from gentrain.noise import Noise
 from gentrain.paths.base import expand
 from gentrain.rewards.base import Reward
@@ -78,10 +78,10 @@ class RewardGuidedLCD(LatentConsistency):
             raise ConfigError(f"{self.reward.registered_name} has no gradient; set `through` to proxy", key="reward")
         if self.reward_from >= self.count:
             raise ConfigError(f"there are {self.count} intervals, 0 to {self.count - 1}", key="reward_from")
-        roles = {**self.roles, **reward_roles(self.reward)}
+        roles = dict(self.roles)
         if self.through == "proxy":
             roles["proxy"] = Trained(denoiser=False, classifier=self.proxy_read == "class_logit")
-        vars(self)["roles"] = roles
+        vars(self)["roles"] = with_judges(roles, reward=self.reward)
 
     def check_data(self, data: Data) -> None:
         super().check_data(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from gentrain.config import ConfigError
@@ -12,12 +14,20 @@ from gentrain.paths.base import Path
 from gentrain.rewards.base import Reward
 
 
-def reward_roles(reward: Reward | Extractor) -> dict[str, Role]:
-    """The frozen roles that a reward, or an extractor, reads. The configuration must name the weights of each."""
-    return {
-        name: Frozen(given=True, denoiser=False, classifier=judge.classifier, model=judge.model)
-        for name, judge in reward.networks().items()
-    }
+def with_judges(roles: Mapping[str, Role], **readers: Reward | Extractor | None) -> dict[str, Role]:
+    """A method's own `roles` and the frozen ones that its rewards and extractors read, each reader by the method's key for it.
+
+    The configuration must name the weights of each. Readers may share a network that they read alike. Raises ConfigError when a name is
+    taken.
+    """
+    merged = dict(roles)
+    for key, reader in readers.items():
+        for name, judge in ({} if reader is None else reader.networks()).items():
+            role = Frozen(given=True, denoiser=False, classifier=judge.classifier, model=judge.model)
+            if merged.setdefault(name, role) != role:
+                where = f"{key}.role" if hasattr(reader, "role") else key
+                raise ConfigError(f"the role {name!r} is that of another network here; give `role` another name", key=where)
+    return merged
 
 
 def check_reward(reward: Reward, data: Data) -> None:

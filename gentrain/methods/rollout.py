@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from gentrain.config import ConfigError, option
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.rewarded import check_reward, reward_roles
+from gentrain.methods.rewarded import check_reward, with_judges
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
@@ -101,7 +101,7 @@ class RewardedRollout(Method):
             )
         if self.follows_gradient and not self.reward.differentiable:
             raise ConfigError(f"{self.reward.registered_name} has no gradient; take the method ddpo or zo_rank", key="reward")
-        vars(self)["roles"] = {**type(self).roles, **reward_roles(self.reward)}
+        vars(self)["roles"] = with_judges(type(self).roles, reward=self.reward)
 
     @property
     def chain(self) -> Chain:

@@ -41,7 +41,7 @@ class Reward(Component, kind="reward"):
     needs: ClassVar[str] = "nothing"
 
     def networks(self) -> dict[str, Judge]:
-        """The frozen roles that it reads, by name; a method that takes a reward adds them to its own (methods.rewarded.reward_roles)."""
+        """The frozen roles that it reads, by name; a method that takes a reward adds them to its own (methods.rewarded.with_judges)."""
         return {}
 
     def check_data(self, data: Data) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,17 @@ def call_times(path: Path, sigma: float, steps: int) -> Tensor:
     return first - (first - path.t_min) * torch.arange(steps, dtype=torch.float64) / steps
 
 
+def require_apart(path: Path, sigma: float, steps: int) -> None:
+    """Raises ValueError, naming how many would do, unless neighbouring calls are a timestep apart, of about 1,000 that networks tell."""
+
+    def least_fall(count: int) -> float:
+        return float(path.network_time(call_times(path, sigma, count)).diff().max())
+
+    most = 1 + bisect_right(range(2, min(steps, 1000) + 1), -1.0, key=least_fall)
+    if steps > most:
+        raise ValueError(f"a network cannot tell the times of {steps} calls apart; take at most {most} (4 are usual)")
+
+
 @register("few_step")
 @dataclass
 class FewStep(Chain):
@@ -40,6 +52,10 @@ class FewStep(Chain):
 
     def __post_init__(self) -> None:
         refuse_guidance(self)
+
+    def check(self, path: Path) -> None:
+        super().check(path)
+        require_apart(path, self.sigma, self.steps)
 
     def start(self, path: Path) -> float:
         return float(path.sigma(call_times(path, self.sigma, 1))[0])

@@ -68,6 +68,8 @@ def check_method(run: RunConfig) -> None:
         )
     try:
         run.method.check(run.path)
+    except ConfigError as error:
+        raise ConfigError(error.message, key=f"method.{error.key}") from error
     except ValueError as error:
         raise ConfigError(str(error), key="path") from error
     if not (run.data.to_come or any(run.model_of(role).to_come for role in run.method.roles)):  # nor perhaps its latents

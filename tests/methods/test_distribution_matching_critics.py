@@ -13,7 +13,10 @@ from torch import Tensor
 from gentrain.config import ConfigError
 from gentrain.methods.base import Clock
 from gentrain.methods.distribution_matching import DistributionMatching, gan_critic_loss, gan_generator_loss, logits_of, vsd_loss
+from gentrain.methods.sfd import score_identity_loss
+from gentrain.models.denoiser import Denoiser
 from gentrain.models.heads import Heads
+from gentrain.noise import Noise
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.times import LogNormal
 from gentrain.samplers.few_step import FewStep, call_times, simulate
@@ -78,6 +81,81 @@ def test_the_calls_before_are_without_gradient_and_as_many_on_each_row() -> None
     frozen(nets, "student")
     method.student_loss(nets, batch_of(16), noise_of(16))
     assert calls == [(16, False)] * 3 + [(16, True)]
+
+
+class Doubles(Noise):
+    """Float64 all through, so that formulas agree to 1e-12."""
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+        return super().normal(shape, torch.float64)
+
+    def uniform(self, shape: tuple[int, ...], low: float = 0.0, high: float = 1.0) -> Tensor:
+        return super().uniform(shape, low, high).double()
+
+
+def linear(weight: Tensor, seen: list[set[str]], reads_end: bool) -> Denoiser:
+    """x0 = w0 x + w1 t + w2 label, + w3 end where it is told."""
+
+    def network(x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        seen.append(set(condition))
+        value = weight[0] * x + (weight[1] * t / 1000 + weight[2] * condition["label"])[:, None]
+        return value + (weight[3] * condition["end"] / 1000)[:, None] if reads_end else value
+
+    return Denoiser(network, RectifiedFlow(), "x0")
+
+
+@pytest.mark.parametrize("loss", ["vsd", "dmd", "sid"])
+def test_the_fake_score_alone_is_told_the_step_and_no_gradient_passes_through_the_calls_before(loss: Any) -> None:
+    """Three linear networks by hand, in two steps: values and gradients of both losses."""
+    weights = {
+        name: torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        for name, values in {
+            "teacher": [0.6, 0.2, 0.1, 0.0], "fake_score": [0.4, -0.3, 0.2, 0.7], "student": [0.5, 0.3, -0.2, 0.0],
+        }.items()
+    }  # fmt: skip
+    seen: dict[str, list[set[str]]] = {name: [] for name in weights}
+    nets: Any = SimpleNamespace(**{name: linear(weights[name], seen[name], name == "fake_score") for name in weights})
+    method = DistributionMatching(generator_loss=loss, steps=2, fake_score_reads_step=True)
+    label, rows = torch.arange(16) % 3, torch.arange(16)
+    batch = {"x": torch.zeros(16, 2, dtype=torch.float64), "label": label}
+
+    def by_hand() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(x_g, eps, s, noised x_g, the fake score's x0 there)."""
+        noise, (w, f) = Doubles(1, rows), (weights["student"], weights["fake_score"])
+        z, second = noise.normal((16, 2)), noise.randint(0, 2, (16,)) == 1
+        assert 0 < second.sum() < 16
+        t = 5 / 7 - 5 / 14 * second.double()
+        first = (w[0] * 5 / 7 * z + (w[1] * 5 / 7 + w[2] * label)[:, None]).detach()
+        x_t = torch.where(second[:, None], 9 / 14 * first + 5 / 14 * noise.normal((16, 2)), 5 / 7 * z)
+        x_g = w[0] * x_t + (w[1] * t + w[2] * label)[:, None]
+        s, eps = method.times.sample(noise.uniform((16,)), RectifiedFlow()), noise.normal((16, 2))
+        x_s = (1 - s)[:, None] * x_g + s[:, None] * eps
+        return x_g, eps, s, x_s, f[0] * x_s + (f[1] * s + f[2] * label + f[3] * t)[:, None]
+
+    value = method.fake_score_loss(nets, batch, Doubles(1, rows)).value
+    x_g, _, s, x_s, fake = by_hand()
+    expected = (fake - x_g.detach()).square().mean()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    value.backward()
+    with torch.no_grad():
+        x_g, _, s, x_s, _ = by_hand()
+    assert weights["student"].grad is None and weights["teacher"].grad is None and weights["fake_score"].grad is not None
+
+    value = method.student_loss(nets, batch, Doubles(1, rows)).value
+    x_g, _, s, x_s, fake = by_hand()
+    v = weights["teacher"]
+    teacher = v[0] * x_s + (v[1] * s + v[2] * label)[:, None]
+    if loss == "sid":
+        expected = score_identity_loss(x_g, teacher, fake, 1.2).mean() / 2
+    else:
+        error = 1 / ((x_g - teacher).detach().abs().mean(1) + 1e-6) if loss == "dmd" else 1 - s
+        gradient = (error[:, None] * (fake - teacher)).detach()
+        expected = (x_g - (x_g - gradient).detach()).square().mean() / 2
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    ours, theirs = (torch.autograd.grad(each, weights["student"])[0] for each in (value, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+    assert all(each == {"label"} for name in ("teacher", "student") for each in seen[name])
+    assert seen["fake_score"] == [{"label", "end"}] * 2
 
 
 def test_its_own_sampler_has_its_steps(tmp_path: FilePath) -> None:
@@ -213,6 +291,7 @@ def test_a_plan_counts_the_heads_and_no_copy_of_the_network(teacher: FilePath) -
         ("method={critic_weight: 1, critic_heads: {layers: '('}}", "method.critic_heads", "no regular expression of layers"),
         ("method={generator_loss: ladd, critic_weight: 1} roles.fake_score.weights=runs/x", "roles.fake_score", "has no role 'fake_score'"),
         ("method={critic_weight: 1, critic_heads: {}} roles.critic.adapter.rank=4", "roles.critic", "learns heads"),
+        ("method.steps=100000", "method.steps", "tell the times of 100000 calls apart; take at most 714"),
         ("method.steps=0", "method.steps", "expected a whole number > 0"),
     ],
 )

@@ -476,7 +476,7 @@ training: {samples: 64}
     ("control", "data", "message"),
     [
         ("down_sampling", "mixture", "images with 1 or 3 channels"),
-        ("{name: label, role: teacher}", "{name: unlabelled, data: mixture}", "needs data with classes"),
+        ("label", "{name: unlabelled, data: mixture}", "needs data with classes"),
         ("nothing", "mixture", "nothing"),
         ("{name: down_sampling, factor: 3}", "digits", "no multiples"),
         ("grey_scale", "digits", "grey themselves"),
@@ -486,7 +486,7 @@ def test_a_control_that_the_data_do_not_have_is_told(tmp_path: FilePath, control
     file = tmp_path / "run.yaml"
     file.write_text(RUN.replace("CONTROL", control).replace("DATA", data))
     with pytest.raises(ConfigError, match=message) as caught:
-        load_run(file)
+        load_run(file, ["roles.judge.weights=runs/none"] if control == "label" else [])
     assert "method.control" in str(caught.value)
 
 

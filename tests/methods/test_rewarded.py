@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +9,19 @@ import torch
 from gentrain.config import ConfigError
 from gentrain.data.base import Data
 from gentrain.data.toys import Rings
-from gentrain.methods.base import Frozen
-from gentrain.methods.rewarded import check_reward, reward_roles, score
+from gentrain.extractors.label import Label
+from gentrain.methods.base import Frozen, Method, Trained
+from gentrain.methods.draft import DRaFT
+from gentrain.methods.jdm import JDM
+from gentrain.methods.noise_consistency import NoiseConsistency
+from gentrain.methods.reward_guided_lcd import RewardGuidedLCD
+from gentrain.methods.rewarded import check_reward, score, with_judges
+from gentrain.methods.rocm import ROCM
 from gentrain.models.pretrained import Pretrained
 from gentrain.models.towers import Towers
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.rewards.closed_form import Brightness
+from gentrain.rewards.ensemble import Sum, Weighted
 from gentrain.rewards.networks import ClassifierProbability, TowerSimilarity
 from tests.models.pipelines import SIDE, stable_diffusion
 
@@ -26,10 +34,31 @@ class Images(Data):
 
 
 def test_a_rewards_networks_become_frozen_roles_that_must_be_given() -> None:
-    towers = Towers(width=8)
-    assert reward_roles(ClassifierProbability(role="j")) == {"j": Frozen(given=True, denoiser=False, classifier=True)}
-    assert reward_roles(TowerSimilarity(model=towers)) == {"towers": Frozen(given=True, denoiser=False, model=towers)}
-    assert reward_roles(Brightness()) == {}
+    towers, own = Towers(width=8), {"model": Trained()}
+    judge = Frozen(given=True, denoiser=False, classifier=True)
+    assert with_judges(own, reward=ClassifierProbability(role="j")) == {**own, "j": judge}
+    assert with_judges(own, reward=TowerSimilarity(model=towers)) == {**own, "towers": Frozen(given=True, denoiser=False, model=towers)}
+    assert with_judges(own, reward=Brightness(), control=None) == own == {"model": Trained()}
+    assert with_judges(own, control=Label(), reward=ClassifierProbability()) == {**own, "judge": judge}  # one network for both
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "role"),
+    [
+        (lambda: JDM(control=Label(role="student")), "control.role", "student"),
+        (lambda: JDM(control=Label(), reward=TowerSimilarity(role="judge")), "reward.role", "judge"),
+        (lambda: JDM(control=Label(role="consistency"), condition_at="noisy"), "control.role", "consistency"),
+        (lambda: NoiseConsistency(control=Label(role="multiplier")), "control.role", "multiplier"),
+        (lambda: DRaFT(reward=ClassifierProbability(role="model")), "reward.role", "model"),
+        (lambda: RewardGuidedLCD(reward=ClassifierProbability(role="proxy"), through="proxy"), "reward.role", "proxy"),
+        (lambda: ROCM(reward=Sum(rewards={"one": Weighted(ClassifierProbability(role="reference"))})), "reward", "reference"),
+    ],
+)
+def test_no_network_of_a_reward_takes_the_place_of_another(make: Callable[[], Method], key: str, role: str) -> None:
+    with pytest.raises(ConfigError) as mistake:
+        make()
+    assert mistake.value.key == key
+    assert mistake.value.message == f"the role '{role}' is that of another network here; give `role` another name"
 
 
 def test_mistakes_are_about_the_methods_reward() -> None:

@@ -15,7 +15,7 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
 from gentrain.paths.variance_exploding import VarianceExploding
 from gentrain.paths.variance_preserving import VariancePreserving
-from gentrain.samplers.few_step import FewStep, call_times, require_few_step, simulate
+from gentrain.samplers.few_step import FewStep, call_times, require_apart, require_few_step, simulate
 from gentrain.samplers.one_step import OneStep, generate
 from tests.samplers.toy import CONDITION, SHAPE, noise_for, toy_network
 
@@ -130,6 +130,15 @@ def test_schedulers_of_diffusers_draw_the_same(path: Path) -> None:
 
     drawn = FewStep(steps=3).sample(Denoiser(toy_network, path, prediction), SHAPE, ThenTorch(0, torch.arange(6)), CONDITION)
     torch.testing.assert_close(x, drawn, rtol=0, atol=1e-4 if path.pure_noise else 0.02)
+
+
+@pytest.mark.parametrize(("path", "most"), [(RectifiedFlow(), 714), (TrigFlow(), 874), (VarianceExploding(), 250)])
+def test_more_calls_than_timesteps_are_refused(path: Path, most: int) -> None:
+    require_apart(path, 2.5, most)
+    FewStep(steps=1).check(path)
+    for steps in (most + 1, 10**12):
+        with pytest.raises(ValueError, match=rf"the times of {steps} calls apart; take at most {most} "):
+            FewStep(steps=steps).check(path)
 
 
 def test_other_samplers_are_refused_with_the_remedy() -> None:
