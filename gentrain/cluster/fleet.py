@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,12 @@ class Member:
         return getattr(self._worker, method)(*arguments)
 
 
+def room(resources: Mapping[str, float], actors: int) -> tuple[int, int]:
+    """How many of `actors` a cluster of these resources has room for, at least one, and how many GPUs each of them takes."""
+    gpus = int(resources.get("GPU", 0))
+    return min(actors, max(1, int(resources.get("CPU", 1))), gpus or actors), 1 if gpus else 0  # others would wait for ever
+
+
 def spread(
     worker: Callable[..., Any], arguments: tuple[Any, ...], method: str, calls: Sequence[tuple[Any, ...]], actors: int, what: str
 ) -> Iterator[Any]:
@@ -32,8 +38,8 @@ def spread(
 
     Args:
         worker, arguments: what makes a worker, in whatever process; importable, and nothing of it is shared.
-        actors: of the fleet, at most one per core of the cluster; one that dies is made anew, and its call repeated. 0 = in this process,
-            without Ray.
+        actors: of the fleet, at most one per core of the cluster, or per GPU where there are any; one that dies is made anew, and its call
+            repeated. 0 = in this process, without Ray.
 
     Raises what the worker raises; RuntimeError when an actor dies again and again.
     """
@@ -47,9 +53,8 @@ def spread(
     import ray
     from ray.util import ActorPool
 
-    resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if ray.cluster_resources().get("GPU", 0) >= actors else 0}
-    actor = ray.remote(**resources, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(Member)
-    size = min(actors, len(calls), max(1, int(ray.cluster_resources().get("CPU", 1))))  # one that has no core would wait for ever
+    size, gpus = room(ray.cluster_resources(), min(actors, len(calls)))
+    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=_RESTARTS, max_task_retries=_RESTARTS)(Member)
     fleet = [actor.remote(worker, arguments) for _ in range(size)]
     try:
         done = ActorPool(fleet).map(lambda member, call: member.call.remote(method, call), calls)

@@ -25,7 +25,7 @@ from gentrain.noise import Noise
 from gentrain.paths.base import Path, TimeLaw, expand
 from gentrain.paths.reflected_heat import ReflectedHeat
 from gentrain.paths.times import Uniform
-from gentrain.samplers.base import Sampler
+from gentrain.samplers.base import Sampler, samplers_of
 from gentrain.samplers.heun import Heun
 
 ON_THE_FLY = "on_the_fly"
@@ -143,6 +143,9 @@ class SelfPlay(RatioMethod):
     unit_scale: ClassVar[bool] = True  # whether each of a sample's coordinates adds about as much to the log-ratio, whatever its size
 
     def __post_init__(self) -> None:
+        if self.sampler.of_tokens != self.of_tokens:
+            able = samplers_of(self.of_tokens)
+            raise ConfigError(f"{self.sampler.registered_name} does not draw what the reference knows; these do: {able}", key="sampler")
         if self.sampler.other_law is not None:
             key = f"sampler.{self.sampler.other_law.partition(' ')[0]}"
             raise ConfigError(f"samples with {self.sampler.other_law} are no samples of the reference; leave it out", key=key)

@@ -41,7 +41,8 @@ class TokenDDO(SelfPlay):
     def ratio(self, nets: Nets, batch: Batch, noise: Noise) -> Ratio:
         x, condition = batch["x"], dropped(batch, noise, self.label_dropout)
         with torch.no_grad():
-            reference = nets.reference.log_prob(x, condition)
-        log_prob = nets.model.log_prob(x, condition)
+            reference = nets.reference.token_log_prob(x, condition)
+        log_prob = nets.model.token_log_prob(x, condition)
         kept = kept_rows(condition_of(batch), condition, reference)
-        return Ratio(log_prob - reference, -log_prob.detach() / x.shape[1], -reference / x.shape[1], kept)
+        log_ratio = (log_prob - reference).sum(1)  # the sums are nearly equal: their difference would lose it
+        return Ratio(log_ratio, -log_prob.detach().mean(1), -reference.mean(1), kept)

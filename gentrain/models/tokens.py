@@ -31,7 +31,11 @@ class TokenModel:
 
     def log_prob(self, tokens: Tensor, condition: Condition | None = None) -> Tensor:
         """log p of each row, in nats, the SUM over its tokens: [B, T] int64 -> [B], float32 or more."""
-        return -cross_entropy(self.logits(tokens, condition).transpose(1, 2), tokens, reduction="none").sum(1)
+        return self.token_log_prob(tokens, condition).sum(1)
+
+    def token_log_prob(self, tokens: Tensor, condition: Condition | None = None) -> Tensor:
+        """log p of each token given earlier ones, in nats: [B, T] int64 -> [B, T], float32 or more."""
+        return -cross_entropy(self.logits(tokens, condition).transpose(1, 2), tokens, reduction="none")
 
     def next_logits(self, tokens: Tensor, condition: Condition | None, cache: Cache) -> Tensor:
         """Of the group that follows tokens [B, n]: [B, its size, V] float32. The cache, empty at first, goes with the same rows."""

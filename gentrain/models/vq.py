@@ -48,6 +48,15 @@ def quantization_errors(latent: Tensor, approximations: Tensor, nearest: Tensor)
     return torch.stack([term.flatten(1).mean(1) for term in terms], 1)
 
 
+def squared_distances(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Of each vector to each code, [B, N, D] and [V, D] -> [B, N, V], float32 or more: squares and a product hold no [B, N, V, D]."""
+    work = torch.promote_types(vectors.dtype, torch.float32)
+    with torch.autocast(vectors.device.type, enabled=False):  # the product in bfloat16 would lose their differences
+        vectors, codes = vectors.to(work), codes.to(work)
+        found: Tensor = vectors.square().sum(2, keepdim=True) - 2 * vectors @ codes.T + codes.square().sum(1)
+    return found.clamp(min=0)
+
+
 @register("vq")
 @dataclass
 class VQ(Model):
@@ -147,7 +156,7 @@ class VQNetwork(nn.Module):
         left, codebook, chosen, nearest = latent, self.codebook, [], []
         for number in range(len(self.scales)):
             wanted = getattr(self, f"narrow_{number}") @ left
-            distance = (wanted.detach()[:, :, None] - codebook).square().sum(3)
+            distance = squared_distances(wanted.detach(), codebook)
             chosen.append(distance.argmin(2))
             nearest.append(distance.min(1).values)
             left = left - getattr(self, f"widen_{number}") @ embedding(chosen[-1], codebook)

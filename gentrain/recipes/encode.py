@@ -47,7 +47,9 @@ class Encode(Stage):
     model: Model = option(help="the pipeline: a pretrained network")
     data: Data = option(help="the data set to encode")
     shard: PositiveInt = option(1_024, "rows of a file", unit="samples")
-    actors: NonNegativeInt = option(0, "size of the Ray fleet, whose nodes share the directory; 0 = in this process, without Ray")
+    actors: NonNegativeInt = option(
+        0, "size of the Ray fleet, at most one per core, or per GPU; its nodes share the directory; 0 = in this process, without Ray"
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Pretrained):

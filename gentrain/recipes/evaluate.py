@@ -67,9 +67,7 @@ class Evaluate(Stage):
         """With how the samples were drawn, where that is recorded: the numbers are of that sampler, not of the model alone."""
         for name, place in self.samples.items():
             info = Path(place) / INFO
-            if metric.name.endswith(f", {name}") and info.is_file():
-                sampler = json.loads(info.read_text())["sampler"]
-                drawn = f"{sampler['name']}, {sampler['steps']} steps, guidance {sampler['guidance']:g}"
+            if metric.name.endswith(f", {name}") and info.is_file() and (drawn := json.loads(info.read_text()).get("drawn")):
                 return replace(metric, definition=f"{metric.definition}; drawn with {drawn}")
         return metric
 

@@ -87,6 +87,6 @@ class Generate(Stage):
             save_grid(images[: self.grid], directory / GRID, self.columns)
         info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
         info["names"] = list(self.prompts if self.prompts is not None else codec.names)  # what the labels stand for
-        info["other_law"] = sampler.other_law
+        info["drawn"], info["other_law"] = sampler.told, sampler.other_law
         info["weights"] = weights  # training refuses samples of other weights than its reference has
         (directory / INFO).write_text(json.dumps(info, indent=1))

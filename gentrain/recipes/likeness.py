@@ -53,7 +53,7 @@ class DrawCaptions(Stage):
         save_file({"x": x, "label": real["caption"]}, directory / SAMPLES)
         pairs = [torch.cat([x[row], real["x"][row]]) for row in torch.arange(len(x)).split(self.columns)][:_GRID_ROWS]
         save_grid(torch.cat(pairs), directory / GRID, min(len(x), self.columns))
-        info = {"run": self.run, "seed": self.seed, "sampler": to_dict(sampler), "names": names}
+        info = {"run": self.run, "seed": self.seed, "sampler": to_dict(sampler), "drawn": sampler.told, "names": names}
         (directory / INFO).write_text(json.dumps(info, indent=1))
 
 

@@ -40,6 +40,12 @@ class Tokenize(Stage):
         if not isinstance(network, VQNetwork):
             raise ConfigError(f"{self.autoencoder} holds a {run.method.registered_name}, not a vq_autoencoder", key="autoencoder")
         data = self.data or run.data
+        try:
+            data.fit()
+        except ValueError as error:
+            raise ConfigError(str(error), key="data") from error
+        if data.captions:
+            raise ConfigError(f"{data.registered_name} has captions, which tokens would lose; name data without them", key="data")
         if data.shape != run.data.shape:
             raise ConfigError(f"{self.autoencoder} learnt images of shape {run.data.shape}, not {data.shape}", key="data")
         directory.mkdir(parents=True, exist_ok=True)
@@ -50,8 +56,8 @@ class Tokenize(Stage):
             items = data.split(split)
             images[split] = torch.stack([items[index]["x"] for index in range(len(items))])
             tokens[split] = apply_network(network.encode, images[split])
-            label = torch.stack([items[index]["label"] for index in range(len(items))])
-            save_file({"x": tokens[split], "label": label}, directory / name)
+            label = [items[index].get("label", torch.tensor(-1)) for index in range(len(items))]
+            save_file({"x": tokens[split], "label": torch.stack(label)}, directory / name)
         manifest = Manifest(
             vocabulary=len(network.codebook),
             scales=list(network.scales) if len(network.scales) > 1 else [],

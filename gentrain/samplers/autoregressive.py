@@ -59,8 +59,16 @@ class Autoregressive(Sampler):
 
     @property
     def other_law(self) -> str | None:
+        return super().other_law or next(iter(self._changed), None)
+
+    @property
+    def told(self) -> str:
+        return ", ".join([self.registered_name, f"guidance {self.guidance:g}", *self._changed])
+
+    @property
+    def _changed(self) -> list[str]:
         changed = {"temperature": self.temperature != 1, "top_k": self.top_k is not None, "top_p": self.top_p not in (None, 1)}
-        return super().other_law or next((f"{key} {getattr(self, key):g}" for key, value in changed.items() if value), None)
+        return [f"{key} {getattr(self, key):g}" for key, value in changed.items() if value]
 
     def sample(  # type: ignore[override]
         self, model: TokenModel, shape: tuple[int, ...], noise: Noise, condition: Condition | None = None

@@ -15,6 +15,11 @@ from gentrain.noise import Noise
 from gentrain.paths.base import Path
 
 
+def samplers_of(tokens: bool) -> str:
+    """The names of those that draw tokens, or numbers, for messages."""
+    return ", ".join(name for name, each in Sampler.available().items() if each.of_tokens == tokens)
+
+
 @dataclass(kw_only=True)
 class Sampler(Component, kind="sampler"):
     """Draws samples with a denoiser, in the caller's grad mode.
@@ -38,6 +43,11 @@ class Sampler(Component, kind="sampler"):
     def other_law(self) -> str | None:
         """What makes its samples others than the model's own, such as "guidance 2"; None where nothing does."""
         return None if self.guidance == 1 else f"guidance {self.guidance:g}"
+
+    @property
+    def told(self) -> str:
+        """How it draws, beside the numbers that its samples come to."""
+        return f"{self.registered_name}, {self.steps} steps, guidance {self.guidance:g}"
 
     def sample(self, denoiser: Denoiser, shape: tuple[int, ...], noise: Noise, condition: Condition | None = None) -> Tensor:
         """Samples [B, ...] of `shape`, float32: `solve` from `start` times the first draws of the space's prior, decoded."""

@@ -23,7 +23,7 @@ from gentrain.models.heads import Heads
 from gentrain.paths.base import Path, same_law
 from gentrain.paths.inside import Inside
 from gentrain.paths.rectified_flow import RectifiedFlow
-from gentrain.samplers.base import Sampler
+from gentrain.samplers.base import Sampler, samplers_of
 from gentrain.samplers.euler import Euler
 from gentrain.training.averages import LONGEST
 from gentrain.training.cluster import Cluster
@@ -223,7 +223,7 @@ class RunConfig:
         try:
             self.method.check_sampler(sampler or self.sampler)
             if (sampler or self.sampler).of_tokens != self.method.of_tokens and self.method.generator is not None:
-                able = ", ".join(name for name, each in Sampler.available().items() if each.of_tokens == self.method.of_tokens)
+                able = samplers_of(self.method.of_tokens)
                 raise ValueError(f"{(sampler or self.sampler).registered_name} does not draw what the run learns; these do: {able}")
             if self.method.generator is not None and not self.method.of_tokens:
                 (sampler or self.sampler).check(self.path)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from gentrain.cluster import session
-from gentrain.cluster.fleet import spread
+from gentrain.cluster.fleet import room, spread
 from gentrain.config import Document, build, load_plugins
 from gentrain.data.latents import MANIFEST
 from gentrain.recipes.encode import Encode
@@ -67,3 +67,13 @@ def test_results_come_in_order_and_what_a_worker_raises_is_raised() -> None:
         with pytest.raises(ZeroDivisionError, match=r"^Fraction\(1, 0\)$"):
             list(spread(Fraction, (1, 0), "__mul__", calls, actors, "halves"))
         assert list(spread(Fraction, (1, 0), "__mul__", [], actors, "halves")) == []
+
+
+@pytest.mark.parametrize("resources, actors, expected", [
+    ({"CPU": 8.0}, 3, (3, 0)), ({"CPU": 2.0}, 5, (2, 0)), ({}, 5, (1, 0)),
+    ({"CPU": 16.0, "GPU": 8.0}, 3, (3, 1)), ({"CPU": 16.0, "GPU": 2.0}, 5, (2, 1)), ({"CPU": 1.0, "GPU": 2.0}, 5, (1, 1)),
+])  # fmt: skip
+def test_no_actor_of_a_fleet_waits_for_ever_nor_does_without_the_gpus(
+    resources: dict[str, float], actors: int, expected: tuple[int, int]
+) -> None:
+    assert room(resources, actors) == expected

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gentrain.config import ConfigError, Document
 from gentrain.data.tokens import Walks
 from gentrain.methods.base import Clock
-from gentrain.methods.ddo import ddo_loss
+from gentrain.methods.ddo import DDO, ddo_loss
 from gentrain.methods.maximum_likelihood import MaximumLikelihood
 from gentrain.methods.token_ddo import TokenDDO
 from gentrain.models.base import Condition
@@ -244,6 +244,25 @@ def test_samples_by_another_law_are_refused_on_the_fly() -> None:
         with pytest.raises(ConfigError, match="are no samples of the reference") as caught:
             TokenDDO(sampler=Autoregressive(**settings))
         assert caught.value.key == f"sampler.{key}"
+
+
+@pytest.mark.parametrize("method, wrong, fits", [(TokenDDO, Heun(), "autoregressive$"), (DDO, Autoregressive(), ".*euler.*heun")])
+def test_samplers_of_something_else_are_refused(method: Any, wrong: Any, fits: str) -> None:
+    with pytest.raises(ConfigError, match=f"{wrong.registered_name} does not draw what the reference knows; these do: {fits}") as caught:
+        method(sampler=wrong)
+    assert caught.value.key == "sampler"
+
+
+def test_the_log_ratio_keeps_what_the_sums_over_tokens_would_lose() -> None:
+    """1,000 tokens of log 7 each: their float32 sums have steps of 1e-4."""
+    tokens, logits = torch.zeros(1, 1000, dtype=torch.int64), torch.zeros(1, 1000, 7)
+    changed = logits.clone()
+    changed[0, ::10, 0] = 1e-6
+    group = SimpleNamespace(model=TokenModel(lambda x, condition: changed), reference=TokenModel(lambda x, condition: logits))
+    exact = (changed.double().log_softmax(2) - logits.double().log_softmax(2))[0, :, 0].sum().item()
+    found = method(label_dropout=0.0).ratio(group, {"x": tokens}, noise_of(1))
+    assert found.log_ratio.item() == pytest.approx(exact, rel=0.2) and exact > 8e-5
+    assert found.loss.item() == pytest.approx(math.log(7)) == found.reference_loss.item()
 
 
 def test_maximum_likelihood_is_the_mean_per_token_and_drops_labels() -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from gentrain.data.toys import Rings
 from gentrain.methods.base import Clock
 from gentrain.methods.vq_autoencoder import VQAutoencoder
-from gentrain.models.vq import VQ, VQNetwork, load_vq, quantization_errors, save_vq, unpack
+from gentrain.models.vq import VQ, VQNetwork, load_vq, quantization_errors, save_vq, squared_distances, unpack
 
 SHAPE = (1, 8, 8)
 
@@ -71,6 +71,28 @@ def test_one_scale_is_diffusers_vq_model() -> None:
     torch.testing.assert_close(network.decode(network.encode(x)), model.decode(latent, return_dict=False)[0].clamp(-1, 1))
     error = (quantized - latent).square().flatten(1).mean(1)
     torch.testing.assert_close(unpack(network(x), SHAPE).codebook, error)
+
+
+def test_distances_are_exact_and_hold_no_differences() -> None:
+    """No tensor of [B, N, V, D] is kept for the gradient, which flows to the codes alone."""
+    vectors, codes, sizes = drawn(2, 5, 16), drawn(7, 16, seed=1).requires_grad_(), []
+
+    def seen(kept: Tensor) -> Tensor:
+        sizes.append(kept.numel())
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(seen, lambda kept: kept):
+        found = squared_distances(vectors, codes)
+    assert max(sizes) < 2 * 5 * 7 * 16
+    expected = (vectors[:, :, None] - codes).square().sum(3)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = drawn(2, 5, 7, seed=2)
+    one, other = (torch.autograd.grad((each * weights).sum(), codes)[0] for each in (found, expected))
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert (squared_distances(vectors.float() + 1e4, vectors[0].float() + 1e4) >= 0).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        again = squared_distances(vectors.float(), codes.float())
+    torch.testing.assert_close(again, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_codes_of_a_scale_stand_for_what_smaller_ones_leave() -> None:

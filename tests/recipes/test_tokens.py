@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +16,15 @@ from safetensors.torch import load_file, save_file
 from gentrain.config import ConfigError
 from gentrain.data.digits import Digits
 from gentrain.data.tokens import Tokens
-from gentrain.models.vq import load_vq
+from gentrain.models.vq import VQ, load_vq
+from gentrain.recipes import tokenize
 from gentrain.recipes.base import load_recipe, run_recipe
 from gentrain.recipes.evaluate import read_metrics
 from gentrain.recipes.generate import Generate
+from gentrain.recipes.tokenize import Tokenize
 from gentrain.training.roles import load_network
 from gentrain.training.run import open_run
+from tests.methods.captioned import CaptionedPatches
 
 SHORT: dict[str, Any] = {"engine": "torch", "optimizer": {"name": "adamw", "lr": 2e-3}}
 TRAINING: dict[str, Any] = {"samples": 320, "batch_size": 32, "log_every": 64, "checkpoint_every": 160, "keep_last": 2}
@@ -89,6 +93,8 @@ def test_pools_hold_tokens_and_samples_are_images(out: Path) -> None:
         json.loads((out / "fakes" / "info.json").read_text())["other_law"],
         json.loads((out / "drawn" / "info.json").read_text())["other_law"],
     ) == (None, "guidance 2")
+    told = [metric["definition"] for metric in read_metrics(out / "scores") if metric["name"].endswith(", after")]
+    assert told and all(each.endswith("drawn with autoregressive, guidance 2, top_k 5") for each in told)
     Generate(str(out / "start"), count=70).execute(out.parent / "decoded")
     with torch.no_grad():
         again = load_vq(out / "tokens" / "tokenizer").decode(fakes)
@@ -136,6 +142,45 @@ def test_tokens_that_changed_are_refused(out: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens" / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match="make tokens with a stage `tokenize`"):
         _ = Tokens(str(tmp_path / "tokens")).shape
+
+
+class Unlabelled(Digits):
+    """Images without a word about them, which must be fitted before they are read."""
+
+    fitted = False
+
+    def fit(self) -> None:
+        self.fitted = True
+
+    def split(self, name: str) -> Any:
+        if not self.fitted:
+            raise RuntimeError("not fitted")
+        return [{"x": x} for x in super().split(name).x[:12]]
+
+
+def autoencoder_of(monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
+    network = VQ(channels=(8, 8), codes=8, code_dim=3, norm_groups=4).build(data.shape, 0)
+    monkeypatch.setattr(tokenize, "load_network", lambda directory: (network, SimpleNamespace(data=data)))
+
+
+def test_images_without_labels_become_tokens_of_no_class(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    autoencoder_of(monkeypatch, Unlabelled())
+    Tokenize("runs/vq").execute(tmp_path / "tokens")
+    for split in ("train", "held_out"):
+        assert Tokens(str(tmp_path / "tokens")).split(split).label.tolist() == [-1] * 12
+
+
+def test_images_whose_captions_would_be_lost_or_that_cannot_be_fitted_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    autoencoder_of(monkeypatch, CaptionedPatches())
+    with pytest.raises(ConfigError, match="captioned_patches has captions, which tokens would lose") as caught:
+        Tokenize("runs/vq").execute(tmp_path / "tokens")
+    assert caught.value.key == "data"
+    changed = Unlabelled()
+    monkeypatch.setattr(changed, "fit", lambda: (_ for _ in ()).throw(ValueError("the images have changed")))
+    autoencoder_of(monkeypatch, changed)
+    with pytest.raises(ConfigError, match="the images have changed") as caught:
+        Tokenize("runs/vq").execute(tmp_path / "tokens")
+    assert caught.value.key == "data" and not (tmp_path / "tokens").exists()
 
 
 def test_other_autoencoders_and_images_are_refused(out: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gentrain.models.tokens import TokenModel
 from gentrain.noise import Noise
 from gentrain.samplers.autoregressive import Autoregressive, draw, truncated
+from gentrain.samplers.euler import Euler
 from tests.models.test_tokens import ORDERS, every_sequence, network_of
 
 COUNT = 20_000
@@ -87,3 +88,9 @@ def test_a_sampler_says_what_makes_its_samples_others(settings: dict[str, Any], 
 def test_it_passes_once() -> None:
     with pytest.raises(ValueError, match="leave steps out"):
         Autoregressive(steps=2)
+
+
+def test_it_tells_what_changes_its_law_and_no_steps() -> None:
+    assert Autoregressive().told == "autoregressive, guidance 1"
+    assert Autoregressive(temperature=0.5, top_k=3, top_p=0.9).told == "autoregressive, guidance 1, temperature 0.5, top_k 3, top_p 0.9"
+    assert Euler(steps=3, guidance=2).told == "euler, 3 steps, guidance 2"
