@@ -68,13 +68,14 @@ python -m gentrain.cluster.nodes "$nodes" "$start_limit_s" || fail "not all node
 _FUNCTIONS = r"""
 fail() { echo "gentrain: $*" >&2; exit 1; }
 asked='' driver='' temporary='' steps=()
-ask() { asked=$1; [[ -z $driver ]] || kill -s "$1" "$driver" 2>/dev/null || true; }
+ask() { [[ $asked == TERM ]] || asked=$1; [[ -z $driver ]] || kill -s "$1" "$driver" 2>/dev/null || true; }
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
 end_ray() {
-  trap '' USR1 TERM EXIT
+  trap '' USR1 EXIT
+  driver=''
   for pid in "${steps[@]}"; do kill -s TERM "$pid" 2>/dev/null || true; done
-  wait
+  until wait; do :; done  # TERM is still noted, and cuts it short
   if [[ -n $temporary ]]; then srun --overlap --export=ALL --ntasks-per-node=1 rm -rf "$temporary" || true; fi
 }
 trap end_ray EXIT
@@ -90,18 +91,18 @@ if [[ -z $asked ]]; then
   status=0
   wait "$driver" || status=$?
 fi
-# 138 and 143: the signal came before the command could tell what it means.
-if [[ $asked == USR1 && ( $status == 75 || $status == 138 ) ]]; then
-  status=75
+case $asked$status in USR1138 | TERM138 | TERM143) status=75 ;; esac  # the signal came before the command could tell what it means
+if [[ $asked == USR1 && $status == 75 ]]; then
   if ((${SLURM_RESTART_COUNT:-0} < restarts)); then
-    echo "gentrain: the time is up; start $((${SLURM_RESTART_COUNT:-0} + 2)) of this job goes on"
     end_ray
-    scontrol requeue "$SLURM_JOB_ID"
+    if [[ $asked == USR1 ]]; then  # no TERM has come meanwhile
+      echo "gentrain: the time is up; start $((${SLURM_RESTART_COUNT:-0} + 2)) of this job goes on"
+      # One task of an array has the array's number for its own job number: all of them would come back.
+      scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    fi
   else
     echo "gentrain: the time is up, and cluster.submit.restarts = $restarts are used; gentrain resume goes on"
   fi
-elif [[ $asked == TERM && $status == 143 ]]; then
-  status=75
 fi
 exit "$status"
 """

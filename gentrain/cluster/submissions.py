@@ -53,8 +53,10 @@ def place_of(document: Document) -> Place:
         return Local()
     section = document.section("cluster")
     submit = cluster["submit"]
-    if isinstance(submit, dict) and reads_environment(submit.get("environment")):
-        raise section.error("submit.environment", "what it holds is written into files; name the variable in `secrets` instead")
+    for key, value in (submit if isinstance(submit, dict) else {"": submit}).items():
+        if reads_environment(value):
+            remedy = "name the variable in `secrets`, and let what runs there read it"
+            raise section.error(f"submit.{key}".rstrip("."), f"what it holds is written into files and arguments; {remedy}")
     place = build(_Section, Document({"submit": submit}, section.file, section.origins, section.place)).submit
     for key, names in (("environment", place.environment), ("secrets", place.secrets)):
         for name in names:

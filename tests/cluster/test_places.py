@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ import yaml
 from gentrain.cluster import packages, ray_jobs, submissions
 from gentrain.cluster.local import Local
 from gentrain.cluster.packages import contents, listed, zipped
-from gentrain.cluster.places import PlaceError, State, Submission
+from gentrain.cluster.places import Place, PlaceError, State, Submission
 from gentrain.cluster.ray_jobs import RayJobs
 from gentrain.cluster.submissions import find, output_at, place_of, read, send, submission_of
 from gentrain.cluster.versions import stamp
@@ -86,7 +87,6 @@ def test_a_name_that_a_shell_or_scheduler_could_misread_is_refused(name: str) ->
         ({"name": "ray", "address": "http://"}, "submit.address"),
         ({"name": "ray", "environment": {"A;id": "x"}}, "submit.environment"),
         ({"name": "ray", "environment": {"A": "x\ny"}}, "submit.environment"),
-        ({"name": "ray", "environment": {"A": "${oc.env:HOME}"}}, "submit.environment"),
         ({"name": "ray", "secrets": ["$(id)"]}, "submit.secrets"),
         ({"name": "ray", "storage": "here"}, "submit.storage"),
         ({"name": "ray", "size_limit_mib": 0}, "submit.size_limit_mib"),
@@ -101,6 +101,24 @@ def test_a_mistaken_or_hostile_section_is_refused(submit: Any, key: str) -> None
     with pytest.raises(ConfigError) as caught:
         _place(submit)
     assert caught.value.source == "toy.yaml" and caught.value.key == f"cluster.{key}"
+
+
+@pytest.mark.parametrize("name", ["local", "ray", "slurm", "kuberay"])
+def test_no_key_of_a_place_takes_what_it_holds_from_the_environment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be written into scripts, arguments and the record."""
+    monkeypatch.setenv("VAULT_TOKEN", CANARY)
+    keys = [field.name for field in dataclasses.fields(Place.available()[name])]
+    assert {"environment", "secrets", "storage"} <= set(keys)
+    read = "${oc.env:VAULT_TOKEN}"
+    for key in keys:
+        for value in (read, f"x {read} y", [f"export TOKEN={read}"], {"A": read}, "${oc.env:VAULT_TOKEN,x}"):
+            with pytest.raises(ConfigError, match="name the variable in `secrets`") as caught:
+                _place({"name": name, key: value})
+            assert caught.value.key == f"cluster.submit.{key}" and CANARY not in str(caught.value)
+    for submit, key in (({"name": read}, "cluster.submit.name"), (read, "cluster.submit")):
+        with pytest.raises(ConfigError, match="name the variable in `secrets`") as caught:
+            _place(submit)
+        assert caught.value.key == key
 
 
 def test_the_variables_of_the_network() -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,17 @@ def test_each_node_gets_its_accelerators_threads_and_interface() -> None:
 AWAIT = "while :; do sleep 0.02; done"
 
 
+def _ended(tmp_path: Path, command: str, setup: Sequence[str] = (), **environment: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """The script itself, with a stand-in for scontrol: how it ended, and what scontrol was told."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/told\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    sent = replace(SUBMISSION, command=("bash", "-c", command), workers=(1, 1), output=str(tmp_path))
+    script = _script(sent, nodes=1, restarts=1, setup=list(setup))
+    given = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"} | environment
+    done = subprocess.run(["bash", "-c", script], env=given, capture_output=True, text=True, timeout=60)
+    return done, (tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""
+
+
 @pytest.mark.parametrize(
     "command, restarted, status, requeued",
     [
@@ -111,19 +122,35 @@ AWAIT = "while :; do sleep 0.02; done"
         (f"trap 'exit 0' USR1; kill -USR1 $PPID; {AWAIT}", 0, 0, False),  # it was at its end anyway
         (f"trap 'exit 1' USR1; kill -USR1 $PPID; {AWAIT}", 0, 1, False),
         (f"kill -TERM $PPID; {AWAIT}", 0, 75, False),  # gentrain stop
+        # gentrain stop just before the time limit, or after it: what is stopped does not come back
+        (f"trap '' USR1; trap 'kill -USR1 $PPID; sleep 0.5; exit 75' TERM; kill -TERM $PPID; {AWAIT}", 0, 75, False),
+        (f"trap 'kill -USR1 $PPID; {AWAIT}' TERM; kill -TERM $PPID; {AWAIT}", 0, 75, False),
+        (f"trap '' TERM; trap 'kill -TERM $PPID; sleep 0.5; exit 75' USR1; kill -USR1 $PPID; {AWAIT}", 0, 75, False),
+        (f"trap 'kill -TERM $PPID; {AWAIT}' USR1; kill -USR1 $PPID; {AWAIT}", 0, 75, False),
         ("exit 3", 0, 3, False),
     ],
 )
 def test_how_a_job_ends(tmp_path: Path, command: str, restarted: int, status: int, requeued: bool) -> None:
-    """The script itself, with a stand-in for scontrol."""
-    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/told\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    script = _script(replace(SUBMISSION, command=("bash", "-c", command), workers=(1, 1)), nodes=1, restarts=1)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarted)}
-    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    done, told = _ended(tmp_path, command, SLURM_RESTART_COUNT=str(restarted))
     assert done.returncode == status, done.stderr
-    assert ((tmp_path / "told").read_text() if (tmp_path / "told").exists() else "") == ("requeue 7\n" if requeued else "")
+    assert told == ("requeue 7\n" if requeued else "")
     assert ("start 2 of this job goes on" in done.stdout) == requeued
+
+
+def test_a_stop_while_the_time_limit_is_cleaned_up_after_keeps_the_job_from_coming_back(tmp_path: Path) -> None:
+    over = tmp_path / "over"
+    command = f"trap 'touch {over}; exit 75' USR1; kill -USR1 $PPID; {AWAIT}"
+    stop = f"(until [[ -e {over} ]]; do sleep 0.02; done; sleep 0.5; kill -TERM $$; sleep 0.2) &"  # a child: the clean-up waits for it
+    done, told = _ended(tmp_path, command, [stop])
+    assert (done.returncode, told) == (75, ""), done.stderr
+
+
+@pytest.mark.parametrize("job, task", [("7", "1"), ("8", "0")])
+def test_only_the_task_whose_time_is_up_comes_back(tmp_path: Path, job: str, task: str) -> None:
+    """The number of a job array is that of one of its tasks, too."""
+    environment = {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
+    _, told = _ended(tmp_path, f"kill -USR1 $PPID; {AWAIT}", **environment)
+    assert told == f"requeue 7_{task}\n"
 
 
 def test_each_trial_of_a_sweep_is_a_task_of_an_array() -> None:
