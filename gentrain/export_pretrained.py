@@ -167,7 +167,7 @@ def export_pretrained(
     if inner.control is not None:
         with appearing(out) as partial:
             inner.control.net.save_pretrained(partial)
-            draw = how_to_draw(sampler, inner).replace("pipeline(prompt, ", "pipeline(prompt, control, ")
+            draw = how_to_draw(sampler, inner).replace("pipeline(prompt, ", "pipeline(prompt, image=control, ")
             use = _CONTROL_USE.replace("{cls}", inner.control.pipeline) + draw
             _write_card(partial, out.name, use, "A ControlNet", family, licence, config, metrics)
         return out

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gentrain.config import Document
+from gentrain.config import ConfigError, Document
 from gentrain.models.control import CONTROL
 from gentrain.noise import Noise, derive
 from gentrain.recipes.export import Export
@@ -17,7 +18,7 @@ from gentrain.training.loop import train
 from gentrain.training.roles import load_network
 from gentrain.training.run import parse_run, save_config
 from gentrain.training.world import World
-from tests.models.pipelines import PROMPTS, images, stable_diffusion
+from tests.models.pipelines import PIPELINES, PROMPTS, images
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -34,11 +35,12 @@ def settings(root: Path) -> dict[str, Any]:
     }
 
 
-def test_diffusers_alone_draws_the_same_images_with_the_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("family", "drawn_by"), [("stable_diffusion", "controlnet"), ("stable_diffusion_xl", "controlnet_sd_xl")])
+def test_diffusers_alone_draws_the_same_images_with_the_control(
+    family: str, drawn_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The code of the card is run as it stands, on the same random numbers."""
-    from diffusers.pipelines.controlnet import pipeline_controlnet
-
-    stable_diffusion(tmp_path / "pipeline")
+    PIPELINES[family](tmp_path / "pipeline")
     given_settings = settings(tmp_path)
     path = parse_run(Document(given_settings, "x.yaml")).path
     sigma = (-path.log_snr(torch.tensor(440.0, dtype=torch.float64)) / 2).exp().item()  # the card's timesteps are whole numbers
@@ -46,7 +48,7 @@ def test_diffusers_alone_draws_the_same_images_with_the_control(tmp_path: Path, 
     run = parse_run(Document(given_settings, "x.yaml"))
     save_config(run)
     train(run, ALONE, lambda: False)
-    with pytest.raises(ValueError, match="form=control_net"):
+    with pytest.raises(ConfigError, match="form=control_net"):
         Export(run=str(run.directory)).write(tmp_path / "out")
     card = (Export(run=str(run.directory), form="control_net").write(tmp_path / "out") / "README.md").read_text()
     use = re.search(r"```python\n(.*?)```", card, re.S)
@@ -61,7 +63,8 @@ def test_diffusers_alone_draws_the_same_images_with_the_control(tmp_path: Path, 
             return codec.decode(run.sampler.sample(denoiser, (len(PROMPTS), *codec.shape), noise, condition)) / 2 + 0.5
 
     expected = ours(Noise(derive(0, "generate"), torch.arange(len(PROMPTS))), {CONTROL: control})
-    monkeypatch.setattr(pipeline_controlnet, "randn_tensor", lambda shape, **_: given.normal(tuple(shape)))
+    theirs_draws = import_module(f"diffusers.pipelines.controlnet.pipeline_{drawn_by}")
+    monkeypatch.setattr(theirs_draws, "randn_tensor", lambda shape, **_: given.normal(tuple(shape)))
     monkeypatch.chdir(tmp_path)
     spoken: dict[str, Any] = {"prompt": PROMPTS, "control": control.expand(-1, 3, -1, -1)}
     exec(use[1], spoken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,8 +26,13 @@ def paired(above: Tensor, below: Tensor, columns: int) -> Tensor:
     return torch.cat([part for pair in whole for part in pair])
 
 
-def condition_error(name: str, place: str) -> list[Metric]:
-    """How far the samples in a directory are from the controls that they were drawn for; nothing where there were none."""
+def condition_error(name: str, place: str, judge: Any = None) -> list[Metric]:
+    """How far the samples in a directory are from the controls that they were drawn for; nothing where there were none.
+
+    Args:
+        judge: a classifier, which reads the class where that is the control of a run that was trained without one; None = nothing is told
+            of such a run.
+    """
     info, path = Path(place) / INFO, Path(place) / SAMPLES
     samples = load_file(path)
     if CONTROL not in samples or not info.is_file():
@@ -35,6 +41,10 @@ def condition_error(name: str, place: str) -> list[Metric]:
     control = run.method.steering
     assert control is not None
     networks = networks_of(run, control)
+    if control.labels and not networks:
+        if judge is None:
+            return []
+        networks = dict.fromkeys(control.networks(), judge)
     with torch.no_grad():
         pairs = zip(samples[CONTROL].split(_BATCH), samples["x"].split(_BATCH), strict=True)
         errors = torch.cat([control.error(asked, x, networks) for asked, x in pairs]).double()

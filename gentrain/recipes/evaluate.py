@@ -56,8 +56,9 @@ class Evaluate(Stage):
     def execute(self, directory: Path) -> None:
         data = self.data or open_run(str(self.judge)).data
         held_out = read_held_out(data, self.reference)
-        metrics = self._with_judge(held_out) if self.judge is not None else self._without_judge(held_out)
-        metrics += [metric for name, place in self.samples.items() for metric in condition_error(name, place)]
+        judge = load_judge(self.judge, self.data)[0] if self.judge is not None else None
+        metrics = self._with_judge(judge, held_out) if judge is not None else self._without_judge(held_out)
+        metrics += [metric for name, place in self.samples.items() for metric in condition_error(name, place, judge)]
         settings = {key: value for key, value in to_dict(self).items() if key in ("judge", "samples")}
         settings |= {"reference": f"{len(held_out['x'])} held-out items"}
         settings |= {"weights": {name: digest for name, place in self.samples.items() if (digest := weights_of(place)) is not None}}
@@ -71,8 +72,7 @@ class Evaluate(Stage):
                 return replace(metric, definition=f"{metric.definition}; drawn with {drawn}")
         return metric
 
-    def _with_judge(self, held_out: dict[str, Tensor]) -> list[Metric]:
-        judge, _ = load_judge(str(self.judge), self.data)
+    def _with_judge(self, judge: Any, held_out: dict[str, Tensor]) -> list[Metric]:
         metrics = []
         real = cached_features(str(self.judge), judge, held_out["x"])
         of = f"of the judge's {real.shape[1]} penultimate features"

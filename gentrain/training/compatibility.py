@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gentrain.config import ConfigError
 from gentrain.data.tokens import TokenData
 from gentrain.methods.base import Method, Trained
+from gentrain.models.adapters import Adapter
 from gentrain.models.base import Model
 from gentrain.models.partial import check_pattern
 
@@ -33,6 +34,11 @@ def check_parts(run: RunConfig) -> None:
             check_pattern(given.trainable)
         except ValueError as error:
             raise ConfigError(str(error), key=f"{name}trainable") from error
+    for name, role in run.method.roles.items():
+        if role.control is not None and isinstance(run.part_of(name), Adapter):
+            own = run.role_settings(name).adapter is not None
+            said = f"an adapter would leave the branch of role {name!r}, which reads the control, without effect; leave it out"
+            raise ConfigError(said, key=f"roles.{name}.adapter" if own else "adapter")
 
 
 def check_method(run: RunConfig) -> None:

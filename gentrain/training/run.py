@@ -125,8 +125,10 @@ class RunConfig:
     training: Training = option(help="length and portions")
     path: Path = option(None, "probability path; left out: that of a pretrained network, else rectified_flow")
     prediction: Prediction = option(None, "what the network predicts; left out: what a pretrained network does, else velocity")
-    adapter: Adapter | None = option(None, "what every role that learns does so with in place of its whole network")
-    trainable: str | None = option(None, "regular expression: every role learns only the parameters in whose names this is found")
+    adapter: Adapter | None = option(None, "what every role that learns its whole network does so with in place of that")
+    trainable: str | None = option(
+        None, "regular expression: every role that would learn its whole network learns only the parameters in whose names this is found"
+    )
     sampler: Sampler = option(
         lambda: _UNNAMED, "for sample grids, and the default of `sample`, `evaluate` and `export`; left out: the method's own"
     )
@@ -275,17 +277,15 @@ class RunConfig:
         """What a role that learns does so with: an adapter, heads, or the parameters that a regular expression names; None = its whole
         network.
 
-        The run's adapter is of the run's network: a role whose network is the method's own learns it whole.
+        The run's adapter is of the run's network: a role whose network is the method's own learns it whole, and one with a part of the
+        method's, such as the branch of a control, learns that.
         """
-        if not isinstance(self.method.roles[role], Trained):
+        learning, own = self.method.roles[role], self.role_settings(role)
+        if not isinstance(learning, Trained):
             return None
-        if self.method.roles[role].heads is not None:
-            return self.method.roles[role].heads
-        own = self.role_settings(role)
-        part: Adapter | Heads | str | None = own.adapter or own.trainable
-        if part is None and self.method.roles[role].model is None:
+        part: Adapter | Heads | str | None = learning.heads or own.adapter or own.trainable or learning.trainable
+        if part is None and learning.model is None:
             part = self.adapter or self.trainable
-        part = part or getattr(self.method.roles[role], "trainable", None)
         return None if isinstance(part, Adapter) and not part.rank else part
 
     def codec(self) -> Codec:
@@ -314,9 +314,9 @@ class RunConfig:
         return open_storage(self.training.checkpoints or str(self.directory / CHECKPOINTS), self.directory)
 
 
-def described(path: Path) -> str:
-    """As a configuration would say it, but for its space and what only some predictions read."""
-    values = {key: value for key, value in to_dict(path).items() if key not in ("sigma_data", "space")}
+def described(part: Path | Sampler) -> str:
+    """As a configuration would say it, but for a path's space and what only some predictions read."""
+    values = {key: value for key, value in to_dict(part).items() if key not in ("sigma_data", "space")}
     return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
 
 

@@ -23,6 +23,7 @@ from gentrain.methods.base import Clock
 from gentrain.methods.distribution_matching import pseudo_target_loss
 from gentrain.methods.jdm import JDM, condition_loss, decoupled_guidance
 from gentrain.methods.sfd import score_identity_loss
+from gentrain.models.adapters import Adapter
 from gentrain.models.control import CONTROL, Form
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
@@ -496,3 +497,32 @@ def test_the_branch_alone_learns_unless_the_configuration_says_otherwise(tmp_pat
     run = load_run(file)
     assert run.part_of("student") == r"^control\." and run.part_of("fake_score") is None
     assert load_run(file, ["roles.student.trainable=output"]).part_of("student") == "output"
+    adapted = load_run(file, ["adapter={rank: 2}"])
+    assert adapted.part_of("student") == r"^control\." and adapted.part_of("fake_score") == Adapter(rank=2)
+    assert load_run(file, ["trainable=output"]).part_of("student") == r"^control\."
+    assert load_run(file, ["roles.student.adapter={rank: 0}"]).part_of("student") is None  # the whole network
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("roles.student.adapter={rank: 2}", "roles.student.adapter"),
+        ("roles.fake_score.adapter={rank: 2}", "roles.fake_score.adapter"),
+        ("adapter={rank: 2}", "adapter"),  # of the fake score
+    ],
+)
+def test_an_adapter_without_the_branch_of_a_control_is_refused(tmp_path: FilePath, override: str, key: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(RUN.replace("CONTROL", "signs").replace("DATA", "mixture"))
+    with pytest.raises(ConfigError, match="reads the control") as caught:
+        load_run(file, [override, "method.fake_score_conditioning=control"])
+    assert caught.value.key == key
+
+
+def test_of_a_flow_too_and_of_noise_consistency_the_branch_alone_learns(tmp_path: FilePath) -> None:
+    file = tmp_path / "run.yaml"
+    for method, role in (("flow_matching", "model"), ("noise_consistency", "student")):
+        given = {"flow_matching": "model", "noise_consistency": "teacher"}[method]
+        text = RUN.replace("CONTROL", "signs").replace("DATA", "mixture").replace("jdm", method).replace("teacher", given)
+        file.write_text(text)
+        assert load_run(file, ["adapter={rank: 2}"]).part_of(role) == r"^control\."

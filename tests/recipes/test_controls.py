@@ -47,6 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     smaller = {"name": "down_sampling", "factor": 2}
     trained(root / "label", method={"name": "jdm", "control": {"name": "label"}}, data="digits", roles={**below, **of_judge})
     trained(root / "enlarge", method={"name": "jdm", "control": smaller}, data=UNLABELLED, roles=below)
+    by_class = {"name": "flow_matching", "control": {"name": "label"}}
+    trained(root / "label_many", method=by_class, data="digits", roles={"model": {"weights": teacher}})
     trained(root / "many", method={"name": "flow_matching", "control": smaller}, data=UNLABELLED, roles={"model": {"weights": teacher}})
     return root
 
@@ -97,6 +99,17 @@ def test_a_judge_reads_what_was_drawn_of_no_class_without_an_accuracy(root: Path
     Evaluate(samples={"enlarge": str(tmp_path)}, judge=str(root / "judge")).execute(tmp_path / "scores")
     names = [row["name"] for row in read_metrics(tmp_path / "scores")]
     assert "class accuracy, enlarge" not in names and {"Frechet distance, enlarge", "condition error, enlarge"} <= set(names)
+
+
+def test_the_class_that_a_flow_was_asked_for_is_read_by_the_judge_of_the_stage(root: Path, tmp_path: Path) -> None:
+    """The run itself has none."""
+    Generate(run=str(root / "label_many"), count=200).execute(tmp_path)
+    Evaluate(samples={"many": str(tmp_path)}, judge=str(root / "judge")).execute(tmp_path / "judged")
+    values = {row["name"]: row["value"] for row in read_metrics(tmp_path / "judged")}
+    assert values["condition error, many"] == pytest.approx(1 - values["class accuracy, many"], abs=0.02)  # means of resamples
+    Evaluate(samples={"many": str(tmp_path)}, data=open_run(root / "label_many").data).execute(tmp_path / "alone")
+    names = [row["name"] for row in read_metrics(tmp_path / "alone")]
+    assert names and "condition error, many" not in names
 
 
 def test_a_class_must_be_named_where_it_is_the_control(root: Path) -> None:
