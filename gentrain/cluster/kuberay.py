@@ -73,9 +73,15 @@ class KubeRay(Allocation):
 
     def submit(self, submission: Submission) -> Handle:
         name, kind = _name(submission), "raycluster" if self.interactive else "rayjob"
-        self._tell("delete", f"{kind}/{name}", "--ignore-not-found", "--wait")  # of an earlier submission, which is over
+        handle = {"name": name, "kind": kind}
+        if not (state := self.status(handle)).is_over:  # it was sent from a directory that does not know of this one
+            message = (
+                f"{kind}/{name} of the namespace {self.namespace} is {state.value} already; stop it where it was submitted, or delete it"
+            )
+            raise ConfigError(message, key="output")
+        self._tell("delete", f"{kind}/{name}", "--ignore-not-found", "--wait")
         self._tell("apply", "--filename=-", given=self.render(submission)["manifest.yaml"])
-        return {"name": name, "kind": kind}
+        return handle
 
     def status(self, handle: Handle) -> State:
         resource = self._get(handle)
@@ -110,13 +116,16 @@ class KubeRay(Allocation):
             time.sleep(_POLL_S)
 
     def stop(self, handle: Handle) -> None:
-        """The job may not start again, and its command is asked for a checkpoint; before it has started, it is held for good."""
+        """The job may not start again, and its command is asked for a checkpoint; before it has started, it is held for good.
+
+        One that waits for Kueue is deleted, for Kueue lets go what is held.
+        """
         state = self.status(handle)
         if state.is_over:
             return
         name = handle["name"]
-        if handle["kind"] == "raycluster":
-            self._tell("delete", f"raycluster/{name}", "--wait=false")
+        if handle["kind"] == "raycluster" or (self.queue is not None and state is State.PENDING):
+            self._tell("delete", f"{handle['kind']}/{name}", "--wait=false")
             return
         spec: dict[str, Any] = {"backoffLimit": 0} if state is State.RUNNING else {"suspend": True}
         patch = {"metadata": {"annotations": {_STOPPED: "true"}}, "spec": spec}

@@ -133,6 +133,14 @@ class Slurm(Allocation):
         for text in self.options:
             if not text.startswith("--") or not text.isprintable():
                 raise ConfigError(f"expected an option of sbatch such as --qos=high, got {text!r}", key="options")
+            if text.startswith("--exp"):
+                message = f"{text!r} would send other variables than those in `secrets`; name them there, or in `environment`"
+                raise ConfigError(message, key="options")
+        if self.time_limit_min is not None and self.signal_s >= 60 * self.time_limit_min:
+            message = (
+                f"{self.signal_s} s before the end of {self.time_limit_min} min is no time to train; lower it, or raise time_limit_min"
+            )
+            raise ConfigError(message, key="signal_s")
 
     def variants(self) -> list[list[str]]:
         try:

@@ -262,10 +262,20 @@ def test_a_submission_replaces_the_one_that_is_over(kubectl: Path) -> None:
     handle = place.submit(SUBMISSION)
     name = handle["name"]
     assert _told(kubectl) == [
+        f"--namespace=research get rayjob/{name} --ignore-not-found --output=json",
         f"--namespace=research delete rayjob/{name} --ignore-not-found --wait",
         "--namespace=research apply --filename=-",
     ]
     assert (kubectl / "applied").read_text() == place.render(SUBMISSION)["manifest.yaml"]
+
+
+@pytest.mark.parametrize("interactive, status", [(False, {}), (False, {"jobDeploymentStatus": "Running"}), (True, {"state": "ready"})])
+def test_what_runs_under_that_name_is_left_alone(kubectl: Path, interactive: bool, status: dict[str, Any]) -> None:
+    """Another checkout, which keeps its own records, may have sent it."""
+    _shows(kubectl, status)
+    with pytest.raises(ConfigError, match="already; stop it where it was submitted"):
+        _place(interactive=interactive).submit(SUBMISSION)
+    assert not [line for line in _told(kubectl) if " get " not in line]
 
 
 @pytest.mark.parametrize(
@@ -305,8 +315,10 @@ def test_a_running_job_is_asked_for_a_checkpoint_and_does_not_start_again(kubect
 
 def test_a_job_that_waits_is_held_and_one_that_is_over_is_left_alone(kubectl: Path) -> None:
     _shows(kubectl, {"jobDeploymentStatus": "Suspended"})
-    _place().stop({"name": "job", "kind": "rayjob"})
+    _place(queue=None).stop({"name": "job", "kind": "rayjob"})
     assert '\\"suspend\\":\\ true' in _told(kubectl)[-1]
+    _place(queue="research").stop({"name": "job", "kind": "rayjob"})  # Kueue would let it go
+    assert _told(kubectl)[-1] == "--namespace=default delete rayjob/job --wait=false"
     _shows(kubectl, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"})
     _place().stop({"name": "job", "kind": "rayjob"})
     assert " get " in _told(kubectl)[-1]

@@ -182,6 +182,10 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
     [
         ({"options": ["#SBATCH"]}, {}, "expected an option of sbatch such as --qos=high"),
         ({"options": ["--qos=a\nrm"]}, {}, "expected an option of sbatch"),
+        ({"options": ["--export=ALL"]}, {}, "options: '--export=ALL' would send other variables than those in `secrets`"),
+        ({"options": ["--export ALL"]}, {}, "would send other variables"),
+        ({"options": ["--export-file=3"]}, {}, "would send other variables"),
+        ({"time_limit_min": 2, "signal_s": 120}, {}, "signal_s: 120 s before the end of 2 min is no time to train"),
         ({"partition": "gpu\nrm"}, {}, "partition: expected a name"),  # it would be a line of the script
         ({"account": "a b"}, {}, "account: expected a name"),
         ({"array": "trials"}, {}, "add a section `sweep:`, or list overrides"),
