@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,14 +72,17 @@ asked='' driver='' temporary='' steps=()
 ask() { [[ $asked == TERM ]] || asked=$1; [[ -z $driver ]] || kill -s "$1" "$driver" 2>/dev/null || true; }
 trap 'ask USR1' USR1
 trap 'ask TERM' TERM
-end_ray() {
+end_ray() {  # and writes down the exit status given
   trap '' USR1 EXIT
   driver=''
   for pid in "${steps[@]}"; do kill -s TERM "$pid" 2>/dev/null || true; done
   until wait; do :; done  # TERM is still noted, and cuts it short
   if [[ -n $temporary ]]; then srun --overlap --export=ALL --ntasks-per-node=1 rm -rf "$temporary" || true; fi
+  echo "$1" >"$record" || true
 }
-trap end_ray EXIT
+trap 'end_ray $?' EXIT
+record+=/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}.status
+rm -f "$record"
 """
 
 _RUN = r"""
@@ -94,7 +98,7 @@ fi
 case $asked$status in USR1138 | TERM138 | TERM143) status=75 ;; esac  # the signal came before the command could tell what it means
 if [[ $asked == USR1 && $status == 75 ]]; then
   if ((${SLURM_RESTART_COUNT:-0} < restarts)); then
-    end_ray
+    end_ray "$status"
     if [[ $asked == USR1 ]]; then  # no TERM has come meanwhile
       echo "gentrain: the time is up; start $((${SLURM_RESTART_COUNT:-0} + 2)) of this job goes on"
       # One task of an array has the array's number for its own job number: all of them would come back.
@@ -167,6 +171,7 @@ class Slurm(Allocation):
             " ".join(f"{name}={value}" for name, value in values.items()),
             f"start_limit_s={self.start_limit_s} interface={shlex.quote(interface)} step=({shlex.join(step)})",
             f"command=({shlex.join(submission.command)})",
+            f"record={shlex.quote(f'{submission.output}/submission')}",
             *self._tasks(submission),
         ]
         parts = [_FUNCTIONS, *([_CLUSTER] if self.nodes > 1 else []), _RUN]
@@ -179,7 +184,7 @@ class Slurm(Allocation):
         return {"job": job, "logs": [str(submission.files.resolve() / f"{job}{task}.log") for task in tasks]}
 
     def status(self, handle: Handle) -> State:
-        return _combined(_states(handle["job"]))
+        return _combined(_states(handle))
 
     def logs(self, handle: Handle, follow: bool) -> Iterator[str]:
         """Of a job array, each line begins with its task's number."""
@@ -276,26 +281,45 @@ def _tell(*command: str) -> str:
         raise PlaceError(f"{shlex.join(command)}: {error.stderr.strip() or f'status {error.returncode}'}") from error
 
 
-def _states(job: str) -> list[tuple[str, int]]:
-    """Name of the state and exit status of each task, from the queue, or else from accounting."""
+def _states(handle: Handle) -> list[State]:
+    """Of each task: from the queue, or else from accounting, or else from the exit status that the task has written beside its log."""
+    files = {Path(log).stem.partition("_")[2]: Path(log).with_suffix(".status") for log in handle["logs"]}
+    found = _queued(handle["job"])
+    if not found or files.keys() - found.keys():  # SLURM forgets each task some minutes after its end
+        found = _accounted(handle["job"]) | found
+    for task in files.keys() - found.keys():
+        with suppress(OSError, ValueError):
+            status = int(files[task].read_text())
+            found[task] = _state("FAILED" if status else "COMPLETED", status)
+    return [*found.values(), *(State.LOST for task in files if task not in found)]
+
+
+def _queued(job: str) -> dict[str, State]:
+    """Number of the task, "" of a job that is no array -> state, of those that the queue still holds."""
     try:
-        shown = _tell("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--Format=State:30,exit_code:30")
-        found = [(state, os.waitstatus_to_exitcode(int(code))) for state, code in map(str.split, shown.splitlines())]
+        shown = _tell("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--Format=ArrayTaskID:30,State:30,exit_code:30")
     except PlaceError as error:
         if "Invalid job id" not in str(error):
             raise
-        found = []
-    if found:
-        return found
+        return {}
+    rows = map(str.split, shown.splitlines())
+    return {task.replace("N/A", ""): _state(state, os.waitstatus_to_exitcode(int(code))) for task, state, code in rows}
+
+
+def _accounted(job: str) -> dict[str, State]:
     try:
-        shown = _tell("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State,ExitCode")
+        shown = _tell("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=JobID,State,ExitCode")
     except PlaceError:  # this cluster keeps no accounts
-        return []
-    return [(state.split()[0], int(code.partition(":")[0])) for state, code in (line.split("|") for line in shown.splitlines())]
+        return {}
+    rows = (line.split("|") for line in shown.splitlines())
+    return {name.partition("_")[2]: _state(state.split()[0], int(code.partition(":")[0])) for name, state, code in rows}
 
 
-def _combined(tasks: list[tuple[str, int]]) -> State:
+def _state(name: str, status: int) -> State:
+    return State.STOPPED if (name, status) == ("FAILED", STOPPED) else _STATES.get(name, State.FAILED)
+
+
+def _combined(tasks: list[State]) -> State:
     """Of all tasks together: what is not over counts first, then what is worst."""
-    states = {State.STOPPED if (name, status) == ("FAILED", STOPPED) else _STATES.get(name, State.FAILED) for name, status in tasks}
-    order = (State.RUNNING, State.PENDING, State.FAILED, State.STOPPED, State.SUCCEEDED)
-    return next((state for state in order if state in states), State.LOST)
+    order = (State.RUNNING, State.PENDING, State.FAILED, State.LOST, State.STOPPED, State.SUCCEEDED)
+    return next((state for state in order if state in tasks), State.LOST)

@@ -107,6 +107,7 @@ def _ended(tmp_path: Path, command: str, setup: Sequence[str] = (), **environmen
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$*" >> {tmp_path}/told\n')
     (tmp_path / "scontrol").chmod(0o755)
     sent = replace(SUBMISSION, command=("bash", "-c", command), workers=(1, 1), output=str(tmp_path))
+    (tmp_path / "submission").mkdir()
     script = _script(sent, nodes=1, restarts=1, setup=list(setup))
     given = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"} | environment
     done = subprocess.run(["bash", "-c", script], env=given, capture_output=True, text=True, timeout=60)
@@ -133,6 +134,7 @@ def _ended(tmp_path: Path, command: str, setup: Sequence[str] = (), **environmen
 def test_how_a_job_ends(tmp_path: Path, command: str, restarted: int, status: int, requeued: bool) -> None:
     done, told = _ended(tmp_path, command, SLURM_RESTART_COUNT=str(restarted))
     assert done.returncode == status, done.stderr
+    assert (tmp_path / "submission" / "7.status").read_text() == f"{status}\n"
     assert told == ("requeue 7\n" if requeued else "")
     assert ("start 2 of this job goes on" in done.stdout) == requeued
 
@@ -151,6 +153,7 @@ def test_only_the_task_whose_time_is_up_comes_back(tmp_path: Path, job: str, tas
     environment = {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
     _, told = _ended(tmp_path, f"kill -USR1 $PPID; {AWAIT}", **environment)
     assert told == f"requeue 7_{task}\n"
+    assert (tmp_path / "submission" / f"7_{task}.status").read_text() == "75\n"
 
 
 def test_each_trial_of_a_sweep_is_a_task_of_an_array() -> None:
@@ -230,21 +233,44 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_what_the_queue_says_of_a_job_and_of_an_array(stand_in: Path, queue: str, state: State) -> None:
-    (stand_in / "squeue.out").write_text(queue + "\n")
+    rows = queue.splitlines()
+    tasks = range(len(rows)) if len(rows) > 1 else ["N/A"]
+    (stand_in / "squeue.out").write_text("".join(f"{task} {row}\n" for task, row in zip(tasks, rows, strict=True)))
     assert Slurm().status({"job": "7", "logs": []}) is state
 
 
 def test_of_an_old_job_accounting_tells_and_without_it_the_job_is_lost(stand_in: Path) -> None:
     (stand_in / "squeue.err").write_text("slurm_load_jobs error: Invalid job id specified\n")
-    (stand_in / "sacct.out").write_text("CANCELLED by 1000|0:15\n")
+    (stand_in / "sacct.out").write_text("7|CANCELLED by 1000|0:15\n")
     assert Slurm().status({"job": "7", "logs": []}) is State.STOPPED
-    (stand_in / "sacct.out").write_text("FAILED|75:0\n")
+    (stand_in / "sacct.out").write_text("7|FAILED|75:0\n")
     assert Slurm().status({"job": "7", "logs": []}) is State.STOPPED
     (stand_in / "sacct.out").unlink()
     assert Slurm().status({"job": "7", "logs": []}) is State.LOST
     (stand_in / "squeue.err").write_text("Unable to contact slurm controller\n")
     with pytest.raises(PlaceError, match="Unable to contact slurm controller"):
         Slurm().status({"job": "7", "logs": []})
+
+
+@pytest.mark.parametrize(
+    "queue, accounts, written, state",
+    [
+        ("1 COMPLETED 0", "", {0: 1}, State.FAILED),
+        ("1 COMPLETED 0", "", {0: 75}, State.STOPPED),
+        ("1 COMPLETED 0", "", {0: 0}, State.SUCCEEDED),
+        ("1 COMPLETED 0", "", {1: 0}, State.LOST),  # a task that was killed has written nothing
+        ("1 COMPLETED 0", "7_0|FAILED|1:0\n7_1|FAILED|1:0", {}, State.FAILED),
+        ("1 PENDING 0", "", {0: 1, 1: 75}, State.PENDING),
+        ("", "", {0: 0, 1: 0}, State.SUCCEEDED),
+        ("", "", {}, State.LOST),
+    ],
+)
+def test_tasks_that_the_queue_has_forgotten_count(stand_in: Path, queue: str, accounts: str, written: dict[int, int], state: State) -> None:
+    (stand_in / "squeue.out").write_text(queue)
+    (stand_in / "sacct.out").write_text(accounts)
+    for task, status in written.items():
+        (stand_in / f"7_{task}.status").write_text(f"{status}\n")
+    assert Slurm().status({"job": "7", "logs": [str(stand_in / f"7_{task}.log") for task in (0, 1)]}) is state
 
 
 def test_a_line_is_told_once_and_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
