@@ -60,6 +60,7 @@ class Role:
         inputs: what its network reads of the condition beside the label, see models.inputs. Weights without them may be loaded.
         model: its network where the config names none for the role; None = the run's.
         flow: its weights must be those of a generator whose flow samplers follow, no few-step student's.
+        one_step: its weights must be those of a generator that is drawn from by the method's own sampler, if they are of a run that trains.
         given: the config must name its weights, or a pretrained network: random ones would teach nothing.
         control: its network has a branch for this control, see models.control. Weights without one may be loaded.
         heads: what it learns in place of a network: heads on the features of one that starts as `init` does.
@@ -72,6 +73,7 @@ class Role:
     model: Model | None = None
     given: bool = False
     flow: bool = False
+    one_step: bool = False
     control: Extractor | None = None
     heads: Heads | None = None
 

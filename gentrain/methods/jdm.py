@@ -88,7 +88,7 @@ class JDM(Method):
         roles: dict[str, Role] = {
             "teacher": Frozen(given=True),
             "fake_score": Trained(init="teacher", control=self.control if self.fake_score_conditioning == "control" else None),
-            "student": Trained(init="teacher", ema=True, control=self.control, trainable=BRANCH),
+            "student": Trained(init="teacher", ema=True, one_step=True, control=self.control, trainable=BRANCH),
         }
         if self.condition_at == "noisy":
             roles["consistency"] = Frozen(given=True)

@@ -42,7 +42,8 @@ class NoiseConsistency(Method):
 
     The generator's own sample x = f(z) shows a control c = h(x), so that for the noise z the answer is known: f(z, c) should be x. As z is
     diffused towards fresh noise the answers should stay alike: f(z', c) = f(z, c) for neighbouring levels, which carries the control to any
-    noise. No data, no scores, no gradient through h. roles.teacher.weights names the run of the one-step generator.
+    noise. No images of the data (their shape, and labels or prompts, at most), no scores, no gradient through h. roles.teacher.weights names
+    the run of the one-step generator.
     """
 
     generator: ClassVar[str | None] = "student"
@@ -56,7 +57,7 @@ class NoiseConsistency(Method):
 
     def __post_init__(self) -> None:
         roles: dict[str, Role] = {
-            "teacher": Frozen(given=True),
+            "teacher": Frozen(given=True, one_step=True),
             "student": Trained(init="teacher", ema=True, control=self.control, trainable=BRANCH),
             "multiplier": Trained(denoiser=False, model=Multiplier()),
         }
@@ -64,6 +65,10 @@ class NoiseConsistency(Method):
 
     def check(self, path: Path) -> None:
         time_at(path, self.sigma)
+        if not path.space.normal:  # see diffused
+            raise ValueError(
+                "noise_consistency adds draws of noise up, which leaves only a normal law as it is; take free, or dual with nu .inf"
+            )
 
     def check_data(self, data: Data) -> None:
         check_control(self.control, data)

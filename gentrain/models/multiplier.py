@@ -27,6 +27,7 @@ class MultiplierNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.raw = nn.Parameter(torch.tensor([0.5413248546]))
+        self.raw.decays = False  # type: ignore[attr-defined]  # see decay_groups: the constraint alone moves it
 
     def forward(self, x: Tensor, t: Tensor | None = None, condition: Condition | None = None) -> Tensor:
         return softplus(self.raw).expand(len(x))

@@ -73,7 +73,11 @@ class Generate(Stage):
         if classes and max(asked) >= classes:
             raise ConfigError(f"class {max(asked)} does not exist; those of {self.run} are 0 to {classes - 1}", key="labels")
         labels = torch.tensor(asked).repeat(-(-self.count // len(asked)))[: self.count]
-        sampler = run.drawn_with(self.sampler)
+        sampler, control = run.drawn_with(self.sampler), run.method.steering
+        if self.labels is not None and control is not None and not control.labels:
+            raise ConfigError(
+                "this run's samples have the classes of the held-out items whose controls they take; leave it out", key="labels"
+            )
         found, controls = controls_of(run, labels)
         labels = found if self.prompts is None else labels
         weights = digest_of(load_weights(self.run))  # before: of a run that trains on, they are told to be of former weights at worst

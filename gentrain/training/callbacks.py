@@ -124,7 +124,8 @@ class Previews(Callback):
         rows = torch.arange(world.rank * share, (world.rank + 1) * share)
         noise = Noise(derive(run.seed, "preview"), rows, world.device)
         codec, classes = trainer.roles.codec, len(trainer.roles.codec.names)
-        labels, controls = controls_of(run, rows % classes if classes else torch.full_like(rows, -1), trainer.roles.frozen)
+        labels = rows % classes if classes else torch.full_like(rows, -1)
+        labels, controls = controls_of(run, labels, trainer.roles.frozen, int(rows[0]))
         with torch.no_grad():
             condition = codec.condition(labels.to(world.device)) if classes else None
             if controls is not None:

@@ -23,13 +23,14 @@ def networks_of(run: RunConfig, control: Extractor) -> dict[str, Any]:
     return {role: load_network(place)[0] for role, place in places.items() if place is not None}
 
 
-def controls_of(run: RunConfig, labels: Tensor, networks: Networks | None = None) -> tuple[Tensor, Tensor | None]:
+def controls_of(run: RunConfig, labels: Tensor, networks: Networks | None = None, first: int = 0) -> tuple[Tensor, Tensor | None]:
     """(labels [N], controls) of samples that are drawn for `labels`; None for a generator that is given none.
 
     A control that is the class is that label. Others are those of the held-out items in turn, whose labels they come with.
 
     Args:
         networks: those that the extractor reads; None = they are loaded.
+        first: the place of the first of them among all samples, where ranks draw a share each.
     """
     control = run.method.steering
     if control is None:
@@ -39,8 +40,8 @@ def controls_of(run: RunConfig, labels: Tensor, networks: Networks | None = None
             raise ConfigError("this generator is asked for a class; name some", key="labels")
         return labels, labels.clone()
     items = run.data.split("held_out")
-    rows = torch.arange(len(labels)) % len(items)
-    found = [items[int(row)] for row in rows.unique()]
+    rows, place = ((first + torch.arange(len(labels))) % len(items)).unique(return_inverse=True)
+    found = [items[int(row)] for row in rows]
     x = torch.stack([item["x"] for item in found])
     if isinstance(run.data, Latents):
         with torch.no_grad():
@@ -50,5 +51,5 @@ def controls_of(run: RunConfig, labels: Tensor, networks: Networks | None = None
         controls = torch.cat([control.read(part, networks) for part in x.split(_BATCH)])
     known = "caption" if run.data.captions else "label"
     if known in found[0] and len(run.data.captions or run.data.class_names):
-        labels = torch.stack([item[known] for item in found])[rows]
-    return labels, controls[rows]
+        labels = torch.stack([item[known] for item in found])[place]
+    return labels, controls[place]

@@ -19,7 +19,7 @@ def source_of(run: RunConfig, role: str) -> str:
 
 def refuse_other_law(run: RunConfig, role: str) -> None:
     """Raises ConfigError when the weights that a role starts from were trained on another path, as another prediction or with another scale
-    of time than the run reads them, or follow no flow where one is needed.
+    of time than the run reads them, follow no flow where one is needed, or are drawn from otherwise where one call is.
 
     Weights that are not there yet, which only a plan may meet, are not looked at.
     """
@@ -36,6 +36,10 @@ def refuse_other_law(run: RunConfig, role: str) -> None:
         except ValueError as error:
             said = f"{weights} holds a student of {theirs.method.registered_name}, which follows no flow; name its teacher's run"
             raise ConfigError(said, key=f"roles.{role}.weights") from error
+    drawn = (theirs.method.own_sampler(), run.method.own_sampler())
+    if run.method.roles[role].one_step and isinstance(theirs.method.roles[source], Trained) and drawn[0] != drawn[1]:
+        said = f"what {weights} holds is drawn from by {described(drawn[0])}, and here by {described(drawn[1])}"
+        raise ConfigError(f"{said}; name the run of a one-step student of that sigma", key=f"roles.{role}.weights")
     models = (theirs.model_of(source), run.model_of(role))
     scales = [getattr(model, "time_scale", None) for model in models]
     if models[0].registered_name == models[1].registered_name and scales[0] != scales[1]:

@@ -25,19 +25,23 @@ RUNS: dict[str, dict[str, Any]] = {
     "jdm": {"generator_loss": "sid", "control": {"name": "signs"}, "student_every": 2},
     "noise_consistency": {"control": {"name": "signs"}, "levels": 3},
 }
+TEACHERS = {"jdm": "teacher", "noise_consistency": "one_step"}
 
 
 def settings_of(root: Path, name: str, run: str, engine: Any) -> dict[str, Any]:
     settings = values(root / f"{name}-{run}", {"name": run, **RUNS[run]}, engine)
-    return settings | {"model": MLP, "roles": {"teacher": {"weights": str(root / "teacher")}}}
+    return settings | {"model": MLP, "roles": {"teacher": {"weights": str(root / TEACHERS[run])}}}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     teacher = values(root / "teacher", "flow_matching", "torch") | {"model": MLP}
-    save_config(run_of(teacher))
-    train_three_ways(partial(settings_of, root), RUNS, [Job(teacher)])
+    one_step = values(root / "one_step", "distribution_matching", "torch") | {"model": MLP}
+    one_step["roles"] = {"teacher": {"weights": str(root / "teacher")}}
+    for settings in (teacher, one_step):
+        save_config(run_of(settings))
+    train_three_ways(partial(settings_of, root), RUNS, [Job(teacher), Job(one_step)])
     return root
 
 
@@ -66,7 +70,7 @@ def test_what_was_learnt_steers_the_teachers_network(root: Path, run: str) -> No
     """Loaded for sampling: without a control the teacher, with one something else."""
     save_config(run_of(settings_of(root, "whole", run, "torch")))
     student, _ = load_network(root / f"whole-{run}")
-    teacher, _ = load_network(root / "teacher")
+    teacher, _ = load_network(root / TEACHERS[run])
     x, t, label = torch.randn(4, 2), torch.rand(4), {"label": torch.arange(4) % 3}
     torch.testing.assert_close(student.x0(x, t, label), teacher.x0(x, t, label), rtol=0, atol=0)
     steered = student.x0(x, t, {**label, "control": torch.ones(4, 2)})

@@ -16,8 +16,10 @@ from gentrain.models.control import CONTROL
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.multiplier import Multiplier
 from gentrain.noise import Noise
+from gentrain.paths.dual import Dual
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.one_step import time_at
+from gentrain.training.optimizers import decay_groups
 
 PATH = RectifiedFlow()
 START = time_at(PATH, 2.5)
@@ -104,6 +106,16 @@ def test_a_generator_that_is_already_steered_right_stays_at_the_boundary() -> No
     method = NoiseConsistency(control=Signs(), levels=4)
     logs = method.student_loss(same, {"x": torch.zeros(6, 2)}, Noise(3, ROWS)).logs
     assert logs["boundary"].item() == 0 and logs["consistency"].item() > 0.05
+
+
+def test_noise_whose_sum_is_of_another_law_is_refused() -> None:
+    with pytest.raises(ValueError, match="only a normal law"):
+        NoiseConsistency(control=Signs()).check(RectifiedFlow(space=Dual()))
+    NoiseConsistency(control=Signs()).check(RectifiedFlow(space=Dual(nu=float("inf"))))
+
+
+def test_no_decay_pulls_the_multiplier_down() -> None:
+    assert [group["weight_decay"] for group in decay_groups(Multiplier().build((2,), 0).parameters())] == [0.0]
 
 
 def test_the_student_learns_before_the_multiplier() -> None:

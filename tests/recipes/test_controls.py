@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,20 @@ from safetensors.torch import load_file
 from gentrain import cli
 from gentrain.config import ConfigError
 from gentrain.extractors.closed_form import DownSampling
+from gentrain.methods.base import Clock
 from gentrain.recipes.controls import paired
 from gentrain.recipes.evaluate import Evaluate, read_metrics
 from gentrain.recipes.export import Export
 from gentrain.recipes.generate import Generate
+from gentrain.samplers.base import Sampler
+from gentrain.samplers.one_step import OneStep
+from gentrain.training import callbacks
+from gentrain.training.callbacks import Previews
 from gentrain.training.controls import controls_of
+from gentrain.training.given import refuse_other_law
 from gentrain.training.loop import train
-from gentrain.training.run import open_run, save_config
+from gentrain.training.roles import Roles
+from gentrain.training.run import RunConfig, open_run, save_config
 from gentrain.training.world import World
 from tests.distributed.cases import run_of
 
@@ -81,6 +89,66 @@ def test_there_may_be_more_samples_than_held_out_images(root: Path) -> None:
     count = len(run.data.split("held_out"))
     _, controls = controls_of(run, torch.full((count + 2,), -1))
     assert controls is not None and torch.equal(controls[count:], controls[:2])
+
+
+def test_a_share_of_the_samples_takes_its_own_controls(root: Path) -> None:
+    run = open_run(root / "enlarge")
+    _, whole = controls_of(run, torch.full((6,), -1))
+    _, share = controls_of(run, torch.full((3,), -1), first=3)
+    assert whole is not None and share is not None and torch.equal(share, whole[3:]) and not torch.equal(share, whole[:3])
+
+
+def test_previews_are_the_same_on_any_number_of_ranks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = open_run(root / "enlarge"), []
+
+    def drawn(self: Sampler, denoiser: Any, shape: Any, noise: Any, condition: Any) -> torch.Tensor:
+        asked.append(condition["control"])
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(OneStep, "sample", drawn)
+    monkeypatch.setattr(callbacks, "save_grid", lambda *_, **__: None)
+    roles = Roles(run, ALONE)
+    for world in (ALONE, World(0, 2, ALONE.device), World(1, 2, ALONE.device)):
+        roles.group = SimpleNamespace(gather=lambda images: images)  # type: ignore[assignment]
+        trainer: Any = SimpleNamespace(run=run, roles=roles, world=world, clock=Clock(16, 16, 32))
+        Previews(trainer).after_step(trainer)
+    assert torch.equal(torch.cat(asked[1:]), asked[0]) and not torch.equal(asked[1], asked[2])
+
+
+def test_classes_that_the_held_out_items_bring_along_are_not_named(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave it out") as caught:
+        Generate(run=str(root / "enlarge"), count=4, labels=[0]).execute(tmp_path)
+    assert caught.value.key == "labels"
+
+
+ONE_STEP = {"name": "distribution_matching"}
+
+
+@pytest.mark.parametrize(
+    ("method", "role", "source"),
+    [
+        ("noise_consistency", "teacher", "flow_matching"),
+        ("noise_consistency", "teacher", {**ONE_STEP, "sigma": 2.0}),
+        ("jdm", "student", {**ONE_STEP, "sigma": 2.0}),
+        ("jdm", "student", {**ONE_STEP, "steps": 2}),
+    ],
+)
+def test_weights_that_are_not_drawn_from_in_one_such_step_are_refused(tmp_path: Path, method: str, role: str, source: Any) -> None:
+    def run(name: str, method: Any, **roles: str) -> RunConfig:
+        given = {role: {"weights": str(tmp_path / place)} for role, place in roles.items()}
+        settings = {"model": UNET, "engine": "torch", "data": UNLABELLED, "training": SHORT, "output": str(tmp_path / name)}
+        saved = run_of({**settings, "method": method, "roles": given})
+        save_config(saved)
+        return saved
+
+    run("flow", "flow_matching")
+    run("one_step", ONE_STEP, teacher="flow")
+    run("other", source, **({} if source == "flow_matching" else {"teacher": "flow"}))
+    steered = {"name": method, "control": {"name": "down_sampling", "factor": 2}}
+    refuse_other_law(run("run", steered, **{"teacher": "flow", role: "one_step"}), role)
+    with pytest.raises(ConfigError, match="name the run of a one-step student") as caught:
+        refuse_other_law(run("run", steered, **{"teacher": "flow", role: "other"}), role)
+    assert caught.value.key == f"roles.{role}.weights"
 
 
 def test_another_control_gives_another_sample_of_the_same_noise(root: Path) -> None:
