@@ -42,8 +42,8 @@ class NoiseConsistency(Method):
 
     The generator's own sample x = f(z) shows a control c = h(x), so that for the noise z the answer is known: f(z, c) should be x. As z is
     diffused towards fresh noise the answers should stay alike: f(z', c) = f(z, c) for neighbouring levels, which carries the control to any
-    noise. No images of the data (their shape, and labels or prompts, at most), no scores, no gradient through h. roles.teacher.weights names
-    the run of the one-step generator.
+    noise. No images of the data (their shape, and labels or prompts, at most), no scores, no gradient through h. roles.teacher.weights
+    names the run of the one-step generator.
     """
 
     generator: ClassVar[str | None] = "student"
