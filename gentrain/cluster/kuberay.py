@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
@@ -20,6 +21,7 @@ from gentrain.cluster.places import Allocation, Handle, PlaceError, State, Submi
 from gentrain.cluster.room import refuse_cramped
 from gentrain.cluster.versions import stamp
 from gentrain.config import ConfigError, option, register
+from gentrain.training.object_storage import is_local
 
 _POLL_S = 5.0  # between questions about a job that is followed
 _STOPPED = "gentrain/stopped"  # annotation of what was asked to stop
@@ -152,7 +154,15 @@ class KubeRay(Allocation):
         if not submission.under_ray and not self.interactive:
             raise ConfigError("the head does not train; set cluster.place to ray", key="cluster.place")
         values = yaml.safe_load(submission.config)
-        for part in (values, *(stage.get("run", {}) for stage in values.get("stages", {}).values())):
+        runs = [run for stage in values.get("stages", {}).values() if isinstance(run := stage.get("run"), dict)]
+        for part in runs or [values]:
+            if self.storage is None and is_local((part.get("training") or {}).get("checkpoints") or ""):
+                message = "pods lose what they write; set `claim` and `storage`, or training.checkpoints to a bucket"
+                raise ConfigError(message, key="cluster.submit.claim")
+        if self.storage is not None and not PurePosixPath(submission.output).is_relative_to(self.storage):
+            message = f"{submission.output} is not below cluster.submit.storage = {self.storage}, and pods lose what they write elsewhere"
+            raise ConfigError(message, key="output")
+        for part in (values, *runs):
             if any(plugin.endswith(".py") for plugin in part.get("plugins", ())):
                 raise ConfigError("a pod has no files of this machine; put the plugins into the image, as modules", key="plugins")
         refuse_cramped(self, submission)

@@ -35,6 +35,8 @@ SUBMISSION = Submission(
     gpus_per_worker=1.0,
 )
 
+IN_BUCKET = replace(SUBMISSION, config="training: {checkpoints: 's3://bucket/run'}\n")
+
 
 def _place(**settings: Any) -> KubeRay:
     values: dict[str, Any] = {
@@ -83,7 +85,7 @@ def _close(schema: Any) -> None:
 @pytest.mark.skipif(CRDS is None, reason="GENTRAIN_KUBERAY_CRDS names no directory of KubeRay's CRDs")
 @pytest.mark.parametrize("settings", [{}, {"interactive": True}, {"claim": None, "storage": None, "queue": None, "gpus_per_node": 4}])
 def test_the_manifests_keep_to_the_schemas_of_kuberay(settings: dict[str, Any]) -> None:
-    objects = _objects(_place(**settings))
+    objects = _objects(_place(**settings), IN_BUCKET)
     kind = "RayCluster" if settings.get("interactive") else "RayJob"
     _schema(kind).validate(objects[kind])
     objects[kind]["spec"]["typo"] = 1
@@ -99,7 +101,7 @@ def test_the_manifests_keep_to_the_schemas_of_kubernetes(settings: dict[str, Any
     def validate(value: dict[str, Any]) -> None:
         kubernetes_validate.validate(value, kubernetes, strict=True)
 
-    objects = _objects(_place(**settings))
+    objects = _objects(_place(**settings), IN_BUCKET)
     validate(objects["ConfigMap"])
     validate(objects["NetworkPolicy"])
     pods = _pods(objects)
@@ -198,8 +200,8 @@ def test_what_is_cut_off_starts_again_and_goes_on() -> None:
 
 def test_names_are_what_kubernetes_allows() -> None:
     names = []
-    for name, output in (("SFD.student_1", "/a"), ("SFD.student_1", "/b"), ("1" * 63, "/a"), ("x" * 63, "/a")):
-        names.append(_objects(_place(), replace(SUBMISSION, name=name, output=output))["RayJob"]["metadata"]["name"])
+    for name, output in (("SFD.student_1", "a"), ("SFD.student_1", "b"), ("1" * 63, "a"), ("x" * 63, "a")):
+        names.append(_objects(_place(), replace(SUBMISSION, name=name, output=f"/shared/runs/{output}"))["RayJob"]["metadata"]["name"])
     assert len(set(names)) == 4
     assert all(len(name) <= 47 and name[0].isalpha() and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in names)
 
@@ -211,6 +213,10 @@ def test_names_are_what_kubernetes_allows() -> None:
         ({"memory_gib": 4}, {}, "shared_memory_gib = 4 is a part of it"),
         ({"secret": None}, {}, "the job needs BUCKET_TOKEN; name a Secret"),
         ({"claim": None}, {}, "belong together"),
+        ({"claim": None, "storage": None}, {}, "set `claim` and `storage`, or training.checkpoints to a bucket"),
+        ({"claim": None, "storage": None}, {"config": "training: {checkpoints: /tmp/x}\n"}, "or training.checkpoints to a bucket"),
+        ({"claim": None, "storage": None}, {"config": "stages: {a: {run: {}}, b: {run: runs/a}}\n"}, "or training.checkpoints to a bucket"),
+        ({}, {"output": "/elsewhere/run"}, "output: /elsewhere/run is not below cluster.submit.storage = /shared/runs"),
         ({}, {"under_ray": False}, "the head does not train; set cluster.place to ray"),
         ({}, {"workers": (5, 5)}, "5 workers do not fit on 2 nodes with room for 2 each"),
         ({}, {"config": "plugins: [/home/me/own.py]\n"}, "a pod has no files of this machine"),
