@@ -137,7 +137,7 @@ def test_a_pipeline_that_an_earlier_stage_writes_is_looked_at_when_it_is_there(t
         "engine": "torch",
         "training": {"samples": 8, "batch_size": 4},
     }
-    with pytest.raises(ConfigError, match=r"model_index\.json cannot be read"):
+    with pytest.raises(ConfigError, match="there is no directory"):
         build(Train, Document({"run": run}, "stage"))
     with outputs_to_come([tmp_path / "pipeline"]):
         stage = build(Train, Document({"run": run}, "stage"))
