@@ -178,7 +178,7 @@ def test_an_actor_that_is_killed_loses_nothing(tmp_path: Path) -> None:
         while not killed:
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "Generator.draw" in child.name() + " ".join(child.cmdline()):
+                    if "Member.call" in child.name() + " ".join(child.cmdline()):
                         child.kill()
                         killed.append(child)
                         break
