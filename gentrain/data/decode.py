@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -19,6 +20,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")  # what is left o
 _LONGEST = 20  # times the shorter side: beyond it a centre crop shows next to nothing of the image
 _ORIENTATION = 0x0112  # of EXIF; from 5 on height and width are exchanged
 _OVERHEAD = 2**24  # bytes of a file beside its pixels: colour profile, metadata
+_TILE = (322, 323)  # of TIFF: width and height of a tile, which is decoded as a whole however small the image is
+_MOST_TILE = 2**24  # pixels
+_MOST_SCANS = 100  # of a JPEG, as libtiff allows: each passes over all pixels, whatever few bytes it has; encoders write about ten
+_MARKER = re.compile(rb"\xff[^\0\xd0-\xd7\xff]")  # of JPEG, but for those within compressed data
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class ImageDecoder:
                 raise ValueError(f"{image.width} x {image.height} is more than {self.max_pixels} pixels")
             if long > _LONGEST * short:
                 raise ValueError(f"{image.width} x {image.height} is more than {_LONGEST} times as long as wide")
+            if (tile := float(np.prod([np.max(getattr(image, "tag_v2", {}).get(tag, 0)) for tag in _TILE]))) > _MOST_TILE:
+                raise ValueError(f"a tile of {tile:,.0f} pixels is more than {_MOST_TILE:,}")
+            if image.format in ("JPEG", "MPO") and (scans := _scans(file)) > _MOST_SCANS:
+                raise ValueError(f"{scans:,} scans are more than {_MOST_SCANS}")
             if image.mode[0] in "IF":
                 raise ValueError(f"pixels of more than 8 bits (mode {image.mode}) are not supported; convert the image")
             image.draft("RGB", (2 * max(height, width),) * 2)  # lets the JPEG decoder skip detail that resizing would drop
@@ -77,6 +86,16 @@ def _open(file: BinaryIO) -> Image:
         return images.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"no image that can be read ({', '.join(FORMATS)})") from None  # whose message is about the Python object
+
+
+def _scans(file: BinaryIO) -> int:
+    """Of a JPEG, up to its end; other files may follow that."""
+    file.seek(0)
+    data, at, found = file.read(), 2, 0
+    while (marker := _MARKER.search(data, at)) and (kind := marker[0][1]) != 0xD9:
+        found += kind == 0xDA
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    return found
 
 
 def corrupt(name: str, error: Exception) -> CorruptItem:

@@ -183,18 +183,18 @@ def _extend(extension: dict[str, str], info: tarfile.TarInfo, archive: Ahead, at
 
 def _records(data: bytes) -> dict[str, str]:
     """The records of a pax header: each is LENGTH KEY=VALUE and a newline, its length included (POSIX.1-2001, pax)."""
-    records = {}
-    while data:
-        digits, space, _ = data[:20].partition(b" ")
+    records, at = {}, 0
+    while at < len(data):
+        digits, space, _ = data[at : at + 20].partition(b" ")
         length = int(digits) if digits.isdigit() else 0
-        record = data[len(digits) + 1 : length]
+        record = data[at + len(digits) + 1 : at + length]
         key, equals, value = record[:-1].partition(b"=")
-        if not (space and equals and key) or length > len(data) or record[-1:] != b"\n":
+        if not (space and equals and key) or length > len(data) - at or record[-1:] != b"\n":
             raise ValueError("a damaged extended header")
         if key.startswith(b"GNU.sparse"):
             raise ValueError("a sparse file")
         records[os.fsdecode(key)] = os.fsdecode(value)
-        data = data[length:]
+        at += length
     return records
 
 
@@ -205,9 +205,10 @@ def _name(name: str) -> str:
         raise ValueError(f"the name {shown}... is longer than {_MOST_NAME} bytes")
     if not name.isprintable():
         raise ValueError(f"the name {shown} cannot be printed")
+    name = name.removeprefix("./")
     if name.startswith("/") or ".." in name.split("/"):
         raise ValueError(f"the name {shown} leads out of the archive")
-    return name.removeprefix("./")
+    return name
 
 
 def _size(given: str) -> int | None:

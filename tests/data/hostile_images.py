@@ -31,6 +31,22 @@ def text_bomb():
     return png[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000), 9)) + png[33:]
 
 
+def scans(count, size=(64, 64)):
+    """A progressive JPEG of one colour, of whose scans one that has hardly any bytes is repeated."""
+    buffer = io.BytesIO()
+    Image.new("L", size, 128).save(buffer, "JPEG", progressive=True)
+    jpeg = buffer.getvalue()
+    start = jpeg.rindex(b"\xff\xda")
+    return jpeg[:start] + jpeg[start:-2] * count + jpeg[-2:]
+
+
+def tiled(side):
+    """A TIFF of 9 x 9 pixels in one tile of side x side, all of it zeros."""
+    data = zlib.compress(bytes(1000))
+    tags = {256: 9, 257: 9, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 134, 325: len(data)}
+    return b"II*\0" + struct.pack("<IH", 8, 10) + b"".join(struct.pack("<HHII", tag, 4, 1, tags[tag]) for tag in tags) + bytes(4) + data
+
+
 def sixteen_bits():
     buffer = io.BytesIO()
     Image.fromarray(np.full((9, 9), 300, np.uint16)).save(buffer, "PNG")
@@ -55,4 +71,6 @@ HOSTILE = {
     "no_width.png": png_header(0, 10),
     "sixteen_bits.png": sixteen_bits(),
     "text_bomb.png": text_bomb(),
+    "scans.jpg": scans(200),
+    "tile_bomb.tiff": tiled(30_000),
 }

@@ -14,7 +14,7 @@ from gentrain.config import ConfigError, Document, build, to_dict
 from gentrain.data.base import BatchItems, CorruptItem, Data
 from gentrain.data.image_folder import ImageFolder
 from gentrain.data.loader import Loader
-from tests.data.hostile_images import HOSTILE
+from tests.data.hostile_images import HOSTILE, scans, tiled
 
 
 def save(path, colour=(255, 0, 0), size=(20, 12), mode="RGB", **options):
@@ -194,6 +194,28 @@ def test_hostile_images_are_corrupt_and_named(tmp_path, name):
     (tmp_path / "a" / name).write_bytes(HOSTILE[name])
     with pytest.raises(CorruptItem, match=rf"/a/{name}: .+"):
         one(tmp_path)
+
+
+def test_what_unpacks_to_more_than_its_pixels_is_told_before_it_does(tmp_path):
+    """The scans, in 220 KB, would take 13 s; the tile, in 151 bytes, 900 MB."""
+    (tmp_path / "a").mkdir()
+    for name, content, said in (
+        ("1.jpg", scans(400, (7000, 7000)), "405 scans are more than 100"),
+        ("1.tiff", tiled(30_000), "a tile of 900,000,000 pixels is more than 16,777,216"),
+    ):
+        (tmp_path / "a" / name).write_bytes(content)
+        with pytest.raises(CorruptItem, match=said):
+            one(tmp_path)
+        (tmp_path / "a" / name).unlink()
+
+
+def test_many_scans_behind_the_end_of_an_image_and_small_tiles_do_no_harm(tmp_path):
+    """Telephones put a film behind a picture."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").write_bytes(scans(3) + b"\xff\xda" * 1000)
+    (tmp_path / "a" / "2.tiff").write_bytes(tiled(16))
+    items = ImageFolder(str(tmp_path), held_out=0, size=8).split("train")
+    assert [float(items[index]["x"].std()) < 0.01 for index in range(2)] == [True, True]
 
 
 def test_limits_are_configurable_and_named(tmp_path):

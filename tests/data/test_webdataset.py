@@ -381,11 +381,11 @@ def put(offset: int, data: bytes) -> Callable[[bytearray], object]:
     return lambda block: block.__setitem__(slice(offset, offset + len(data)), data)
 
 
-def pax(record: bytes, kind: bytes = tarfile.XHDTYPE, size: int | None = None) -> bytes:
-    """An extended header with a record of its own making before a good sample."""
+def pax(record: bytes, kind: bytes = tarfile.XHDTYPE, size: int | None = None, times: int = 1) -> bytes:
+    """An extended header, or so many, with a record of its own making before a good sample."""
     info = of_type(kind, "pax", size=len(record) if size is None else size)
     start = info.tobuf(tarfile.USTAR_FORMAT) + record + bytes(-len(record) % tar.BLOCK)
-    return start + archive(sample(1))
+    return start * times + archive(sample(1))
 
 
 def record(key: str, value: str) -> bytes:
@@ -405,6 +405,7 @@ HOSTILE_ARCHIVES: list[tuple[str, bytes, str]] = [
     ("xz", b"\xfd7zXZ\0" + bytes(600), "compressed with xz"),
     ("zstd", b"\x28\xb5\x2f\xfd" + bytes(600), "compressed with zstd"),
     ("absolute name", archive([*sample(1), ("/etc/x.png", b"")]), "'/etc/x.png' leads out of the archive"),
+    ("absolute name behind a dot", archive([*sample(1), (".//etc/x.png", b"")]), "'.//etc/x.png' leads out of the archive"),
     ("name that climbs", archive([*sample(1), ("a/../../x.png", b"")]), "leads out of the archive"),
     ("directory that climbs", archive([(of_type(tarfile.DIRTYPE, "../x"), b"")]), "leads out of the archive"),
     ("name that climbs, by a long header", archive([("../" + "x" * 200 + ".png", b"")], tarfile.GNU_FORMAT), "leads out of the archive"),
@@ -442,6 +443,7 @@ HOSTILE_ARCHIVES: list[tuple[str, bytes, str]] = [
     ("pax length of 0", pax(b"0 path=x.png\n"), "a damaged extended header"),
     ("pax length of 10^5000", pax(b"9" * 5000), "a damaged extended header"),
     ("pax without value", pax(b"9 path.x\n"), "a damaged extended header"),
+    ("pax of a million records", pax(b"6 a=b\n" * 174_000, times=6) + GOOD, "more follows the end"),
     ("pax that names another place", pax(record("path", "/etc/x.png")), "'/etc/x.png' leads out of the archive"),
     ("pax path for all members", pax(record("path", "x.png"), tarfile.XGLTYPE), "one name or size for all members"),
     ("name for terminals", archive([*sample(1), ("\x1b]0;owned\x07.png", b"")]), r"'\x1b]0;owned\x07.png' cannot be printed"),
