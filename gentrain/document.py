@@ -30,6 +30,7 @@ _REFERENCE_COST = 500  # characters that one interpolation counts for: following
 _INTERPOLATION = re.compile(r"\$\{(?:(?P<dots>\.*)(?P<key>[\w-]+(?:\.[\w-]+|\[\d+\])*)|output:[\w-]+|oc\.env:[^${}]+)\}")
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:([^${},]+)(?:,([^${}]*))?\}")
 _HIDDEN = re.compile("\0([^\0]*)\0")  # what stands for `${...}` of the environment while OmegaConf resolves the others
+_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # commands for terminals, which YAML refuses unless they are escaped
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -209,7 +210,10 @@ def _parse(text: str) -> Any:
             raise ValueError(f"it holds more than {MAX_VALUES:,} values, aliases written out; shorten it")
         if len(unfinished) > MAX_DEPTH:
             raise ValueError(f"mappings and lists are nested more than {MAX_DEPTH} deep; flatten them")
-    return get_yaml_loader(max_yaml_expanded_nodes=None)(text).get_single_data()
+    try:
+        return get_yaml_loader(max_yaml_expanded_nodes=None)(text).get_single_data()
+    except (LookupError, AttributeError, OverflowError) as error:  # whatever comes of `!!bool maybe`, `!!timestamp x`, 59:59...59.5
+        raise ValueError(f"a value is not of its type ({type(error).__name__}: {_first_line(error)}); correct it, or quote it") from error
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -316,8 +320,8 @@ def _check_interpolations(document: Document) -> None:
             total = sum(cost((*place, index), item) for index, item in enumerate(value))
         elif isinstance(value, str):
             total = len(value)
-            if "\0" in value:
-                raise document.error(_dotted(place), "a text holds the character NUL; remove it")
+            if found := _CONTROL.search(value):
+                raise document.error(_dotted(place), f"a text holds the control character {found[0]!a}; remove it")
             for target in _targets(document, place, value):
                 total += _REFERENCE_COST + (cost(*target) if target is not None else 0)
         elif isinstance(value, int) and value.bit_length() > 63:

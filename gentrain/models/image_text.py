@@ -121,7 +121,8 @@ class Side:
         try:
             with_both = _OWN_SIDES.get(self.kind)
             if with_both:
-                whole = getattr(transformers, with_both).from_pretrained(self.path, revision=self.revision, local_files_only=True)
+                config_class = getattr(transformers, with_both)
+                whole = config_class.from_pretrained(self.path, revision=self.revision, local_files_only=True)
                 side = whole.vision_config if self.reads == "images" else whole.text_config
                 if self.kind == "clip":
                     side.projection_dim = whole.projection_dim  # a side's own may be another, of which the whole model takes no notice

@@ -184,6 +184,6 @@ def load_vq(directory: Path) -> VQNetwork:
     import diffusers
 
     try:
-        return VQNetwork(diffusers.VQModel.from_pretrained(directory), json.loads((directory / SCALES).read_bytes()))
+        return VQNetwork(diffusers.VQModel.from_pretrained(directory, use_safetensors=True), json.loads((directory / SCALES).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{directory} holds no autoencoder with a codebook ({type(error).__name__}); tokenize the images again") from error

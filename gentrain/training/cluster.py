@@ -9,6 +9,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from gentrain.config import ConfigError, option
 
+_MOST_MORE = 100  # workers than the fewest: a batch is a multiple of every size between
 _NETWORK_VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_")
 
 
@@ -61,6 +62,8 @@ class Cluster(Submitting):
     def __post_init__(self) -> None:
         if self.fewest > self.most:
             raise ConfigError(f"it reads [fewest, most], and {self.fewest} is more than {self.most}; swap them", key="workers")
+        if self.most - self.fewest > _MOST_MORE:
+            raise ConfigError(f"no batch can be shared by so many sizes; let them be at most {_MOST_MORE} apart", key="workers")
 
     @property
     def fewest(self) -> int:

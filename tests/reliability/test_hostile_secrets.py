@@ -100,6 +100,12 @@ def _loads_tensors_only(call: ast.Call) -> bool:
     return any(word.arg == "weights_only" and isinstance(word.value, ast.Constant) and word.value.value is True for word in call.keywords)
 
 
+def _reads_what_is_no_weights(call: ast.Call) -> bool:
+    """Of from_pretrained: of a tokenizer or a configuration, or with options that are gathered elsewhere."""
+    called = _dotted(call.func).lower()
+    return "tokenizer" in called or "config" in called or any(word.arg is None for word in call.keywords)
+
+
 def _dotted(node: ast.expr) -> str:
     if isinstance(node, ast.Attribute):
         return f"{_dotted(node.value)}.{node.attr}"
@@ -122,6 +128,9 @@ def dangers(source: str, name: str) -> list[str]:
                 found.append(called)
             if called.startswith("importlib.") and called != "importlib.util.find_spec" and not called.startswith("importlib.metadata."):
                 found += [] if called in DYNAMIC_IMPORTS.get(name, ()) else [called]
+            safe = any(word.arg == "use_safetensors" and getattr(word.value, "value", None) is True for word in node.keywords)
+            if called.endswith("from_pretrained") and not safe and not _reads_what_is_no_weights(node):
+                found.append(f"{called} without use_safetensors")
             for keyword in node.keywords:
                 value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
                 if (keyword.arg, value) in {("trust_remote_code", True), ("allow_pickle", True), ("weights_only", False), ("shell", True)}:
@@ -139,7 +148,9 @@ def dangers(source: str, name: str) -> list[str]:
         "subprocess.run('ls', shell=True)", "import importlib\nimportlib.import_module(name)",
         "from importlib import import_module\nimport_module(name)",
         "g(weights_only=False)",
-        "x.from_pretrained('a', trust_remote_code=trust)",
+        "x.from_pretrained('a', use_safetensors=True, trust_remote_code=trust)",
+        "x.from_pretrained('a')",
+        "x.from_pretrained('a', use_safetensors=safe)",
     ],
 )  # fmt: skip
 def test_the_search_finds_what_it_looks_for(source: str) -> None:
