@@ -73,7 +73,7 @@ def _lines(directory: Path) -> list[dict[str, Any]]:
 
 def last_failure(directory: Path) -> str:
     """Why the newest attempt that failed did so, with where the stacks of its ranks are if it hung; empty if none has failed."""
-    return next((line["reason"] for line in reversed(_lines(directory)) if line.get("event") == "failed"), "")
+    return next((str(line.get("reason", "")) for line in reversed(_lines(directory)) if line.get("event") == "failed"), "")
 
 
 def stacks_of(directory: Path) -> set[str]:

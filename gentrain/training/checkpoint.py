@@ -30,6 +30,7 @@ from gentrain.document import ConfigError
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 2
+_MOST_MANIFEST = 2**26  # characters: a hundred for each of 600,000 files
 _LAYOUT = "layout"  # key in a file's header: name -> [start, *shape]
 
 
@@ -112,7 +113,8 @@ class Checkpoint:
 
     def _read_manifest(self) -> dict[str, str]:
         try:
-            text = self._fetch(MANIFEST).read_text()
+            with self._fetch(MANIFEST).open() as file:
+                text = file.read(_MOST_MANIFEST)
             content = json.loads(text)
             hashes, version = dict(content["sha256"]), content["format"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -216,7 +218,8 @@ class _ShardFile:
             self.pieces: dict[str, tuple[int, int, tuple[int, ...]]] = {}
             for name in self._file.keys():  # noqa: SIM118
                 (count,), (first, *shape) = self._file.get_slice(name).get_shape(), layout.pop(name)
-                if not 0 <= first <= first + count <= math.prod(shape):
+                whole = all(isinstance(number, int) and 0 <= number < 2**63 for number in (first, *shape))
+                if not whole or first + count > math.prod(shape):
                     raise ValueError(f"{name!r} lies outside of its tensor")
                 self.pieces[name] = (first, count, tuple(shape))
             if layout:

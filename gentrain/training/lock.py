@@ -89,6 +89,7 @@ def _describe(lock: Path, owner: Path) -> str:
         who = json.loads(owner.read_text())
         os.utime(lock)
         age = duration(max(0.0, lock.stat().st_mtime - owner.stat().st_mtime))
-        return f"pid {who['pid']} of {who['user']} on {who['host']} since {age} ({who['command']})"
-    except (OSError, ValueError, KeyError):
+        said = f"pid {who['pid']} of {who['user']} on {who['host']} since {age} ({who['command']})"
+        return said if said.isprintable() else ascii(said)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process, which has not said its name yet"

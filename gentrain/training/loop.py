@@ -318,8 +318,11 @@ def _ema_decay(run: RunConfig, clock: Clock) -> float:
 
 def _refuse_foreign(state: dict[str, Any], run: RunConfig, resume: Checkpoint) -> None:
     """Raises CheckpointError for a state that this run cannot have written, be its hash right or not."""
-    kinds = {"seconds": int | float, "skipped": dict, "metrics": dict, "method": str}
+    kinds = {"seconds": int | float, "skipped": dict, "metrics": dict, "method": str, "spikes": dict | None}
     wrong = [key for key, kind in kinds.items() if not isinstance(state.get(key), kind)]
+    if not wrong:
+        sound = {"seconds": 0 <= state["seconds"] < 1e12, "skipped": all(isinstance(count, int) for count in state["skipped"].values())}
+        wrong = [key for key in sound if not sound[key]]
     if wrong:
         raise CheckpointError(f"{resume.where}/{STATE} is damaged ({wrong[0]}: {state.get(wrong[0])!r:.100}); {resume.instead}")
     expected = run.method.registered_name

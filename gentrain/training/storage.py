@@ -180,7 +180,8 @@ class Storage:
         raise NotImplementedError
 
     def point(self, name: str) -> None:
-        """Gives LATEST the name of a checkpoint that is complete."""
+        """Gives LATEST the name of a checkpoint that is complete. Raises CheckpointError when the place was taken."""
+        self._refuse_others()
         self._write(LATEST, name)
 
     def discard(self, name: str) -> None:
@@ -218,7 +219,8 @@ class LocalStorage(Storage):
 
     def _read(self, name: str) -> str | None:
         try:
-            return (self.root / name).read_bytes()[:10_000].decode(errors="replace").strip()
+            with open(self.root / name, "rb", opener=_at_once) as file:
+                return (file.read(10_000) or b"").decode(errors="replace").strip()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -308,6 +310,11 @@ def replace_file(path: Path, text: str) -> None:
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens a file, and a pipe without waiting for somebody to write into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _sync(path: Path) -> None:

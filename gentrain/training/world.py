@@ -61,7 +61,7 @@ def _variable(name: str, otherwise: int, least: int, most: int | None = None) ->
 def join(timeout_s: float = 1800.0, start_limit_s: float = 300.0) -> World:
     """Joins the process group named by RANK, WORLD_SIZE and MASTER_*; without them the process is a world of its own.
 
-    One process meets itself through a store in memory, so that nothing listens on any port.
+    One process meets itself through a store in memory. What listens is gloo alone, until `leave`.
 
     Args:
         timeout_s: of a collective. start_limit_s: for all ranks to be there.

@@ -24,6 +24,11 @@ def test_a_cut_line_hides_no_other(tmp_path: Path, cut: str) -> None:
     assert last_failure(tmp_path).startswith("ended without a word")
 
 
+def test_a_failure_without_a_reason_has_none(tmp_path: Path) -> None:
+    (tmp_path / ATTEMPTS).write_text('{"event": "failed"}\n')
+    assert last_failure(tmp_path) == ""
+
+
 def test_whole_lines_follow_each_other(tmp_path: Path) -> None:
     for number in range(3):
         note(tmp_path, "started", attempt=number)

@@ -292,7 +292,9 @@ def test_an_attempt_that_another_one_has_followed_publishes_nothing_more(tmp_pat
     publish(newer, 2, SHARDS)
     with pytest.raises(CheckpointError, match="a later attempt"):
         older.discard("000000000002")
-    assert newer.names() == ["000000000001", "000000000002"]
+    with pytest.raises(CheckpointError, match="a later attempt"):
+        older.point("000000000001")
+    assert newer.names() == ["000000000001", "000000000002"] and newer.latest() == "000000000002"
 
 
 @pytest.mark.parametrize("memory", [False, True])

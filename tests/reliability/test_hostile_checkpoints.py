@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gentrain.config import Document
@@ -106,6 +107,32 @@ def _pointer(data: bytes) -> Callable[[Path], None]:
     return lambda checkpoint: (checkpoint.parent / "LATEST").write_bytes(data) and None
 
 
+def _sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+def _in_place_of_latest(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(checkpoint: Path) -> None:
+        (checkpoint.parent / "LATEST").unlink()
+        make(checkpoint.parent / "LATEST")
+
+    return change
+
+
+def _layout(change: Callable[..., list[float]]) -> Callable[[Path], None]:
+    """Changes what the header of the weights says of each tensor."""
+
+    def apply(checkpoint: Path) -> None:
+        with safe_open(checkpoint / WEIGHTS, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            layout = {name: change(*told) for name, told in json.loads(file.metadata()["layout"]).items()}
+        save_file(tensors, checkpoint / WEIGHTS, metadata={"layout": json.dumps(layout)})
+        _honest(checkpoint)
+
+    return apply
+
+
 def _other_role(checkpoint: Path) -> None:
     for path in list(checkpoint.glob("model.*")):
         path.rename(path.with_name(path.name.replace("model.", "critic.")))
@@ -157,6 +184,10 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("LATEST names the disk", _pointer(b"/etc"), "LATEST names '/etc', which is not there"),
     ("LATEST in bytes", _pointer(bytes(range(128, 256))), "LATEST"),
     ("LATEST is long", _pointer(b"1" * 10**6), "LATEST"),
+    ("LATEST of a terabyte", _in_place_of_latest(lambda path: _sparse(path)), "LATEST names "),
+    ("LATEST is a pipe", _in_place_of_latest(os.mkfifo), "LATEST names ''"),
+    ("LATEST is a device", _in_place_of_latest(lambda path: path.symlink_to("/dev/zero")), "LATEST names "),
+    ("manifest of a terabyte", _instead(MANIFEST, lambda path: _sparse(path)), f"{MANIFEST} is damaged"),
     # whoever can write a checkpoint can hash it, too
     ("pickle in place of weights", _weights(pickle.dumps(Bomb("touch pwned"))), NO_FILE),
     ("header of 2^62 bytes", _weights(safetensors({}, length=2**62)), NO_FILE),
@@ -164,6 +195,9 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("header that is deep", _weights(safetensors(b"[" * 90_000)), NO_FILE),
     ("tensor of 2^60 numbers", _weights(safetensors({"x": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}})), NO_FILE),
     ("tensors that overlap", _weights(safetensors({"a": ONE, "b": ONE}, bytes(8))), NO_FILE),
+    ("layout in fractions", _layout(lambda start, *shape: [float(start), *shape]), NO_FILE),
+    ("layout of fractional sides", _layout(lambda start, *shape: [start, *map(float, shape)]), NO_FILE),
+    ("layout of negative sides", _layout(lambda start, *shape: [start, *(-side for side in shape)]), NO_FILE),
     ("no layout", _weights(safetensors({"x": ONE}, bytes(4))), NO_FILE),
     ("other network", _other_network, "this network is not the one that was saved"),
     ("other role", _other_role, "has no model.weights.00000.safetensors"),
@@ -173,6 +207,10 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("state without samples", _state(lambda s: s.pop("samples")), f"{STATE} is damaged"),
     ("state of no method", _state(lambda s: s.pop("method")), f"{STATE} is damaged"),
     ("state of negative samples", _state(lambda s: s.update(samples=-16)), f"{STATE} is damaged"),
+    ("state of unsound seconds", _state(lambda s: s.update(seconds=float("nan"))), f"{STATE} is damaged (seconds: nan"),
+    ("state of seconds of 400 digits", _state(lambda s: s.update(seconds=10**400)), f"{STATE} is damaged (seconds: 1000"),
+    ("state of steps that are text", _state(lambda s: s.update(skipped={"model": "x"})), f"{STATE} is damaged (skipped"),
+    ("state of spikes that are a list", _state(lambda s: s.update(spikes=[])), f"{STATE} is damaged (spikes"),
     ("state of text samples", _state(lambda s: s.update(samples="many")), f"{STATE} is damaged"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from gentrain.config import ConfigError
-from gentrain.training import lock
 from gentrain.training.lock import hold
 
 HOLDER = """
@@ -82,9 +82,9 @@ def test_a_holder_that_ends_in_time_is_waited_for(holder: subprocess.Popen[str],
     holder.send_signal(signal.SIGSTOP)  # alive, and still the holder
     with pytest.raises(ConfigError, match="in use"), hold(tmp_path / "run", wait_s=0.3):
         raise AssertionError("two hold it")
-    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {holder.pid}"]).wait()
-    with hold(tmp_path / "run", wait_s=10):
-        pass
+    killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {holder.pid}"])
+    with hold(tmp_path / "run", wait_s=30):
+        assert killer.wait() == 0
 
 
 def test_what_is_in_the_way_of_the_name_is_told(tmp_path: Path) -> None:
@@ -96,6 +96,23 @@ def test_what_is_in_the_way_of_the_name_is_told(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", "[" * 100_000, '{"pid": 1}'])
+def test_an_owner_that_is_damaged_hides_no_holder(tmp_path: Path, text: str) -> None:
+    with hold(tmp_path):
+        (tmp_path / ".run.owner").write_text(text)
+        with pytest.raises(ConfigError, match="in use by another process, which has not said its name yet"), hold(tmp_path):
+            raise AssertionError("two hold it")
+
+
+def test_the_name_of_a_holder_reaches_no_terminal(tmp_path: Path) -> None:
+    with hold(tmp_path):
+        owner = json.loads((tmp_path / ".run.owner").read_text()) | {"user": "\x1b[2J"}
+        (tmp_path / ".run.owner").write_text(json.dumps(owner))
+        with pytest.raises(ConfigError, match=r"\\x1b\[2J") as caught, hold(tmp_path):
+            raise AssertionError("two hold it")
+        assert str(caught.value).isprintable()
+
+
 def test_names_are_separate_and_a_body_that_fails_frees(tmp_path: Path) -> None:
     with pytest.raises(KeyError), hold(tmp_path), hold(tmp_path, "writer"):
         raise KeyError
@@ -103,13 +120,14 @@ def test_names_are_separate_and_a_body_that_fails_frees(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_used_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    def refuse(self: object, **options: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+    def refuse(*_: object) -> None:
+        raise OSError(code, "No locks available")
 
-    monkeypatch.setattr(lock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level(logging.WARNING), hold(tmp_path):
         pass
     assert "has no locks" in caplog.text

@@ -23,7 +23,8 @@ from gentrain.training.object_storage import ObjectStorage
 from gentrain.training.run import Training
 from gentrain.training.saving import Saver, kept
 from gentrain.training.storage import LATEST, LocalStorage
-from gentrain.training.world import World
+from gentrain.training.world import RankGroup, World
+from tests.ranks import run_ranks
 
 ALONE = World(0, 1, torch.device("cpu"))
 NAN = float("nan")
@@ -60,8 +61,8 @@ def test_what_is_kept_of_a_run_is_what_would_be_kept_of_all_of_it(steps: list[tu
     assert set(there) == kept(everything, last, every, "lowest")
 
 
-def _saver(root: Path, **training: Any) -> Saver:
-    return Saver(LocalStorage(root), ALONE, Training(samples=100, **training))
+def _saver(root: Path, world: World = ALONE, **training: Any) -> Saver:
+    return Saver(LocalStorage(root), world, Training(samples=100, **training))
 
 
 def _save(saver: Saver, samples: int, value: float = 0.0, **metrics: float) -> torch.Tensor:
@@ -169,6 +170,40 @@ def test_a_second_checkpoint_waits_for_the_first(tmp_path: Path, monkeypatch: py
     saver.wait()
     assert _names(tmp_path) == [10, 20]
     saver.close()
+
+
+def _poll_while_rank_1_writes(world: World, root: Path) -> tuple[list[int], list[int]]:
+    """Names after a poll when only rank 0 has written, and after one when both have."""
+    group, go, write = RankGroup(world.size), threading.Event(), saving.write_shard
+
+    def slow(*arguments: Any) -> None:
+        assert world.rank == 0 or go.wait(20)
+        write(*arguments)
+
+    saving.write_shard = slow
+    saver = _saver(root, world, async_checkpoints=True)
+    _save(saver, 10)
+    assert saver._flight is not None
+    written = saver._flight.written
+    if world.rank == 0:
+        written.result(20)
+    group.max(0)
+    saver.poll()
+    before = _names(root)
+    group.max(0)
+    go.set()
+    written.result(20)
+    group.max(0)
+    saver.poll()
+    group.max(0)
+    saver.close()
+    return before, _names(root)
+
+
+@pytest.mark.distributed
+def test_poll_publishes_once_all_ranks_have_written(tmp_path: Path) -> None:
+    assert run_ranks(2, _poll_while_rank_1_writes, tmp_path) == [([], [10])] * 2
+    assert {path.name for path in (tmp_path / f"{10:012d}").iterdir()} >= {f"m.weights.{rank:05d}.safetensors" for rank in range(2)}
 
 
 @pytest.mark.parametrize("then", [Saver.wait, lambda saver: _save(saver, 30)])

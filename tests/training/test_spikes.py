@@ -102,7 +102,7 @@ def test_rollbacks_are_limited() -> None:
 def test_one_wild_value_before_the_window_was_full_does_not_hide_a_spike() -> None:
     watch = _watch(window=5, patience=1)
     for value in (1.0, 1.1, 1000.0, 0.9, 1.05):
-        watch.see({"loss/model": value})
+        assert watch.see({"loss/model": value}) == []
     assert watch.see({"loss/model": 50.0}) == ["loss/model"]
 
 

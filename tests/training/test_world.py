@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,17 +11,24 @@ from gentrain.training.world import RankGroup, World, join, leave
 from tests.ranks import run_ranks
 
 
+def _listening() -> list[int]:
+    """Ports of this process; other tests may have left some."""
+    return sorted(each.laddr.port for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN)
+
+
 def test_one_process_is_a_world_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    before = _listening()
     try:
         world = join()
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
         assert dist.get_world_size() == 1
         assert join() == world  # adopts the group that is there
+        assert len(_listening()) == len(before) + 1  # gloo's; no store's
     finally:
         leave()
-    assert not dist.is_initialized()
+    assert not dist.is_initialized() and _listening() == before
 
 
 def test_the_group_of_one_process_is_the_identity_without_gradient() -> None:
