@@ -55,6 +55,12 @@ def test_points_on_walls_become_the_neighbours_inside(bounds, dtype):
     assert ((at_walls - torch.tensor([[low], [high]], dtype=torch.float64)).abs() <= 2 * spacing).all()
 
 
+def test_next_to_zero_lies_no_subnormal_which_devices_flush_to_it():
+    tiny = torch.finfo(torch.float32).tiny
+    assert Box(0.0, 1.0).interior(torch.zeros(1, 1)).item() == tiny and Box(-1.0, 0.0).interior(torch.zeros(1, 1)).item() == -tiny
+    assert Box().reflect(torch.tensor([[2.0]])).item() == tiny
+
+
 def test_inside_nothing_is_changed_and_velocities_turn_on_odd_folds_only():
     box = Box(-1, 1)
     x = torch.rand(1000, 3, generator=torch.Generator().manual_seed(0)) * 1.999 - 0.9995

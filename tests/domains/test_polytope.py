@@ -33,6 +33,7 @@ def test_a_ray_that_never_rests_is_projected_after_20_walls():
     x = torch.tensor([[0.5, 1.0], [0.2, -0.00395]])
     end = wedge.reflect(x, torch.zeros(2, 2))
     assert wedge.contains(end).all() and torch.allclose(end[1], torch.tensor([0.2, 0.00005]), atol=1e-7)
+    assert torch.allclose(end[0].abs(), torch.tensor([0.5, 1e-3]), atol=1e-6)  # the nearest point, not one towards the centre
 
 
 def test_the_inverse_of_the_cube_is_that_of_the_box():
@@ -74,7 +75,7 @@ def test_a_vertex_where_more_facets_meet_than_dimensions():
     assert torch.allclose(near, torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64), atol=1e-8)
 
 
-@pytest.mark.parametrize("dim, stretch", [(2, 1.0), (5, 1.0), (5, 1000.0), (20, 1.0)])
+@pytest.mark.parametrize("dim, stretch", [(2, 1.0), (5, 1.0), (5, 1e6), (20, 1.0)])
 def test_hit_and_run_reaches_the_uniform_law(dim, stretch):
     """Marginals of a cube, one side stretched, that starts in a corner so that its centre is not the origin; 1.63 is the 1 % limit."""
     from scipy.stats import kstest

@@ -81,7 +81,8 @@ def test_an_eps_network_is_read_in_units_of_that_scale() -> None:
 
 def test_half_precision_is_folded_in_float32() -> None:
     path = path_on()
-    x_t = path.perturb(torch.full((2000, 1), 0.5, dtype=torch.bfloat16), torch.linspace(-3, 3, 2000)[:, None], torch.full((2000,), 0.6))
+    x0, eps, t = torch.full((2000, 1), 0.5), torch.linspace(-3, 3, 2000)[:, None], torch.full((2000,), 0.6)
+    x_t = path.perturb(*(value.bfloat16() for value in (x0, eps, t)))
     assert x_t.dtype == torch.float32 and path.box.contains(x_t).all()
 
 
