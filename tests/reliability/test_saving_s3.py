@@ -17,7 +17,7 @@ from gentrain.config import ConfigError
 from gentrain.training.beginning import refuse_wrong_start
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import train
-from gentrain.training.object_storage import ObjectStorage
+from gentrain.training.object_storage import ObjectStorage, open_storage
 from gentrain.training.remedies import StoreError, has_secret, store_error, without_secrets
 from gentrain.training.roles import load_weights
 from gentrain.training.run import CHECKPOINTS, RunConfig, save_config
@@ -215,6 +215,10 @@ def test_a_secret_in_a_url_is_refused_and_not_shown(tmp_path: Path, url: str) ->
     with pytest.raises(ConfigError, match=r"training\.checkpoints: .*holds a secret.*give it in the environment") as error:
         run_of(_settings(tmp_path, url))
     assert "canary" not in str(error.value) and "***" in str(error.value)
+
+
+def test_a_secret_in_a_place_that_a_run_names_as_its_former_one_is_not_shown(tmp_path: Path) -> None:
+    assert open_storage("memory://me:canary@bucket/run?token=canary", tmp_path).where == "memory://me:***@bucket/run?token=***"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from gentrain.training.run import CHECKPOINTS, METRICS
 from gentrain.training.storage import LocalStorage
 from gentrain.training.world import World
 from tests.distributed.cases import TIMES, Job, newest, records, run_of, state_of, train_all, values
+from tests.reliability.troubled import troubled
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -183,9 +184,20 @@ def test_steps_that_are_not_finite_leave_no_trace_but_a_count(tmp_path: Path) ->
     assert all(line["skipped/critic"] == 2 and "loss/critic" in line for line in rest)
 
 
+def test_a_skipped_step_leaves_weights_average_and_optimiser_as_they_were(tmp_path: Path) -> None:
+    nan = {"role": "student", "start": 24, "end": 25, "factor": float("nan")}  # in the third step
+    for steps in (2, 3):
+        assert _train(troubled(tmp_path / str(steps), "torch", **nan), stop_at=steps) == ("stopped", "")
+    before, after = (state_of(tmp_path / str(steps)) for steps in (2, 3))
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    kept = {key for key in before if key.startswith("student.")}
+    assert {key.partition("/")[0] for key in kept} == {"student.weights", "student.ema", "student.optimizer"}
+    assert same >= kept and "fake_score.optimizer/step" not in same
+
+
 def test_divergence_before_any_checkpoint_says_so(tmp_path: Path) -> None:
     run = run_of(values(tmp_path, {"name": "relay", "nan_from": 0, "nan_until": 99}, max_skipped=1))
-    with pytest.raises(Diverged, match="last good checkpoint is none"):
+    with pytest.raises(Diverged, match=r"'critic': 2 steps in a row .*max_skipped is 1\); the last good checkpoint is none"):
         train(run, ALONE, lambda: False, [])
 
 

@@ -99,6 +99,13 @@ def test_the_best_and_every_so_many_stay_over_attempts(tmp_path: Path, caplog: p
     assert _names(tmp_path) == [45, 70, 75] and "has no metric 'loss'" in caplog.text
 
 
+def test_a_checkpoint_written_anew_is_judged_by_its_new_metric(tmp_path: Path) -> None:
+    saver = _saver(tmp_path, keep_last=1, keep_best="loss")
+    for samples, loss in ((10, 1.0), (20, 3.0), (20, 0.5), (30, 2.0)):
+        _save(saver, samples, loss=loss)
+    assert _names(tmp_path) == [20, 30]
+
+
 def test_after_latest_was_set_back_what_lies_beyond_counts_once_the_run_has_passed_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
