@@ -17,7 +17,8 @@ from gentrain.training.watchdog import STACKS
 
 ATTEMPTS = "attempts.jsonl"
 LONGEST_BACKOFF_S = 300.0
-_ENDS = ("finished", "stopped", "abandoned", "failed")
+_SLURM = {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}  # the second one only of a job that was requeued
+_ENDS = ("finished", "stopped", "abandoned", "failed", "preempted")
 
 
 def note(directory: Path, event: str, **details: Any) -> None:
@@ -29,12 +30,20 @@ def note(directory: Path, event: str, **details: Any) -> None:
 
 
 class Started(Callback):
-    """Writes down on how many ranks an attempt begins, and from where."""
+    """Writes down on how many ranks an attempt begins, and from where, and that Ray Train has replaced the workers of the one before."""
 
     def __init__(self, trainer: Trainer):
-        if trainer.world.is_main:
-            about = {"attempt": trainer.attempt, "ranks": trainer.world.size, "samples": trainer.clock.samples}
-            note(trainer.run.directory, "started", **about)
+        if not trainer.world.is_main:
+            return
+        directory, ranks = trainer.run.directory, trainer.world.size
+        before = next((line for line in reversed(_lines(directory)) if line.get("event") in ("started", *_ENDS)), {})
+        if before.get("event") == "started":  # of all that ends an attempt this alone has nobody who is told
+            had = before.get("ranks")
+            grown = ", for which the cluster has room now" if isinstance(had, int) and ranks > had else ""
+            note(directory, "replaced", reason=f"Ray Train has replaced {had} workers by {ranks}{grown}")
+        about = {"attempt": trainer.attempt, "ranks": ranks, "samples": trainer.clock.samples}
+        job = {key: os.environ[name] for key, name in _SLURM.items() if name in os.environ}
+        note(directory, "started", **about, **job)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from gentrain.cluster.milestone import Milestone
 from gentrain.cluster.network import Network
 from gentrain.cluster.progress import follow
 from gentrain.cluster.ray_train import train_with_ray
-from gentrain.cluster.stopping import STOP_FILE, StopFile, interruptible, stop_on_signals
+from gentrain.cluster.stopping import STOP_FILE, StopFile, StopFlag, interruptible, stop_on_signals
 from gentrain.training.beginning import refuse_wrong_start
 from gentrain.training.lock import cannot_write, hold
 from gentrain.training.loop import CALLBACKS, Outcome, train
@@ -48,13 +48,19 @@ def launch(run: RunConfig, milestone: Milestone | None = None) -> Outcome:
             except OSError as error:
                 raise cannot_write(run.directory, error) from error
         stack.enter_context(follow(run))
-        outcome = _launch_inline(run, milestone, rank) if run.cluster.place == "inline" else _launch_ray(run, milestone)
+        outcome, flag = _launch_inline(run, milestone, rank) if run.cluster.place == "inline" else _launch_ray(run, milestone)
         if rank == 0:
-            note(run.directory, outcome.value)
+            note(run.directory, outcome.value, **({"reason": _asked_by(flag, milestone)} if outcome is Outcome.STOPPED else {}))
         return outcome
 
 
-def _launch_inline(run: RunConfig, milestone: Milestone, rank: int) -> Outcome:
+def _asked_by(flag: StopFlag, milestone: Milestone) -> str:
+    if flag():
+        return f"{flag.signal} to its launcher"
+    return f"to be compared at {milestone.samples} samples" if milestone.reached else f"the file {STOP_FILE}, or a signal to another rank"
+
+
+def _launch_inline(run: RunConfig, milestone: Milestone, rank: int) -> tuple[Outcome, StopFlag]:
     def on_hang(reason: str) -> None:
         note(run.directory, "failed", reason=reason)
 
@@ -63,15 +69,15 @@ def _launch_inline(run: RunConfig, milestone: Milestone, rank: int) -> Outcome:
         try:
             by_file = StopFile(run.directory)
             callbacks = (*CALLBACKS, Started, Network, milestone.watch)
-            return train(run, world, lambda: flag() or by_file() or milestone.reached, callbacks, on_hang)
+            return train(run, world, lambda: flag() or by_file() or milestone.reached, callbacks, on_hang), flag
         finally:
             leave()
 
 
-def _launch_ray(run: RunConfig, milestone: Milestone) -> Outcome:
+def _launch_ray(run: RunConfig, milestone: Milestone) -> tuple[Outcome, StopFlag]:
     session.start()  # before our signal handlers, which it would replace
     try:
         with stop_on_signals() as flag:
-            return train_with_ray(run, flag, milestone)
+            return train_with_ray(run, flag, milestone), flag
     finally:
         (run.directory / STOP_FILE).unlink(missing_ok=True)

@@ -158,6 +158,8 @@ def _fit(run: RunConfig, milestone: Milestone) -> str:
         raise ClusterLost(f"Ray lost the controller of {run.output}: {error}") from error
     if "outcome" in result:
         milestone.samples = result["samples"]  # the workers watch a copy
+        if result["outcome"] == _PREEMPTED:
+            note(directory, "preempted", reason=result["reason"])
         return result["outcome"]
     note(directory, "failed", reason=short(f"{result['error']}: {result['message']}"))
     raise _FINAL[result["error"]](result["message"])
@@ -191,14 +193,17 @@ class _Notice:
     """Whether Ray has announced that a node of this run will be taken away. Asked in a thread: the call waits for all workers."""
 
     def __init__(self) -> None:
-        self.is_set = False
+        self.is_set, self.reason = False, "Ray has announced that a node will be taken away"
         threading.Thread(target=self._ask, name="preemption", daemon=True).start()
 
     def _ask(self) -> None:
         import ray.train
 
         while not self.is_set:
-            self.is_set = ray.train.get_preemption_info() is not None
+            if (found := ray.train.get_preemption_info()) is not None:
+                nodes = ", ".join(f"node {node} with ranks {ranks}" for node, ranks in sorted(found.preempted_node_to_ranks.items()))
+                self.reason = f"Ray has announced that it will be taken away: {nodes}"
+                self.is_set = True
             time.sleep(2)
 
 
@@ -220,4 +225,4 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     except tuple(_FINAL.values()) as error:
         return {"error": type(error).__name__, "message": str(error)}
     preempted = outcome is Outcome.STOPPED and not milestone.reached and not (directory / STOP_FILE).exists()
-    return {"outcome": _PREEMPTED if preempted else outcome.value, "samples": milestone.samples}
+    return {"outcome": _PREEMPTED if preempted else outcome.value, "samples": milestone.samples, "reason": notice.reason}

@@ -30,11 +30,13 @@ class StopFlag:
     """Set by the first signal; the second Ctrl-C interrupts at once.
 
     Attributes:
+        signal: name of the first one; empty as long as none has come.
         raises: whether the first signal also raises StopRequested wherever the program is; False while somebody asks the flag.
     """
 
     def __init__(self) -> None:
         self.is_set = self.raises = False
+        self.signal = ""
 
     def __call__(self) -> bool:
         return self.is_set
@@ -47,7 +49,7 @@ class StopFlag:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        self.is_set = True
+        self.is_set, self.signal = True, signal.Signals(number).name
         if self.raises:
             raise StopRequested
 
