@@ -68,4 +68,7 @@ def test_a_cluster_of_containers_asks_for_a_token_and_is_reached_from_here_only(
         assert node["secrets"] == ["ray_token"] and "RAY_AUTH_TOKEN" not in environment  # named, not written
         assert node["cap_drop"] == ["ALL"] and node["security_opt"] == ["no-new-privileges:true"]
         assert node["mem_limit"] == "8g" and node["cpus"] == 2 and node["shm_size"] == "2g"
-        assert node["healthcheck"]["test"][0] == "CMD"
+        check = node["healthcheck"]
+        # `up --wait` waits for the first one. Neither imports what takes longer than the check itself.
+        assert check["test"][:3] == ["CMD", "python", "-c"] and check["interval"] == "5s"
+        compile(check["test"][3], "healthcheck", "exec")

@@ -15,7 +15,7 @@ from gentrain.cluster.local import Local
 from gentrain.cluster.places import Place, PlaceError, Submission
 from gentrain.cluster.ray_jobs import RayJobs
 from gentrain.cluster.slurm import Slurm
-from gentrain.cluster.versions import SUBMITTED_WITH, installed, refuse_others
+from gentrain.cluster.versions import SUBMITTED_WITH, installed, libraries, refuse_others, stamp
 from gentrain.config import ConfigError
 
 SUBMISSION = Submission("toy", "a: 1\n", ("gentrain", "train", "config.yaml"), Path("runs/toy"), "/runs/toy", under_ray=True)
@@ -55,6 +55,18 @@ def test_other_versions_are_refused(part: str, monkeypatch: pytest.MonkeyPatch) 
         refuse_others()
     monkeypatch.delenv(SUBMITTED_WITH)
     refuse_others()
+
+
+@pytest.mark.parametrize("part", ["torch", "deepspeed", "diffusers", "transformers"])
+def test_other_libraries_are_told(part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    (sent,) = stamp().values()
+    monkeypatch.setenv(SUBMITTED_WITH, sent)
+    refuse_others()
+    assert not caplog.records and "+" not in sent  # torch 2.0+cpu is torch 2.0
+    other = ", ".join(f"{part} 0.0" if word.startswith(part) else word for word in libraries().split(", "))
+    monkeypatch.setenv(SUBMITTED_WITH, f"{installed()}; {other}")
+    refuse_others()
+    assert f"submitted with {other}, and here are {libraries()}" in caplog.text
 
 
 def test_no_command_runs_in_a_job_with_other_versions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

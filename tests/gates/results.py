@@ -1,8 +1,8 @@
 """Runs a gate and keeps its result in docs/gates.json; lists the gates whose result is missing, failed or older than the code.
 
 A gate is test_<topic>.py with the files test_<topic>_<part>.py beside it.
-A result is stale when a file of gentrain that the gate had imported, or the gate itself, has changed since. A gate that starts other
-processes therefore imports what they run at its top. Numbers reach the result through pytest's `record_property(name, value)`.
+A result is stale when a file of gentrain that the gate had imported, the gate itself, or one of WATCHED has changed since. A gate that
+starts other processes therefore imports what they run at its top. Numbers reach the result through pytest's `record_property(name, value)`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "gates.json"
+# Topic -> what its gate reads without importing it.
+WATCHED = {"containers": ("docker/Dockerfile.cpu", "constraints.txt", "pyproject.toml", "gentrain/doctor.py", "configs/spiral/edm.yaml")}
 LIMIT_S = 3600  # of one gate: what takes longer is split into topics
 
 
@@ -74,7 +76,8 @@ def run(topic: str) -> int:
     record, started = Record(), time.monotonic()
     status = pytest.main(["-m", "gate", f"--timeout={LIMIT_S}", *map(str, tests)], plugins=[record])
     loaded = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
-    files = sorted(str(path.relative_to(ROOT)) for path in {*tests, *loaded} if path.is_relative_to(ROOT / "gentrain") or path in tests)
+    imported = (str(path.relative_to(ROOT)) for path in {*tests, *loaded} if path.is_relative_to(ROOT / "gentrain") or path in tests)
+    files = sorted({*imported, *WATCHED.get(topic, ())})
     results = _read()
     results[topic] = {
         "result": "passed" if status == 0 and record.passed else "failed",
