@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from gentrain import cli
+
+if TYPE_CHECKING:
+    from gentrain.cluster.places import Place, Submission
+    from gentrain.training.run import RunConfig
 
 Submitted = Annotated[str | None, typer.Argument(help="Name or directory of a submitted run; left out: all that are in runs/")]
 
@@ -26,7 +31,7 @@ def submit(
     from gentrain.cluster.places import Allocation
     from gentrain.cluster.submissions import called, output_at, place_of, send, submission_of
     from gentrain.cluster.sweeps import load_sweep
-    from gentrain.config import ConfigError, load
+    from gentrain.config import load
     from gentrain.document import reads_environment
     from gentrain.training.remedies import refuse_url
 
@@ -37,19 +42,18 @@ def submit(
     refuse_url(directory, "output")
     there = [*(overrides or ()), f"output={json.dumps(output_at(place, directory))}"]
     loaded, runs = cli._loaded(config, there)
-    for number, variant in enumerate(place.variants()):
-        try:
-            cli._loaded(config, [*there, *variant])
-        except ConfigError as error:
-            raise ConfigError(f"entry {number}: {error}", key="cluster.submit.array") from error
     tables = plan_tables(runs, limit=None)
     swept = load_sweep(config, overrides or ()) if "sweep" in document.values else None
     if swept is not None and swept.dependent:
         text = "an interpolation takes it from a key that varies, which cannot be sent; vary it by name, too"
         raise document.error(swept.dependent[0], text)
     command = next((command for key, command in (("sweep", "sweep"), ("stages", "run")) if key in document.values), "train")
-    clusters = [run.cluster for run in runs.values()]
-    submission = submission_of(place, command, directory, cli._plain(loaded), clusters, len(swept.trials) if swept is not None else 0)
+
+    def submission_with(runs: dict[str, RunConfig]) -> Submission:
+        clusters, trials = [run.cluster for run in runs.values()], len(swept.trials) if swept is not None else 0
+        return submission_of(place, command, directory, cli._plain(loaded), clusters, trials)
+
+    submission = _first_of_array(place, config, there, submission_with) or submission_with(runs)
     if dry_run:
         for name, text in place.render(submission).items():
             cli._say(f"# --- {name}\n{text.rstrip()}\n")
@@ -64,6 +68,23 @@ def submit(
     when = "at its end" if command != "train" else f"with: gentrain report {submission.directory}"
     cli._say(f"logs: gentrain logs {called(submission)} -f\nreport: {submission.output}/report.html, {when}")
     return 0
+
+
+def _first_of_array(
+    place: Place, config: Path, overrides: list[str], submission_with: Callable[[dict[str, RunConfig]], Submission]
+) -> Submission | None:
+    """Of the runs that the configuration becomes there, each of which has been checked; None: it stays one. Raises ConfigError."""
+    from gentrain.config import ConfigError
+
+    first = None
+    for number, variant in enumerate(place.variants()):
+        try:
+            _, runs = cli._loaded(config, [*overrides, *variant])
+            place.render(submission := submission_with(runs))  # which refuses what does not fit
+        except ConfigError as error:
+            raise ConfigError(f"entry {number}: {error}", key="cluster.submit.array") from error
+        first = first or submission
+    return first
 
 
 @cli.app.command()

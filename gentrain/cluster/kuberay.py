@@ -73,9 +73,11 @@ class KubeRay(Allocation):
         objects = [self._config_map(submission), self._network_policy(name), resource]
         return {"config.yaml": submission.config, "manifest.yaml": yaml.dump_all(objects, Dumper=_Plain, sort_keys=False, width=140)}
 
-    def submit(self, submission: Submission) -> Handle:
-        name, kind = _name(submission), "raycluster" if self.interactive else "rayjob"
-        handle = {"name": name, "kind": kind}
+    def expected(self, submission: Submission) -> Handle:
+        return {"name": _name(submission), "kind": "raycluster" if self.interactive else "rayjob"}
+
+    def submit(self, submission: Submission, handle: Handle) -> Handle:
+        name, kind = handle["name"], handle["kind"]
         if not (state := self.status(handle)).is_over:  # it was sent from a directory that does not know of this one
             message = (
                 f"{kind}/{name} of the namespace {self.namespace} is {state.value} already; stop it where it was submitted, or delete it"

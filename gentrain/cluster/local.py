@@ -39,18 +39,19 @@ class Local(Place):
         command = "exec " + shlex.join([sys.executable, "-m", "gentrain.cli", *submission.command[1:-1], str(config)])
         return {"config.yaml": submission.config, "job.sh": "\n".join(["#!/bin/sh", *exports, command]) + "\n"}
 
-    def submit(self, submission: Submission) -> Handle:
-        refuse_missing(submission.secrets)
+    def expected(self, submission: Submission) -> Handle:
         number = len(list(submission.files.glob("*.log"))) + 1
-        log, status = (submission.files.resolve() / f"{number}{suffix}" for suffix in (".log", ".status"))
+        log, status = (str(submission.files.resolve() / f"{number}{suffix}") for suffix in (".log", ".status"))
+        return {"host": socket.gethostname(), "log": log, "status": status}
+
+    def submit(self, submission: Submission, handle: Handle) -> Handle:
+        refuse_missing(submission.secrets)
         job = ["/bin/sh", str(submission.files.resolve() / "job.sh")]
-        with log.open("xb") as output:
+        with Path(handle["log"]).open("xb") as output:
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _KEEPER, str(status), *job], start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        started = psutil.Process(process.pid).create_time()
-        return {"host": socket.gethostname(), "pid": process.pid, "started": started, "log": str(log), "status": str(status)}
+                [*_keeping(handle), *job], start_new_session=True, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+        return {**handle, "pid": process.pid, "started": psutil.Process(process.pid).create_time()}
 
     def status(self, handle: Handle) -> State:
         if _keeper(handle) is not None:
@@ -84,10 +85,18 @@ class Local(Place):
             process.send_signal(signal.SIGTERM)
 
 
+def _keeping(handle: Handle) -> list[str]:
+    """How the command of the process begins that keeps a job: with a file that is no other job's."""
+    return ["/bin/sh", "-c", _KEEPER, handle["status"]]
+
+
 def _keeper(handle: Handle) -> psutil.Process | None:
     """The process of a handle if it still runs, and not another one that has got its number since."""
     if handle["host"] != socket.gethostname():
         raise PlaceError(f"it was submitted on {handle['host']}, and only that machine knows of it; ask there")
+    if "pid" not in handle:  # who submitted it died before it could write the number down
+        kept = (process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[:4] == _keeping(handle))
+        return next(kept, None)
     try:
         process = psutil.Process(handle["pid"])
         alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - handle["started"]) < 0.1

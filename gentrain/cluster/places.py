@@ -51,6 +51,8 @@ class Submission:
     workers: tuple[int, int] = (1, 1)  # fewest and most that train together, over all stages
     cpus_per_worker: int = 1
     gpus_per_worker: float = 0.0
+    grace_s: float = 0.0  # that the command may take for a checkpoint after a signal; 0 = as long as it takes
+    interface: str | None = None  # network interface of the workers' traffic; None = any
 
     @property
     def files(self) -> Path:
@@ -77,10 +79,17 @@ class Place(Component, kind="place"):
         """File name -> text: exactly what `submit` would send. Raises ConfigError."""
         raise NotImplementedError
 
-    def submit(self, submission: Submission) -> Handle:
+    def expected(self, submission: Submission) -> Handle:
+        """A new handle, from which the job is found even if whoever sends it dies before the place has answered."""
+        raise NotImplementedError
+
+    def submit(self, submission: Submission, handle: Handle) -> Handle:
         """Sends it. Returns once the place has accepted it. What `render` gives has been written into `submission.files`.
 
         Called again for the same run when that is over: what the run's directory holds is gone on from. Raises ConfigError, PlaceError.
+
+        Args:
+            handle: what `expected` gave, which has been written down. What is returned takes its place.
         """
         raise NotImplementedError
 

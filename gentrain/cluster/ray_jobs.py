@@ -13,7 +13,7 @@ import shlex
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from gentrain.cluster.attempts import short
 from gentrain.cluster.packages import contents, zipped
 from gentrain.cluster.places import Handle, Place, PlaceError, State, Submission
 from gentrain.cluster.stopping import STOPPED
@@ -32,6 +33,7 @@ from gentrain.config import ConfigError, option, register
 
 log = logging.getLogger(__name__)
 
+_AWAY_S, _POLL_S = 600.0, 2.0  # how long what is followed may tell nothing while its connection is lost, and between two tries
 _START_S = 60.0  # that a head which has just been started may take until it can start a job
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STATES = {"PENDING": State.PENDING, "RUNNING": State.RUNNING, "SUCCEEDED": State.SUCCEEDED, "STOPPED": State.STOPPED}
@@ -61,13 +63,20 @@ class RayJobs(Place):
 
     def render(self, submission: Submission) -> dict[str, str]:
         """config.yaml, the request, and a list of what is in the package."""
+        if submission.grace_s >= self.grace_s:
+            message = (
+                f"workers may take {submission.grace_s:g} s for a checkpoint, and Ray kills a job {self.grace_s:g} s after `gentrain stop`"
+            )
+            raise ConfigError(f"{message}; lower it, or raise cluster.submit.grace_s", key="cluster.grace_s")
         files = self._files(submission)
         listing = "".join(f"{hashlib.sha256(data).hexdigest()}  {len(data):>10}  {name}\n" for name, data in sorted(files.items()))
         request = {"address": self.address, **self._request(submission, "the files of package.txt, zipped")}
         return {"config.yaml": files["config.yaml"].decode(), "job.json": json.dumps(request, indent=1), "package.txt": listing}
 
-    def submit(self, submission: Submission) -> Handle:
-        identity = f"{submission.name}-{secrets.token_hex(4)}"
+    def expected(self, submission: Submission) -> Handle:
+        return {"id": f"{submission.name}-{secrets.token_hex(4)}"}
+
+    def submit(self, submission: Submission, handle: Handle) -> Handle:
         with tempfile.TemporaryDirectory() as folder, self._client() as client:
             self._refuse_other_ray(client)
             package = Path(folder, "package.zip")
@@ -76,8 +85,8 @@ class RayJobs(Place):
             request, until = self._request(submission, str(package)), time.monotonic() + _START_S
             while True:
                 try:
-                    client.submit_job(submission_id=identity, **request)
-                    return {"id": identity}
+                    client.submit_job(submission_id=handle["id"], **request)
+                    return handle
                 except RuntimeError as error:  # of a head that has begun to answer before it can start a job
                     if "No available agent" not in str(error) or time.monotonic() > until:
                         raise
@@ -88,7 +97,7 @@ class RayJobs(Place):
             try:
                 job = client.get_job_info(handle["id"])
             except RuntimeError as error:
-                if "404" in str(error):
+                if _code(error) == 404:
                     return State.LOST
                 raise
         if job.driver_exit_code == STOPPED:
@@ -96,20 +105,33 @@ class RayJobs(Place):
         return _STATES.get(job.status.value, State.FAILED)
 
     def logs(self, handle: Handle, follow: bool) -> Iterator[str]:
-        """Follows through lost connections: what has been told already is not told again."""
-        told = 0
+        """Follows through lost connections, for `_AWAY_S` without a new line: what has been told already is not told again."""
+        told, lost = 0, 0.0
         while True:
             number = 0
             try:
+                if lost:
+                    follow = not self._ended(handle)
                 for line in self._tail(handle["id"]) if follow else self._so_far(handle["id"]):
                     number += 1
                     if number > told:
                         yield line
                 return
-            except _Disconnected:
+            except (_Disconnected, _Away) as error:
+                if isinstance(error, _Away) and not lost:
+                    raise
+                if not lost or number > told:
+                    lost = time.monotonic()
+                    log.warning("the connection to %s is lost; it is tried for %g s", self.address, _AWAY_S)
+                if time.monotonic() - lost > _AWAY_S:
+                    raise PlaceError(f"{self.address} has told nothing new for {_AWAY_S:g} s; follow again later") from error
                 told = max(told, number)
-                if self.status(handle).is_over:
-                    follow = False
+            time.sleep(_POLL_S)
+
+    def _ended(self, handle: Handle) -> bool:
+        if (state := self.status(handle)) is State.LOST:
+            raise PlaceError(f"the Ray cluster at {self.address} does not know this job any more; its head has been restarted since")
+        return state.is_over
 
     def stop(self, handle: Handle) -> None:
         if not self.status(handle).is_over:
@@ -164,7 +186,12 @@ class RayJobs(Place):
                 f"{what} the Ray cluster at {self.address}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the one that it was started with"
             ) from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
-            raise PlaceError(f"no Ray cluster answers at {self.address}; start it, or correct cluster.submit.address") from error
+            raise _Away(f"no Ray cluster answers at {self.address}; start it, or correct cluster.submit.address") from error
+        except RuntimeError as error:  # of whatever Ray's client does not want to say otherwise
+            if isinstance(error, PlaceError):
+                raise
+            kind = _Away if _code(error) >= 500 else PlaceError
+            raise kind(f"the Ray cluster at {self.address}: {short(str(error))}") from error
 
     def _refuse_other_ray(self, client: Any) -> None:
         """Of gentrain and Python there the job itself tells."""
@@ -188,21 +215,15 @@ class RayJobs(Place):
 
     def _tail(self, identity: str) -> Iterator[str]:
         """Lines as they come. Raises _Disconnected."""
-        import aiohttp
-
         loop = asyncio.new_event_loop()
         try:
             with self._client() as client:
                 chunks, begun = client.tail_job_logs(identity), ""
-                while (chunk := loop.run_until_complete(anext(chunks, None))) is not None:
+                while (chunk := _next(loop, chunks)) is not None:
                     *lines, begun = (begun + chunk).split("\n")
                     yield from lines
                 if begun:
                     yield begun
-        except (aiohttp.ClientError, RuntimeError) as error:
-            if isinstance(error, PlaceError):
-                raise
-            raise _Disconnected from error
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
@@ -210,6 +231,26 @@ class RayJobs(Place):
 
 class _Disconnected(Exception):
     """The stream of a job's log broke off."""
+
+
+class _Away(PlaceError):
+    """Nobody answers, or only that it cannot answer now."""
+
+
+def _next(loop: asyncio.AbstractEventLoop, chunks: AsyncIterator[str]) -> str | None:
+    """None at the end. Raises _Disconnected."""
+    import aiohttp
+
+    try:
+        return loop.run_until_complete(anext(chunks, None))
+    except (aiohttp.ClientError, RuntimeError) as error:
+        raise _Disconnected from error
+
+
+def _code(error: Exception) -> int:
+    """The status with which the job server has answered, if that is what an error of Ray's client says; else 0."""
+    told = re.match(r"Request failed with status code (\d+)", str(error))  # what follows it may hold any number
+    return int(told.group(1)) if told else 0
 
 
 def _unpacked(path: str) -> dict[str, bytes]:

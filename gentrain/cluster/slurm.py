@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,32 @@ from gentrain.cluster.versions import stamp
 from gentrain.config import ConfigError, option, register
 
 _POLL_S = 2.0  # between looks at a log that is followed
+_END_S = 60  # for Ray to end after the workers, and the job to be requeued
+# Options of sbatch that gentrain sets, or that would take the job away from it -> what to set instead.
+_OURS = {
+    "nodes": "nodes", "ntasks": "nodes", "ntasks-per-node": "nodes", "cpus-per-task": "cpus_per_node", "gpus": "gpus_per_node",
+    "gpus-per-node": "gpus_per_node", "mem": "memory_gib", "time": "time_limit_min", "partition": "partition", "account": "account",
+    "array": "array", "signal": "signal_s", "requeue": "restarts", "no-requeue": "restarts", "job-name": "output", "chdir": "output",
+    **dict.fromkeys(("output", "error", "input", "open-mode", "wait", "wrap", "clusters", "test-only", "parsable", "help", "version"), ""),
+}  # fmt: skip
+# They go before what the script says, and would undo it as those options do. Others, such as SBATCH_QOS, are the user's.
+_VARIABLES = {
+    f"SBATCH_{name}"
+    for name in (
+        "ARRAY_INX",
+        "CLUSTERS",
+        "ERROR",
+        "EXPORT",
+        "INPUT",
+        "JOB_NAME",
+        "NO_REQUEUE",
+        "OPEN_MODE",
+        "OUTPUT",
+        "REQUEUE",
+        "SIGNAL",
+        "WAIT",
+    )
+}
 _STATES = {
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"), State.PENDING),
     **dict.fromkeys(("CONFIGURING", "RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "SUSPENDED", "RESIZING", "STOPPED"), State.RUNNING),
@@ -42,7 +69,7 @@ if [[ -n $interface ]]; then
 else
   address=$(hostname --all-ip-addresses | awk '{print $1}')
 fi
-[[ -n $address ]] || fail "this node has no IPv4 address${interface:+ on $interface}; set cluster.submit.interface"
+[[ -n $address ]] || fail "this node has no IPv4 address${interface:+ on $interface}; set cluster.network.interface"
 # Ray wants a number for the one server that nobody uses here.
 unused=$(python -c 'import socket; server = socket.create_server(("", 0)); print(server.getsockname()[1])')
 ports=(--min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0)
@@ -122,7 +149,6 @@ class Slurm(Allocation):
     options: list[str] = option(list, "further options of sbatch, such as --qos=high or --constraint=a100")
     venv: str | None = option(None, "virtual environment of gentrain on the nodes; left out: the one of this command")
     setup: list[str] = option(list, "lines of shell before anything else, such as module load cuda")
-    interface: str | None = option(None, "network interface of the nodes' traffic, such as ib0; left out: that of a node's first address")
     signal_s: PositiveInt = option(120, "before the time limit at which a checkpoint is asked for; SLURM may be up to 60 s early", unit="s")
     start_limit_s: PositiveInt = option(300, "for the Ray head, and then for all nodes, to be there", unit="s")
     array: list[str] | Literal["trials"] = option(
@@ -140,6 +166,11 @@ class Slurm(Allocation):
             if text.startswith("--exp"):
                 message = f"{text!r} would send other variables than those in `secrets`; name them there, or in `environment`"
                 raise ConfigError(message, key="options")
+            given = re.split(r"[=\s]", text[2:])[0]
+            clash = next((name for name in _OURS if name.startswith(given)), None)  # sbatch takes what an option begins with for it
+            if clash is not None and not (clash == "mem" and self.memory_gib is None):  # --mem=0 is all of it
+                remedy = f"set {_OURS[clash]} instead" if _OURS[clash] else "leave it out"
+                raise ConfigError(f"{text!r} would undo what gentrain tells sbatch; {remedy}", key="options")
         if self.time_limit_min is not None and self.signal_s >= 60 * self.time_limit_min:
             message = (
                 f"{self.signal_s} s before the end of {self.time_limit_min} min is no time to train; lower it, or raise time_limit_min"
@@ -156,9 +187,7 @@ class Slurm(Allocation):
         self._check(submission)
         values = {"nodes": self.nodes, "cpus": self.cpus_per_node, "gpus": self.gpus_per_node, "restarts": self.restarts}
         step = [f"--gpus-per-node={self.gpus_per_node}"] if self.gpus_per_node else []
-        interface = self.interface or ""
-        environment = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
-        environment |= stamp() | self.environment
+        environment = stamp() | self.environment
         venv = self.venv or sys.prefix
         lines = [
             "#!/usr/bin/env bash",
@@ -169,7 +198,7 @@ class Slurm(Allocation):
             f"export PATH={shlex.quote(f'{venv}/bin')}:$PATH OMP_NUM_THREADS={submission.cpus_per_worker}",
             *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
             " ".join(f"{name}={value}" for name, value in values.items()),
-            f"start_limit_s={self.start_limit_s} interface={shlex.quote(interface)} step=({shlex.join(step)})",
+            f"start_limit_s={self.start_limit_s} interface={shlex.quote(submission.interface or '')} step=({shlex.join(step)})",
             f"command=({shlex.join(submission.command)})",
             f"record={shlex.quote(f'{submission.output}/submission')}",
             *self._tasks(submission),
@@ -177,20 +206,30 @@ class Slurm(Allocation):
         parts = [_FUNCTIONS, *([_CLUSTER] if self.nodes > 1 else []), _RUN]
         return {"config.yaml": submission.config, "job.sbatch": "\n".join(lines) + "\n" + "".join(parts)}
 
-    def submit(self, submission: Submission) -> Handle:
-        refuse_missing(submission.secrets)
-        job = _tell("sbatch", "--parsable", str(submission.files / "job.sbatch")).strip().partition(";")[0]
+    def expected(self, submission: Submission) -> Handle:
         tasks = [f"_{number}" for number in range(self._count(submission))] or [""]
-        return {"job": job, "logs": [str(submission.files.resolve() / f"{job}{task}.log") for task in tasks]}
+        mark = secrets.token_hex(8)
+        return {"mark": mark, "name": submission.name, "folder": str(submission.files.resolve()), "tasks": tasks}
+
+    def submit(self, submission: Submission, handle: Handle) -> Handle:
+        refuse_missing(submission.secrets)
+        environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+        # The mark becomes an argument of the script, which does not read it.
+        job = _tell("sbatch", "--parsable", str(submission.files / "job.sbatch"), handle["mark"], environment=environment)
+        return _numbered(handle, job.strip().partition(";")[0])
 
     def status(self, handle: Handle) -> State:
-        return _combined(_states(handle))
+        known = _known(handle)
+        return State.LOST if known is None else _combined(_states(known))
 
     def logs(self, handle: Handle, follow: bool) -> Iterator[str]:
         """Of a job array, each line begins with its task's number."""
-        read = dict.fromkeys(handle["logs"], 0)
+        known = _known(handle)
+        if known is None:
+            return
+        read = dict.fromkeys(known["logs"], 0)
         while True:
-            over = not follow or self.status(handle).is_over  # asked before reading: what is written last is read, too
+            over = not follow or self.status(known).is_over  # asked before reading: what is written last is read, too
             for number, name in enumerate(read):
                 if not Path(name).exists():
                     continue
@@ -206,13 +245,14 @@ class Slurm(Allocation):
 
     def stop(self, handle: Handle) -> None:
         """Of the tasks that run a checkpoint is asked for; those that wait are taken from the queue."""
-        if self.status(handle).is_over:
+        known = _known(handle)
+        if known is None or self.status(known).is_over:
             return
-        _tell("scancel", "--state=PENDING", handle["job"])
+        _tell("scancel", "--state=PENDING", known["job"])
         try:
-            _tell("scancel", "--batch", "--signal=TERM", "--state=RUNNING", handle["job"])
+            _tell("scancel", "--batch", "--signal=TERM", "--state=RUNNING", known["job"])
         except PlaceError:
-            if not self.status(handle).is_over:  # all of it waited, or has ended since
+            if not self.status(known).is_over:  # all of it waited, or has ended since
                 raise
 
     def _check(self, submission: Submission) -> None:
@@ -227,6 +267,12 @@ class Slurm(Allocation):
             raise ConfigError(
                 f"{self.nodes} nodes for a run in one process; set cluster.place to ray, or nodes to 1", key="cluster.submit.nodes"
             )
+        if submission.grace_s > self.signal_s - _END_S:
+            message = (
+                f"workers may take {submission.grace_s:g} s for a checkpoint, SLURM kills the job {self.signal_s} s after it has asked; "
+                f"lower it to {self.signal_s - _END_S} s or less, or raise cluster.submit.signal_s: Ray's own end takes up to {_END_S} s"
+            )
+            raise ConfigError(message, key="cluster.grace_s")
         refuse_cramped(self, submission)
 
     def _options(self, submission: Submission) -> list[str]:
@@ -271,14 +317,30 @@ class Slurm(Allocation):
         return ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
 
 
-def _tell(*command: str) -> str:
+def _tell(*command: str, environment: Mapping[str, str] | None = None) -> str:
     """What a command of SLURM prints. Raises PlaceError."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, env=environment).stdout
     except FileNotFoundError as error:
         raise PlaceError(f"{command[0]} is not installed here; submit from a machine that has SLURM's commands") from error
     except subprocess.CalledProcessError as error:
         raise PlaceError(f"{shlex.join(command)}: {error.stderr.strip() or f'status {error.returncode}'}") from error
+
+
+def _numbered(handle: Handle, job: str) -> Handle:
+    """With the job's number, and the logs that follow from it."""
+    return {"job": job, "logs": [f"{handle['folder']}/{job}{task}.log" for task in handle["tasks"]]}
+
+
+def _known(handle: Handle) -> Handle | None:
+    """With the job's number: where sbatch's answer was never read, from the queue, by the mark. None if there is no such job."""
+    if "job" in handle:
+        return handle
+    shown = _tell("squeue", "--noheader", "--states=all", f"--name={handle['name']}", "--Format=ArrayJobID:30,JobID:30,Command:5000")
+    for array, job, *command in map(str.split, shown.splitlines()):
+        if command[-1:] == [handle["mark"]]:
+            return _numbered(handle, array if array.isdecimal() and array != "0" else job)
+    return None
 
 
 def _states(handle: Handle) -> list[State]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import time
@@ -22,6 +23,8 @@ from gentrain.document import reads_environment, variables
 from gentrain.training.checkpoint import CheckpointError, refuse_foreign
 from gentrain.training.cluster import Cluster
 from gentrain.training.lock import hold
+
+log = logging.getLogger(__name__)
 
 RECORD = "submission.json"
 RUNS = Path("runs")
@@ -107,6 +110,8 @@ def submission_of(
         workers=(max(cluster.fewest for cluster in clusters), max(cluster.most for cluster in clusters)) if clusters else (1, 1),
         cpus_per_worker=max((cluster.cpus_per_worker for cluster in clusters), default=1),
         gpus_per_worker=max((cluster.gpus_per_worker for cluster in clusters), default=0.0),
+        grace_s=max((cluster.grace_s for cluster in clusters if cluster.place == "ray"), default=0.0),
+        interface=next((cluster.network.interface for cluster in clusters if cluster.network.interface is not None), None),
     )
 
 
@@ -121,10 +126,31 @@ def send(place: Place, submission: Submission) -> Handle:
         submission.files.mkdir(exist_ok=True)
         for name, text in files.items():
             _write(submission.files / name, text.encode())
-        handle = place.submit(submission)
-        record = Record(place=to_dict(place), submission=submission, handle=handle, submitted=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        _write(submission.directory / RECORD, _RECORD.dump_json(record, indent=1))
+        path = submission.directory / RECORD
+        before = path.read_bytes() if path.exists() else None
+        handle = place.expected(submission)
+        _keep(place, submission, handle)  # before it is sent: a job whose sender is killed is found all the same
+        try:
+            handle = place.submit(submission, handle)
+        except Exception as error:
+            if not (isinstance(error, PlaceError) and _has_begun(place, handle)):
+                path.unlink() if before is None else _write(path, before)
+                raise
+            log.warning("%s; the place has accepted it all the same", error)  # its answer was lost on the way
+        _keep(place, submission, handle)
     return handle
+
+
+def _keep(place: Place, submission: Submission, handle: Handle) -> None:
+    record = Record(place=to_dict(place), submission=submission, handle=handle, submitted=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    _write(submission.directory / RECORD, _RECORD.dump_json(record, indent=1))
+
+
+def _has_begun(place: Place, handle: Handle) -> bool:
+    try:
+        return not place.status(handle).is_over
+    except PlaceError:
+        return False
 
 
 def find(run: str) -> tuple[Place, Record]:

@@ -271,7 +271,8 @@ def test_a_head_that_cannot_start_jobs_yet_is_waited_for(tmp_path: Path, monkeyp
     monkeypatch.setattr(RayJobs, "_warn_of_risks", lambda place: None)
     place = RayJobs(address="http://127.0.0.1:1")
     submission = Submission("toy", "a: 1\n", ("gentrain", "train", "config.yaml"), tmp_path, str(tmp_path))
-    assert place.submit(submission)["id"].startswith("toy-")
+    handle = place.expected(submission)
+    assert handle["id"].startswith("toy-") and place.submit(submission, handle) == handle
     with pytest.raises(RuntimeError, match="no such thing"):  # what will not change is told at once
-        place.submit(submission)
+        place.submit(submission, handle)
     assert answers == []

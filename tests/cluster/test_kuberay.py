@@ -265,7 +265,7 @@ def _shows(record: Path, status: dict[str, Any], stopped: bool = False) -> None:
 
 def test_a_submission_replaces_the_one_that_is_over(kubectl: Path) -> None:
     place = _place(namespace="research")
-    handle = place.submit(SUBMISSION)
+    handle = place.submit(SUBMISSION, place.expected(SUBMISSION))
     name = handle["name"]
     assert _told(kubectl) == [
         f"--namespace=research get rayjob/{name} --ignore-not-found --output=json",
@@ -279,8 +279,9 @@ def test_a_submission_replaces_the_one_that_is_over(kubectl: Path) -> None:
 def test_what_runs_under_that_name_is_left_alone(kubectl: Path, interactive: bool, status: dict[str, Any]) -> None:
     """Another checkout, which keeps its own records, may have sent it."""
     _shows(kubectl, status)
+    place = _place(interactive=interactive)
     with pytest.raises(ConfigError, match="already; stop it where it was submitted"):
-        _place(interactive=interactive).submit(SUBMISSION)
+        place.submit(SUBMISSION, place.expected(SUBMISSION))
     assert not [line for line in _told(kubectl) if " get " not in line]
 
 

@@ -1,16 +1,10 @@
-"""What is sent to a place, and what is not; what finds a submitted run again."""
+"""What is sent to a place, and what is not; what a cluster of Ray answers."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,16 +12,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-from gentrain.cluster import packages, ray_jobs, submissions
+from gentrain.cluster import packages, ray_jobs
 from gentrain.cluster.local import Local
 from gentrain.cluster.packages import contents, listed, zipped
 from gentrain.cluster.places import Place, PlaceError, State, Submission
 from gentrain.cluster.ray_jobs import RayJobs
-from gentrain.cluster.submissions import find, output_at, place_of, read, send, submission_of
+from gentrain.cluster.submissions import output_at, place_of, submission_of
 from gentrain.cluster.versions import stamp
 from gentrain.config import ConfigError, Document
 from gentrain.training.cluster import Cluster, Network
@@ -47,7 +40,8 @@ def _place(submit: Any) -> Any:
 
 def _submission(place: Any = None, **config: Any) -> Submission:
     values = {"output": "/there/toy", "cluster": {"place": "ray", "submit": {"name": "slurm"}}, **config}
-    clusters = [Cluster(place="ray", workers=(1, 4), cpus_per_worker=2), Cluster(workers=1)]
+    network = Network(interface="ib0")
+    clusters = [Cluster(workers=1), Cluster(place="ray", workers=(1, 4), cpus_per_worker=2, grace_s=45.0, network=network)]
     return submission_of(place or RayJobs(), "train", "runs/toy", values, clusters)
 
 
@@ -60,6 +54,7 @@ def test_a_submission_says_all_that_a_place_has_to_know() -> None:
     )
     assert (sent.name, sent.command, sent.output) == ("toy", ("gentrain", "train", "config.yaml"), "/there/toy")
     assert (sent.workers, sent.cpus_per_worker, sent.under_ray) == ((1, 4), 2, True)
+    assert (sent.grace_s, sent.interface) == (45.0, "ib0")  # those of what trains under Ray
     assert sent.secrets == ("BUCKET", "TOKEN") and sent.environment == {"A": "b"}
     config = yaml.safe_load(sent.config)
     assert config["cluster"] == {"place": "ray"} and config["data"]["token"] == "${oc.env:BUCKET}"  # where to send it is of no use there
@@ -224,6 +219,10 @@ def test_what_a_ray_job_would_be_sent(folder: Path) -> None:
     for key, value in {"wheel": "nowhere.whl", "working_directory": "nowhere"}.items():
         with pytest.raises(ConfigError, match="nowhere"):
             replace(place, **{key: value}).render(sent)
+    assert replace(place, grace_s=46).render(sent).keys() == files.keys()
+    with pytest.raises(ConfigError, match="45 s for a checkpoint, and Ray kills a job 45 s after") as caught:
+        replace(place, grace_s=45).render(sent)
+    assert caught.value.key == "cluster.grace_s"
     for wheel in ("empty-0-py3-none-any.whl", "gentrain-0.tar.gz"):
         with pytest.raises(ConfigError, match="is no wheel of pure Python"):
             replace(place, wheel=wheel).render(sent)
@@ -241,127 +240,76 @@ def test_a_log_is_followed_through_a_lost_connection(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(RayJobs, "_tail", tail)
     monkeypatch.setattr(RayJobs, "_so_far", lambda place, identity: iter(streams.pop(0)))  # once the job is over
     monkeypatch.setattr(RayJobs, "status", lambda place, handle: states.pop(0))
+    monkeypatch.setattr(ray_jobs.time, "sleep", lambda seconds: None)
     assert list(RayJobs().logs({"id": "toy"}, follow=True)) == ["a", "b", "c", "d"]
     assert streams == [] and states == []
 
 
-# --- the place `local`, and the record ---------------------------------------------------------------------------------------
+def test_a_cluster_that_is_away_is_waited_for_while_its_log_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at once again and again, not for ever, and not if it has never answered."""
+    now, slept = [1.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    def tail(place: RayJobs, identity: str) -> Iterator[str]:
+        yield "a"
+        raise ray_jobs._Disconnected
+
+    def away(*_: Any) -> State:
+        raise ray_jobs._Away("no Ray cluster answers")
+
+    monkeypatch.setattr(ray_jobs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ray_jobs.time, "sleep", sleep)
+    monkeypatch.setattr(RayJobs, "_tail", tail)
+    monkeypatch.setattr(RayJobs, "_so_far", lambda place, identity: iter(["a", "b"]))
+    states = [away] * 100 + [lambda *_: State.SUCCEEDED]
+    monkeypatch.setattr(RayJobs, "status", lambda *_: states.pop(0)())
+    assert list(RayJobs().logs({"id": "toy"}, follow=True)) == ["a", "b"]
+    assert len(slept) == 101 and min(slept) >= 1
+    for answers, message in (
+        (away, "has told nothing new for 600 s"),
+        (lambda *_: State.RUNNING, "nothing new"),
+        (lambda *_: State.LOST, "not know"),
+    ):
+        monkeypatch.setattr(RayJobs, "status", answers)
+        slept.clear()
+        with pytest.raises(PlaceError, match=message):
+            list(RayJobs().logs({"id": "toy"}, follow=True))
+        assert len(slept) == (1 if message == "not know" else 301)
+    slept.clear()
+    monkeypatch.setattr(RayJobs, "_tail", away)
+    with pytest.raises(PlaceError, match="no Ray cluster answers"):
+        list(RayJobs().logs({"id": "toy"}, follow=True))
+    assert not slept
 
 
-@pytest.fixture
-def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Submission]:
-    """Submits a stand-in for gentrain, which is a shell script; what it started is gone when the test ends."""
-    script = folder / "python"
-    script.write_text("#!/bin/sh\necho began; echo $SHOWN\ntrap 'exit 75' TERM\n[ -e quick ] && exit 3\nwhile :; do sleep 0.05; done\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setenv("VAULT_TOKEN", CANARY)
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    place = Local(environment={"SHOWN": "shown"}, secrets=["VAULT_TOKEN"])
-    yield submission_of(place, "train", "runs/toy", {"output": str(folder / "runs/toy"), "cluster": {}}, [])
-    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    for child in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(left, timeout=10)
+@pytest.mark.parametrize(
+    "answer, state",
+    [
+        ("Request failed with status code 404: Job toy-1a does not exist.", State.LOST),
+        ("Request failed with status code 500: Job toy-404 cannot be read.", None),  # a number that is part of the name
+        ("Request failed with status code 400: no.", None),
+        ("Version check returned 404.", None),
+    ],
+)
+def test_what_the_job_server_refuses_is_told_as_the_words_of_a_place(
+    answer: str, state: State | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gentrain status` of all places tells it of this one, and goes on."""
 
+    class Client:
+        def __init__(self, address: str):
+            pass
 
-PLACE = Local(environment={"SHOWN": "shown"}, secrets=["VAULT_TOKEN"])
+        def get_job_info(self, identity: str) -> None:
+            raise RuntimeError(answer)
 
-
-def _until(handle: dict[str, Any], state: State) -> None:
-    deadline = time.monotonic() + 20
-    while PLACE.status(handle) is not state:
-        assert time.monotonic() < deadline, PLACE.status(handle)
-        time.sleep(0.02)
-
-
-def test_a_local_job_outlives_the_command_and_is_found_by_its_name(stub: Submission, folder: Path) -> None:
-    send(PLACE, stub)
-    place, record = find("toy")
-    handle = record["handle"]
-    assert place == PLACE and record["submission"] == stub and place.status(handle) is State.RUNNING
-    assert os.getsid(handle["pid"]) != os.getsid(0)  # closing the terminal does not end it
-    assert read(folder / "runs/toy")[1] == record == find(str(folder / "runs/toy"))[1]
-    lines = place.logs(handle, follow=True)
-    assert [next(lines), next(lines)] == ["began", "shown"]
-    with pytest.raises(ConfigError, match="toy is running already"):
-        send(place, stub)
-    place.stop(handle)
-    assert list(lines) == []  # it ends with the job
-    assert place.status(handle) is State.STOPPED
-    place.stop(handle)
-    handle = send(place, record["submission"])
-    assert handle["log"].endswith("2.log") and find("toy")[1]["handle"] == handle
-    next(place.logs(handle, follow=True))
-    os.killpg(handle["pid"], signal.SIGTERM)  # as whoever ends a session does: the exit status is written down all the same
-    _until(handle, State.STOPPED)
-
-
-def test_how_a_local_job_ended(stub: Submission, folder: Path) -> None:
-    handle = send(PLACE, stub)
-    next(PLACE.logs(handle, follow=True))
-    child = psutil.Process(handle["pid"]).children()[0]
-    child.kill()
-    _until(handle, State.FAILED)
-    (folder / "quick").touch()
-    handle = send(PLACE, stub)
-    _until(handle, State.FAILED)
-    assert list(PLACE.logs(handle, follow=False)) == ["began", "shown"]
-    (folder / "quick").unlink()
-    handle = send(PLACE, stub)
-    next(PLACE.logs(handle, follow=True))
-    keeper = psutil.Process(handle["pid"])
-    Path(handle["status"]).write_text("143")
-    assert PLACE.status(handle) is State.RUNNING
-    Path(handle["status"]).unlink()
-    for process in (keeper, *keeper.children()):
-        process.kill()
-    _until(handle, State.LOST)
-    Path(handle["status"]).write_text("143")  # asked to stop before it had begun
-    assert PLACE.status(handle) is State.STOPPED
-
-
-def test_a_process_that_has_got_the_number_since_is_left_alone(stub: Submission) -> None:
-    with subprocess.Popen(["/bin/sh", "-c", "sleep 60 & wait"]) as other:
-        handle = {"host": socket.gethostname(), "pid": other.pid, "started": psutil.Process(other.pid).create_time() - 5, "status": "none"}
-        PLACE.stop(handle)
-        assert PLACE.status(handle) is State.LOST and psutil.Process(other.pid).is_running()
-        for process in (*psutil.Process(other.pid).children(), other):
-            process.send_signal(signal.SIGKILL)
-    with pytest.raises(PlaceError, match="submitted on elsewhere"):
-        PLACE.status({**handle, "host": "elsewhere"})
-
-
-def test_no_secret_is_written(stub: Submission, folder: Path) -> None:
-    send(PLACE, stub)
-    written = [path for path in (folder / "runs").rglob("*") if path.is_file()]
-    assert {path.name for path in written} >= {submissions.RECORD, "config.yaml", "1.log"}
-    assert not [path for path in written if CANARY in path.read_text()]
-    assert {path.stat().st_mode & 0o77 for path in written if path.name in (submissions.RECORD, "config.yaml")} == {0}
-
-
-def test_a_record_that_is_damaged_or_foreign_is_refused(stub: Submission, folder: Path) -> None:
-    send(PLACE, stub)
-    record = folder / "runs/toy" / submissions.RECORD
-    whole = record.read_text()
-    record.chmod(0o666)
-    with pytest.raises(ConfigError, match="may be written by other users"):
-        find("toy")
-    record.chmod(0o600)
-    for damaged in ("", "{}", whole[:100], whole.replace('"name": "local"', '"name": "elsewhere"'), '{"place": ' * 5_000):
-        record.write_text(damaged)
-        with pytest.raises(ConfigError, match=r"submission\.json"):
-            find("toy")
-    record.unlink()
-    record.symlink_to("/etc/passwd")
-    with pytest.raises(ConfigError, match="a link"):
-        find("toy")
-
-
-def test_a_name_nearly_right_is_told(stub: Submission) -> None:
-    send(PLACE, stub)
-    with pytest.raises(ConfigError, match="did you mean toy"):
-        find("toi")
-    with pytest.raises(ConfigError, match="submitted from here: toy"):
-        find("../../etc")
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
+    if state is not None:
+        assert RayJobs().status({"id": "toy-404"}) is state
+        return
+    with pytest.raises(PlaceError, match=f"the Ray cluster at http://127.0.0.1:8265: {answer}") as caught:
+        RayJobs().status({"id": "toy-404"})
+    assert isinstance(caught.value, ray_jobs._Away) == (" 500" in answer)

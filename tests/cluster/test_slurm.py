@@ -93,9 +93,8 @@ def test_what_the_shell_reads_is_quoted() -> None:
 
 
 def test_each_node_gets_its_accelerators_threads_and_interface() -> None:
-    lines = _script(interface="ib0").splitlines()
+    lines = _script(replace(SUBMISSION, interface="ib0")).splitlines()
     assert "export PATH=/shared/venv/bin:$PATH OMP_NUM_THREADS=4" in lines  # those of a worker
-    assert {"export NCCL_SOCKET_IFNAME=ib0", "export GLOO_SOCKET_IFNAME=ib0"} <= set(lines)
     assert "start_limit_s=300 interface=ib0 step=(--gpus-per-node=2)" in lines
 
 
@@ -177,7 +176,7 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
     assert all(len(token.strip()) == 64 for token in tokens) and tokens[0] != tokens[1]
     monkeypatch.delenv("BUCKET_TOKEN")
     with pytest.raises(ConfigError, match="the environment has no BUCKET_TOKEN"):
-        Slurm(**PLACE).submit(SUBMISSION)
+        Slurm(**PLACE).submit(SUBMISSION, {})
 
 
 @pytest.mark.parametrize(
@@ -188,6 +187,17 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
         ({"options": ["--export=ALL"]}, {}, "options: '--export=ALL' would send other variables than those in `secrets`"),
         ({"options": ["--export ALL"]}, {}, "would send other variables"),
         ({"options": ["--export-file=3"]}, {}, "would send other variables"),
+        ({"options": ["--output=/x"]}, {}, "options: '--output=/x' would undo what gentrain tells sbatch; leave it out"),
+        ({"options": ["--signal=B:TERM@60"]}, {}, "set signal_s instead"),
+        ({"options": ["--chdir /x"]}, {}, "set output instead"),
+        ({"options": ["--array=0-3"]}, {}, "set array instead"),
+        ({"options": ["--no-requeue"]}, {}, "set restarts instead"),
+        ({"options": ["--ti=10"]}, {}, "set time_limit_min instead"),  # sbatch takes it for --time
+        ({"options": ["--mem=8G"], "memory_gib": 64}, {}, "set memory_gib instead"),
+        ({"options": ["--qos=high", "--clusters=b"]}, {}, "'--clusters=b' would undo"),
+        ({"options": ["--"]}, {}, "would undo"),
+        ({}, {"grace_s": 60.5}, "cluster.grace_s: workers may take 60.5 s for a checkpoint, SLURM kills the job 120 s after"),
+        ({"signal_s": 100}, {"grace_s": 60}, "lower it to 40 s or less, or raise cluster.submit.signal_s"),
         ({"time_limit_min": 2, "signal_s": 120}, {}, "signal_s: 120 s before the end of 2 min is no time to train"),
         ({"partition": "gpu\nrm"}, {}, "partition: expected a name"),  # it would be a line of the script
         ({"account": "a b"}, {}, "account: expected a name"),
@@ -202,6 +212,11 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
 def test_what_cannot_work_is_refused(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _script(replace(SUBMISSION, **changes), **settings)
+
+
+@pytest.mark.parametrize("options", [["--mem=0"], ["--mem-per-cpu=4G"], ["--time-min=10"], ["--nodelist=a,b", "--exclusive", "--no-kill"]])
+def test_what_gentrain_does_not_tell_sbatch_can_be_told(options: list[str]) -> None:
+    assert _directives(_script(replace(SUBMISSION, grace_s=60), options=options))[-len(options) :] == options
 
 
 @pytest.fixture
@@ -273,6 +288,33 @@ def test_tasks_that_the_queue_has_forgotten_count(stand_in: Path, queue: str, ac
     assert Slurm().status({"job": "7", "logs": [str(stand_in / f"7_{task}.log") for task in (0, 1)]}) is state
 
 
+def test_a_job_whose_number_was_never_read_is_found_by_its_mark(stand_in: Path) -> None:
+    """Who submitted it was killed between sbatch's request and its answer."""
+    place = Slurm(array=["seed=1", "seed=2"])
+    handle = place.expected(replace(SUBMISSION, directory=stand_in / "rings"))
+    others = "5 5 /shared/runs/rings/submission/job.sbatch 0123\n6 6 (null)\n"
+    (stand_in / "squeue.out").write_text(others)
+    assert place.status(handle) is State.LOST and list(place.logs(handle, follow=True)) == []
+    place.stop(handle)
+    assert not (stand_in / "told").read_text().count("scancel")
+    (stand_in / "squeue.out").write_text(f"{others}7 8 /shared/a b/job.sbatch {handle['mark']}\n")
+    assert slurm_place._known(handle) == {"job": "7", "logs": [f"{stand_in}/rings/submission/7_{task}.log" for task in (0, 1)]}
+    assert "--name=rings" in (stand_in / "told").read_text()
+    assert slurm_place._known({"job": "9", "logs": []}) == {"job": "9", "logs": []}
+
+
+def test_variables_of_sbatch_undo_nothing(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go before what the script says."""
+    (stand_in / "sbatch").write_text(f"#!/bin/bash\nenv > {stand_in}/env\necho '7;main'\n")
+    (stand_in / "sbatch").chmod(0o755)
+    for name in ("EXPORT", "REQUEUE", "SIGNAL", "OUTPUT", "ARRAY_INX", "QOS"):
+        monkeypatch.setenv(f"SBATCH_{name}", "x")
+    place, sent = Slurm(), replace(SUBMISSION, directory=stand_in / "rings", secrets=())
+    assert place.submit(sent, place.expected(sent)) == {"job": "7", "logs": [f"{stand_in}/rings/submission/7.log"]}
+    given = (stand_in / "env").read_text().splitlines()
+    assert [line for line in given if line.startswith("SBATCH_")] == ["SBATCH_QOS=x"]
+
+
 def test_a_line_is_told_once_and_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, states, more = tmp_path / "7.log", [State.PENDING, State.RUNNING, State.RUNNING, State.SUCCEEDED], ["a\nb", "c\n", "d"]
 
@@ -306,16 +348,17 @@ def config(directory: Path, samples: int, **settings: Any) -> dict[str, Any]:
 
 
 def submit(place: Slurm, directory: Path, samples: int, workers: int = 0) -> Handle:
-    """A job with so many workers of Ray Train; 0 = in one process, without Ray."""
-    values = config(directory, samples, cluster={"place": "ray", "workers": workers} if workers else {})
+    """A job with so many workers of Ray Train on loopback; 0 = in one process, without Ray."""
+    section = {"place": "ray", "workers": workers, "network": {"interface": "lo"}}
+    values = config(directory, samples, cluster=section if workers else {})
     submission = Submission(
         name=directory.name, config=json.dumps(values), command=("gentrain", "train", "config.yaml"), directory=directory,
-        output=str(directory), under_ray=workers > 0, workers=(max(workers, 1),) * 2,
+        output=str(directory), under_ray=workers > 0, workers=(max(workers, 1),) * 2, interface="lo" if workers else None,
     )  # fmt: skip
     submission.files.mkdir(parents=True)
     for name, text in place.render(submission).items():
         (submission.files / name).write_text(text)
-    return place.submit(submission)
+    return place.submit(submission, place.expected(submission))
 
 
 def events(directory: Path) -> list[dict[str, Any]]:
@@ -355,8 +398,11 @@ class TestOnSlurm:
 
     def test_a_job_that_waits_is_taken_from_the_queue(self, tmp_path: Path) -> None:
         place = Slurm(options=["--begin=now+1hour"])
+        expected = {"mark": "0f", "name": "run", "folder": str(tmp_path / "run/submission"), "tasks": [""]}
+        place.expected = lambda submission: expected  # type: ignore[method-assign]
         handle = submit(place, tmp_path / "run", 32)
         assert place.status(handle) is State.PENDING
-        place.stop(handle)
+        assert slurm_place._known(expected) == handle  # had the answer of sbatch been lost
+        place.stop(expected)
         until(lambda: place.status(handle) is State.STOPPED, 60, "it is over")
         assert not list(place.logs(handle, follow=True))

@@ -124,6 +124,14 @@ def test_a_dry_run_prints_what_would_be_run_and_writes_nothing(gentrain: Command
         (["cluster.submit=slrum"], "no place is called 'slrum'; did you mean 'slurm'"),
         (["cluster.submit={name: slurm, node: 2}"], "cluster.submit.node: unknown key; did you mean 'nodes'"),
         (["cluster.submit={name: slurm, array: ['seed=1', 'sede=2']}"], "cluster.submit.array: entry 1: command line: sede: unknown key"),
+        (
+            ["cluster.place=ray", "cluster.submit={name: slurm, array: ['seed=1', 'cluster.workers=2']}"],
+            "cluster.submit.array: entry 1: cluster.submit.nodes: 2 workers do not fit on 1 nodes with room for 1 each",
+        ),
+        (
+            ["cluster.place=ray", "cluster.submit={name: slurm, array: ['cluster.grace_s=90']}"],
+            "cluster.submit.array: entry 0: cluster.grace_s: workers may take 90 s",
+        ),
         (["cluster.submit={name: slurm, array: ['note=\"x']}"], "cluster.submit.array: No closing quotation; quote an entry"),
         (["cluster.submit={name: local, secrets: [NOT_THERE_8]}"], "cluster.submit.secrets: the environment has no NOT_THERE_8"),
         (["cluster.submit={name: slurm, secrets: [NOT_THERE_8]}"], "cluster.submit.secrets: the environment has no NOT_THERE_8"),
@@ -134,6 +142,14 @@ def test_a_mistake_is_told_before_anything_is_sent(gentrain: Command, overrides:
     status, printed = gentrain("submit", "../toy.yaml", *overrides)
     assert status == 2 and message in printed, printed
     assert not list(Path().rglob(RECORD)) and not list(Path().rglob("*.log"))
+
+
+def test_only_what_an_array_runs_has_to_fit(gentrain: Command) -> None:
+    """The configuration without the overrides of any entry is no task of it; nor are the workers of one entry with the cores of another."""
+    entries = "['cluster.workers=1 cluster.cpus_per_worker=2', 'cluster.workers=2']"
+    submit = f"cluster.submit={{name: slurm, cpus_per_node: 2, array: {entries}}}"
+    status, printed = gentrain("submit", "../toy.yaml", "cluster.place=ray", "cluster.workers=8", submit, "--dry-run")
+    assert status == 0 and "command+=(cluster.workers=2 output=" in printed
 
 
 def test_a_plan_looks_at_the_place_too(gentrain: Command) -> None:

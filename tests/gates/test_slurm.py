@@ -37,7 +37,7 @@ def _records(directory: Path) -> list[dict[str, float]]:
 
 def test_ray_between_two_nodes_trains_what_one_process_trains_through_a_signal_and_a_requeue(tmp_path: Path) -> None:
     """One core on each node, and two workers: one on each."""
-    place, directory = Slurm(nodes=2, cpus_per_node=1, restarts=1, interface="lo", environment=ENVIRONMENT), tmp_path / "run"
+    place, directory = Slurm(nodes=2, cpus_per_node=1, restarts=1, environment=ENVIRONMENT), tmp_path / "run"
     handle = submit(place, directory, 64_000, workers=2)
     until(lambda: (directory / METRICS).exists() and len(_records(directory)) > 25, 300, "the job trains")
     subprocess.run(["scancel", "--batch", "--signal=USR1", handle["job"]], check=True)  # as SLURM's own --signal=B:USR1@... does
