@@ -34,7 +34,8 @@ def test_an_image_is_pinned_small_and_has_no_rights(name: str) -> None:
     last = max(number for number, (word, _) in enumerate(instructions) if word == "FROM")
     final = dict(instructions[last:])
     assert final["USER"] == "1000:1000" and not [rest for word, rest in instructions[last:] if word == "RUN" and "pip" in rest]
-    assert final["HEALTHCHECK"].endswith('CMD ["gentrain", "doctor"]') and final["ENTRYPOINT"] == '["tini", "--", "gentrain"]'
+    assert final["HEALTHCHECK"].startswith("--interval=1m ") and final["HEALTHCHECK"].endswith('CMD ["gentrain", "doctor"]')
+    assert final["ENTRYPOINT"] == '["tini", "--", "gentrain"]'
     assert _slimming(name) == _slimming(DOCKERFILES[0])
 
 

@@ -31,26 +31,15 @@ _OURS = {
     "nodes": "nodes", "ntasks": "nodes", "ntasks-per-node": "nodes", "cpus-per-task": "cpus_per_node", "gpus": "gpus_per_node",
     "gpus-per-node": "gpus_per_node", "mem": "memory_gib", "time": "time_limit_min", "partition": "partition", "account": "account",
     "array": "array", "signal": "signal_s", "requeue": "restarts", "no-requeue": "restarts", "job-name": "output", "chdir": "output",
-    **dict.fromkeys(("output", "error", "input", "open-mode", "wait", "wrap", "clusters", "test-only", "parsable", "help", "version"), ""),
+    **dict.fromkeys(("output", "error", "input", "open-mode", "wait", "wrap", "clusters", "test-only", "parsable", "get-user-env"), ""),
 }  # fmt: skip
 # They go before what the script says, and would undo it as those options do. Others, such as SBATCH_QOS, are the user's.
 _VARIABLES = {
-    f"SBATCH_{name}"
-    for name in (
-        "ARRAY_INX",
-        "CLUSTERS",
-        "ERROR",
-        "EXPORT",
-        "INPUT",
-        "JOB_NAME",
-        "NO_REQUEUE",
-        "OPEN_MODE",
-        "OUTPUT",
-        "REQUEUE",
-        "SIGNAL",
-        "WAIT",
+    f"SBATCH_{name}" for name in (
+        "ARRAY_INX", "CLUSTERS", "ERROR", "EXPORT", "GET_USER_ENV", "INPUT", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE",
+        "SIGNAL", "WAIT",
     )
-}
+}  # fmt: skip
 _STATES = {
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"), State.PENDING),
     **dict.fromkeys(("CONFIGURING", "RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "SUSPENDED", "RESIZING", "STOPPED"), State.RUNNING),
@@ -270,7 +259,7 @@ class Slurm(Allocation):
         if submission.grace_s > self.signal_s - _END_S:
             message = (
                 f"workers may take {submission.grace_s:g} s for a checkpoint, SLURM kills the job {self.signal_s} s after it has asked; "
-                f"lower it to {self.signal_s - _END_S} s or less, or raise cluster.submit.signal_s: Ray's own end takes up to {_END_S} s"
+                f"lower it to {self.signal_s - _END_S} s or less, or raise cluster.submit.signal_s: {_END_S} s are kept for Ray's own end"
             )
             raise ConfigError(message, key="cluster.grace_s")
         refuse_cramped(self, submission)

@@ -195,6 +195,7 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
         ({"options": ["--ti=10"]}, {}, "set time_limit_min instead"),  # sbatch takes it for --time
         ({"options": ["--mem=8G"], "memory_gib": 64}, {}, "set memory_gib instead"),
         ({"options": ["--qos=high", "--clusters=b"]}, {}, "'--clusters=b' would undo"),
+        ({"options": ["--get-user-env"]}, {}, "would undo"),
         ({"options": ["--"]}, {}, "would undo"),
         ({}, {"grace_s": 60.5}, "cluster.grace_s: workers may take 60.5 s for a checkpoint, SLURM kills the job 120 s after"),
         ({"signal_s": 100}, {"grace_s": 60}, "lower it to 40 s or less, or raise cluster.submit.signal_s"),
