@@ -36,7 +36,7 @@ class Started(Callback):
         if not trainer.world.is_main:
             return
         directory, ranks = trainer.run.directory, trainer.world.size
-        before = next((line for line in reversed(_lines(directory)) if line.get("event") in ("started", *_ENDS)), {})
+        before: dict[str, Any] = next((line for line in reversed(_lines(directory)) if line.get("event") in ("started", *_ENDS)), {})
         if before.get("event") == "started":  # of all that ends an attempt this alone has nobody who is told
             had = before.get("ranks")
             grown = ", for which the cluster has room now" if isinstance(had, int) and ranks > had else ""
