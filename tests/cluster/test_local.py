@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from gentrain.cluster.local import Local
 from gentrain.cluster.places import Handle, PlaceError, State, Submission
 from gentrain.cluster.submissions import find, read, send, submission_of
 from gentrain.config import ConfigError
+from tests.reliability.leftovers import sessions_ended
 
 CANARY = "canary-0c52"
 
@@ -39,14 +39,9 @@ def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Submission]:
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setenv("VAULT_TOKEN", CANARY)
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
     place = Local(environment={"SHOWN": "shown"}, secrets=["VAULT_TOKEN"])
-    yield submission_of(place, "train", "runs/toy", {"output": str(folder / "runs/toy"), "cluster": {}}, [])
-    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    for child in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(left, timeout=10)
+    with sessions_ended():
+        yield submission_of(place, "train", "runs/toy", {"output": str(folder / "runs/toy"), "cluster": {}}, [])
 
 
 PLACE = Local(environment={"SHOWN": "shown"}, secrets=["VAULT_TOKEN"])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from rich.console import Console
 
 from gentrain import cli
 from gentrain.cluster.submissions import RECORD
+from tests.reliability.leftovers import sessions_ended
 
 Command = Callable[..., tuple[int, str]]
 TOY = """
@@ -38,13 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setattr(cli, "console", Console(width=250))
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    yield tmp_path
-    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    for child in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(left, timeout=10)
+    with sessions_ended():
+        yield tmp_path
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
-"""What processes leave behind: told by TMPDIR, which all that a command starts inherit."""
+"""What processes leave behind: told by TMPDIR, which all that a command starts inherit, or by their session."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,3 +29,15 @@ def await_none(scratch: Path, timeout_s: float) -> None:
             told.append(" ".join(each.cmdline())[:200])
             each.kill()
     assert told == []
+
+
+@contextlib.contextmanager
+def sessions_ended() -> Iterator[None]:
+    """At its end nothing is left of the sessions that children of this process have begun within it."""
+    before = {child.pid for child in psutil.Process().children()}
+    yield
+    left = [child for child in psutil.Process().children() if child.pid not in before]
+    for child in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # all at once: one by one, a process that is just being started is missed
+    psutil.wait_procs(left, timeout=10)
