@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gentrain.cluster import supervise
 from gentrain.cluster.attempts import ATTEMPTS, backoff, last_failure
+from gentrain.training.cluster import Cluster
 
 SCRIPT = """
 import os, signal, subprocess, sys, tempfile, time
@@ -152,6 +154,17 @@ def test_a_launcher_whose_parent_is_killed_stops_as_it_should(start: Start, tmp_
         os.kill(launcher, signal.SIGKILL)
         raise
     assert (tmp_path / "stopped").exists()
+
+
+def test_logs_are_kept_of_what_failed_and_not_of_what_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr(supervise.session, "prepare", lambda: None)
+    monkeypatch.setattr(supervise.session, "tidy", lambda keep: kept.append(keep))
+    for asked, status in ((False, 1), (True, 75)):
+        relay = supervise._Relay()
+        relay.asked = asked
+        assert supervise._attempts(lambda: "died", relay, Cluster(max_attempts=1), tmp_path) == status
+    assert kept == [True, False]
 
 
 def test_waiting_doubles_up_to_five_minutes() -> None:

@@ -212,7 +212,7 @@ def test_what_unpacks_to_more_than_its_pixels_is_told_before_it_does(tmp_path):
 def test_many_scans_behind_the_end_of_an_image_and_small_tiles_do_no_harm(tmp_path):
     """Telephones put a film behind a picture."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "1.jpg").write_bytes(scans(3) + b"\xff\xda" * 1000)
+    (tmp_path / "a" / "1.jpg").write_bytes(scans(3) + b"\xff\xda\0\2" * 20_000)
     (tmp_path / "a" / "2.tiff").write_bytes(tiled(16))
     items = ImageFolder(str(tmp_path), held_out=0, size=8).split("train")
     assert [float(items[index]["x"].std()) < 0.01 for index in range(2)] == [True, True]

@@ -161,6 +161,7 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], object], str]] = [
     ("swapped files", _swap, f"{WEIGHTS} differs from its hash"),
     ("missing weights", lambda c: (c / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
     ("missing state", lambda c: (c / STATE).unlink(), f"{STATE} is missing"),
+    ("state that no manifest names", lambda c: (c / STATE).unlink() or _honest(c), f"{STATE} is missing"),  # type: ignore[func-returns-value]
     ("missing manifest", lambda c: (c / MANIFEST).unlink(), f"it has no {MANIFEST}"),
     ("file too many", _replace("extra.safetensors", b""), "extra.safetensors is not in the manifest; remove it"),
     ("pickle too many", _replace("extra.pkl", pickle.dumps(Bomb("touch pwned"))), "extra.pkl is not in the manifest; remove it"),
