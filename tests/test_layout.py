@@ -99,3 +99,16 @@ def test_every_method_has_a_page_of_its_name() -> None:
 
     ours = [name for name, method in Method.available().items() if method.__module__.startswith("gentrain.")]
     assert [name for name in ours if not (ROOT / "docs" / "methods" / f"{name}.md").is_file()] == []
+
+
+def test_every_registered_name_stands_in_a_test() -> None:
+    """As a name in quotes or in a configuration, or by its class; long proofs do not count."""
+    import re
+
+    from gentrain.catalogue import kinds
+
+    text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if "gates" not in path.parts)
+    ours = [each for entries in kinds().values() for each in entries.items() if each[1].__module__.startswith("gentrain.")]
+    assert len(ours) > 150
+    untested = [n for n, kind in ours if not re.search(rf"[\"']{n}[\"']|\b{kind.__name__}\b|name: {n}\b|={n}\b", text)]
+    assert untested == []

@@ -12,7 +12,7 @@ from gentrain.methods.consistency import derivative_along
 from gentrain.methods.continuous_consistency import ContinuousConsistency, noise_ratios, normalised, tangent
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
-from gentrain.models.loss_weight import LossWeightNetwork
+from gentrain.models.loss_weight import LossWeight, LossWeightNetwork
 from gentrain.paths.base import Path
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
@@ -167,7 +167,7 @@ def test_warm_up_and_order_of_updates() -> None:
 
 
 def test_the_weighting_learns_minus_the_logarithm_of_the_error() -> None:
-    network = LossWeightNetwork()
+    network = LossWeight().build((2,), 0)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
     t = torch.linspace(0.1, 1.4, 200)
     error = (3 * t).exp()

@@ -16,7 +16,8 @@ from gentrain.methods.contrastive import same_caption, sigmoid_contrastive_loss,
 from gentrain.metrics.retrieval import recall
 from gentrain.models.towers import pieces, unpack
 from gentrain.noise import Noise
-from gentrain.recipes.retrieval import embed_held_out, retrieval
+from gentrain.recipes.evaluate import read_metrics
+from gentrain.recipes.retrieval import Retrieval, embed_held_out, retrieval
 from gentrain.training.loop import Outcome, train
 from gentrain.training.optimizers import AdamW
 from gentrain.training.roles import build_network
@@ -209,6 +210,8 @@ def test_twenty_steps_find_the_pairs(tmp_path: Path, loss: str) -> None:
     found = retrieval(*embed_held_out(str(run.directory)))
     assert [metric.value > 0.6 for metric in found[:2]] == [True] * 2, found  # captions that were never seen; chance is 1 / 8
     assert all("zero-shot class" in metric.name for metric in found[4:])
+    Retrieval(str(run.directory)).execute(tmp_path / "found")
+    assert {each["name"]: each["value"] for each in read_metrics(tmp_path / "found")} == {metric.name: metric.value for metric in found}
     assert {metric.name: lines[-1][f"held_out/{metric.name}"] for metric in found} == {metric.name: metric.value for metric in found}
     assert lines[0]["held_out/text to image @1"] < lines[-1]["held_out/text to image @1"]
 
