@@ -137,7 +137,7 @@ class Previews(Callback):
 
 
 class HeldOut(Callback):
-    """Adds to every line of metrics what the method says of held-out data, with the weights of the step."""
+    """Adds to every line of metrics what the method says of held-out data, with the weights of the step, or an optimiser's average."""
 
     def __init__(self, trainer: Trainer):
         self._network: nn.Module | None = None
@@ -152,7 +152,8 @@ class HeldOut(Callback):
             items = run.data.split("held_out")
             batch = next(iter(Loader(items, seed=0, batch_size=min(len(items), run.method.held_out))))[0]
             self._batch = encoded(batch, run.data, roles.codec, run.seed, trainer.world.device)
-        self._network.load_state_dict(roles.engines[role].weights())
+        engine = roles.engines[role]
+        self._network.load_state_dict(engine.ema_weights() if run.optimizer_of(role).averages else engine.weights())
         return run.method.examine(self._network, self._batch, roles.codec)
 
 

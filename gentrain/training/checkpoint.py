@@ -31,6 +31,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT = 2
 _MOST_MANIFEST = 2**26  # characters: a hundred for each of 600,000 files
+OWN = "own/"  # begins the names of an optimiser's tensors whose shapes are not those of the parameters: own/<key>/<parameter>
 _LAYOUT = "layout"  # key in a file's header: name -> [start, *shape]
 
 
@@ -176,10 +177,13 @@ class Shards:
             yield self._opened[index]
 
     def keys(self) -> dict[str, bool]:
-        """What stands before the first slash of names -> whether there was one: alike for all ranks that hold a part of a parameter."""
+        """What stands before the first slash of names -> whether there was one: alike for all ranks that hold a part of a parameter.
+
+        Without those that begin with OWN, which are not.
+        """
         keys: dict[str, bool] = {}
         for file in self._files():
-            keys |= {name.partition("/")[0]: "/" in name for name in file.pieces}
+            keys |= {name.partition("/")[0]: "/" in name for name in file.pieces if not name.startswith(OWN)}
             if any(keys.values()):
                 break
         return keys
@@ -201,9 +205,12 @@ class Shards:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty(0)
 
-    def whole(self) -> dict[str, Tensor]:
-        """Every tensor in its shape."""
-        shapes = {name: shape for file in self._files() for name, (_, _, shape) in file.pieces.items()}
+    def foreign(self, name: str) -> CheckpointError:
+        return CheckpointError(f"{self._checkpoint.where} holds {name!r}, of no parameter here; this network is not the one that was saved")
+
+    def whole(self, prefix: str = "") -> dict[str, Tensor]:
+        """Every tensor whose name begins with `prefix`, in its shape."""
+        shapes = {name: shape for file in self._files() for name, (_, _, shape) in file.pieces.items() if name.startswith(prefix)}
         return {name: self.read(name, 0, math.prod(shape), shape).reshape(shape) for name, shape in shapes.items()}
 
 

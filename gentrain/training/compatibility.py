@@ -41,6 +41,32 @@ def check_parts(run: RunConfig) -> None:
             raise ConfigError(said, key=f"roles.{name}.adapter" if own else "adapter")
 
 
+def check_optimizers(run: RunConfig) -> None:
+    """Of each role that learns: with its engine, its average, its groups and the batch. Raises ConfigError."""
+    for name, role in run.method.roles.items():
+        if not isinstance(role, Trained):
+            continue
+        try:
+            optimizer = run.optimizer_of(name)
+        except ValueError as error:
+            raise ConfigError(str(error), key="training.reference_batch_size") from error
+        chosen = optimizer.registered_name
+        if optimizer.needs not in run.engine_of(name).shows:
+            raise ConfigError(
+                f"{chosen} needs {optimizer.needs} access to the parameters of role {name!r}, which this engine does not give; "
+                "set engine.zero_stage to 0, engine to torch, or take an elementwise optimiser (adamw, sgd)",
+                key="optimizer",
+            )
+        if optimizer.averages and not role.ema:
+            raise ConfigError(f"{chosen} learns an average, and role {name!r} keeps none; give it adamw", key=f"roles.{name}.optimizer")
+        if optimizer.averages and run.training.power_ema:
+            said = f"they would be of where {chosen} takes gradients, not of what it learns; leave them out"
+            raise ConfigError(said, key="training.power_ema")
+        if run.role_settings(name).groups and (optimizer.averages or optimizer.needs == "global_scalar"):
+            said = f"{chosen} has one step size for all parameters; leave them out, or take adamw"
+            raise ConfigError(said, key=f"roles.{name}.groups")
+
+
 def check_method(run: RunConfig) -> None:
     """The method with the path, the networks, the engines and the data. Raises ConfigError."""
     for key in ("recompute", "compile"):
@@ -65,6 +91,9 @@ def check_method(run: RunConfig) -> None:
                 "train it, and what it begins with, with model.time_scale: 0.01, or expect a poor student",
                 name,
             )
+    for key in ("dropout_from", "dropout_until"):
+        if getattr(run.training, key) and not run.method.dropout:
+            raise ConfigError(f"{run.method.registered_name} drops no units; leave it out", key=f"training.{key}")
     _check_tokens(run)
     allowed = run.method.predictions
     if allowed is not None and run.prediction not in allowed:

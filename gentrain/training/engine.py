@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gentrain.config import Component
-from gentrain.training.checkpoint import Piece, Shard, Shards
-from gentrain.training.optimizers import Optimizer, Partition
+from gentrain.training.checkpoint import OWN, Piece, Shard, Shards
+from gentrain.training.optimizers import Averaging, Optimizer, Partition
 from gentrain.training.world import World
 
 Precision = Literal["fp32", "bf16"]
@@ -97,20 +97,30 @@ class RoleEngine:
         self._backward(loss, last)
         self._complete = last
 
-    def step(self, lr: float) -> StepResult:
-        """One optimiser step at learning rate `lr`, skipped on all ranks alike when the gradient is not finite."""
+    def step(self, lr: float, *others: float) -> StepResult:
+        """One optimiser step at learning rate `lr`, skipped on all ranks alike when the gradient is not finite.
+
+        Args:
+            others: those of the parameters in each of the configuration's groups.
+        """
         if not self._complete:
             raise EngineMisuse(f"a step of role {self.role!r} without a last backward: pass last=True to the final one")
         self._complete = False
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = (lr, *others)[group.get("number", 0)]
         return self._step()
 
     def update_ema(self, decay: float) -> None:
-        """ema <- decay * ema + (1 - decay) * master weights, on this rank's partitions, without communication."""
+        """ema <- decay * ema + (1 - decay) * master weights, on this rank's partitions, without communication.
+
+        Of an optimiser that averages: ema <- its average.
+        """
         if self.ema is None:
             raise EngineMisuse(f"role {self.role!r} keeps no average")
         with torch.no_grad():
+            if isinstance(self.optimizer, Averaging):
+                torch._foreach_copy_(self.ema, [self.optimizer.average(p) for p in self.partitions])
+                return
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.partitions], 1 - decay)
 
     def update_powers(self, decays: list[float]) -> None:
@@ -176,11 +186,15 @@ class RoleEngine:
         entries = [self.optimizer.state.get(p, {}) for p in self.partitions]
         optimizer: Shard = {}
         for key in sorted({key for entry in entries for key in entry}):
-            values = [torch.as_tensor(entry[key]) for entry in entries]
-            if all(value.shape == p.shape for value, p in zip(values, self.partitions, strict=True)):
+            held = {i: torch.as_tensor(entry[key]) for i, entry in enumerate(entries) if key in entry}
+            values, everywhere = list(held.values()), len(held) == len(entries)
+            if everywhere and all(value.shape == p.shape for value, p in zip(values, self.partitions, strict=True)):
                 optimizer |= self._pieces(values, f"{key}/")
-            elif all(value.numel() == 1 for value in values):
+            elif everywhere and all(value.numel() == 1 for value in values) and len({value.item() for value in values}) == 1:
                 optimizer[key] = Piece(values[0].reshape(1), 0, ())
+            elif not self.sharded:
+                own = ((f, held[f.partition]) for f in self._dealt if f.partition in held)
+                optimizer |= {f"{OWN}{key}/{f.name}": Piece(value.reshape(-1), 0, tuple(value.shape)) for f, value in own}
             else:
                 raise EngineMisuse(
                     f"role {self.role!r}: the optimiser's {key!r} is neither of a parameter's shape nor a number of all of them"
@@ -214,6 +228,13 @@ class RoleEngine:
                         values = [value.to(p.device) for value, p in zip(values, self.partitions, strict=True)]
                 for partition, value in zip(self.partitions, values, strict=True):
                     self.optimizer.state[partition][key] = value
+            if not self.sharded:  # what else an optimiser keeps of whole tensors
+                parameters = dict(zip(self.shapes, self.partitions, strict=True))
+                for name, value in optimizer.whole(OWN).items():
+                    key, _, of = name.removeprefix(OWN).partition("/")
+                    if of not in parameters:
+                        raise optimizer.foreign(name)
+                    self.optimizer.state[parameters[of]][key] = value.to(parameters[of].device)
 
     def refresh(self) -> None:
         """Has the weights that forward uses follow the masters. Collective. Raises EngineMisuse if they do not."""
@@ -224,9 +245,12 @@ class RoleEngine:
                 raise EngineMisuse(f"role {self.role!r}: the weights {f.name!r} that forward uses are not the ones that were restored")
 
     def _pieces(self, partitions: list[Tensor], prefix: str = "") -> Shard:
-        # What every rank holds is dealt out, so that each writes a share of it.
-        fragments = self.fragments if self.sharded else self.fragments[self.world.rank :: self.world.size]
-        return {prefix + f.name: Piece(_stretch(partitions, f).detach(), f.start, tuple(self.shapes[f.name])) for f in fragments}
+        return {prefix + f.name: Piece(_stretch(partitions, f).detach(), f.start, tuple(self.shapes[f.name])) for f in self._dealt}
+
+    @property
+    def _dealt(self) -> list[Fragment]:
+        """Those that this rank writes: what every rank holds is dealt out, so that each writes a share of it."""
+        return self.fragments if self.sharded else self.fragments[self.world.rank :: self.world.size]
 
     def _fill(self, partitions: list[Tensor], shards: Shards, prefix: str = "") -> None:
         for f in self.fragments:
@@ -302,7 +326,7 @@ def replicated(parameters: list[nn.Parameter], optimizer: Optimizer) -> tuple[in
     """Bytes of the parameters in float32 and of the optimiser's state of them."""
     weights = state = 0
     for p in parameters:
-        each, once = optimizer.state_bytes(p.ndim)
+        each, once = optimizer.state_bytes(tuple(p.shape))
         weights, state = weights + 4 * p.numel(), state + round(each * p.numel()) + once
     return weights, state
 

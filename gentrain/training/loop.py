@@ -162,6 +162,7 @@ class Trainer:
     def _step(self, micro_batches: list[Batch]) -> None:
         # Dropout inside networks draws from torch's own generator: a function of the position, so that resuming repeats it.
         torch.manual_seed(derive(self.run.seed, "torch", self.clock.samples, self.world.rank))
+        self.roles.drop(self.clock.samples)
         for index, update in enumerate(self.run.method.updates(self.clock)):
             if isinstance(update, Follow):
                 self.roles.engines[update.role].follow(self.roles.engines[update.of], update.decay)
@@ -180,8 +181,11 @@ class Trainer:
                 loss = compute(nets, batch, noise)
                 engine.backward(loss.value / len(micro_batches), last=place == len(passes) - 1)
                 means.append({f"loss/{role}": loss.value.detach() * len(update.losses), **loss.logs})  # losses of one update add up
-        self._lr[role] = run.optimizer_of(role).lr * run.schedule_of(role).factor(self.clock)
-        result = engine.step(self._lr[role])
+        peak, schedule = run.optimizer_of(role).lr, run.schedule_of(role)
+        rates = [peak * schedule.factor(self.clock)]
+        rates += [peak * group.lr * (group.schedule or schedule).factor(self.clock) for group in run.role_settings(role).groups]
+        self._lr |= {f"{role}/{number}" if number else role: rate for number, rate in enumerate(rates)}
+        result = engine.step(*rates)
         self._in_a_row[role] = 0 if result.applied else self._in_a_row[role] + 1
         if not result.applied:
             self.skipped[role] += 1

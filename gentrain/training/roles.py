@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from gentrain.training.blocks import compile_blocks, recompute
 from gentrain.training.checkpoint import Checkpoint, CheckpointError
 from gentrain.training.engine import RoleEngine, State, as_read, frozen
 from gentrain.training.given import refuse_other_law, source_of
+from gentrain.training.learning import dropouts, hold_the_rest, number_groups
 from gentrain.training.run import RunConfig, open_run
 from gentrain.training.saving import together
 from gentrain.training.world import RankGroup, World
@@ -93,12 +93,14 @@ class Roles:
                 module = module.to(world.device)
                 if run.training.recompute:
                     recompute(module)
-                _hold_the_rest(run, name, module)
+                hold_the_rest(run, name, module)
+                number_groups(run, name, module)
                 self.engines[name] = run.engine_of(name).build(name, module, run.optimizer_of(name), world)
                 if role.ema:
                     self.engines[name].start_ema(len(run.training.power_ema))
             else:
                 self.frozen[name] = module.eval().requires_grad_(False)
+        self._dropouts = dropouts(run, [engine.module for engine in self.engines.values()])
         self.bases = {name: self._base(name).digest for name in above}
         if resume is not None:
             _refuse_other_bases(resume, self.bases)
@@ -117,6 +119,13 @@ class Roles:
         together(self.world, read, f"{checkpoint.where} cannot be restored")
         for engine in self.engines.values():
             engine.refresh()
+
+    def drop(self, samples: int) -> None:
+        """Has networks that learn drop units, or not, as the configuration says for the step after so many samples."""
+        training = self.run.training
+        on = training.dropout_from <= samples and (training.dropout_until is None or samples < training.dropout_until)
+        for module, share in self._dropouts.items():
+            module.p = share if on else 0.0
 
     def _base(self, name: str) -> Base:
         """The network that the role shares: a frozen one, or that of another role as it learns."""
@@ -181,23 +190,6 @@ class Roles:
             yield self._views[role]
 
 
-def _hold_the_rest(run: RunConfig, role: str, module: nn.Module) -> None:
-    """Has the weights stay that do not learn by the method's `learning`: their gradients are 0. Raises ConfigError when more would move."""
-    learning = run.method.learning(role)
-    if learning is None:
-        return
-    parameters = dict(module.named_parameters())
-    if {name: p.shape for name, p in parameters.items()} != {name: mask.shape for name, mask in learning.items()}:
-        raise ConfigError(f"which weights learn was found for another network than that of role {role!r}; find it again", key="method")
-    optimizer = run.optimizer_of(role)
-    if optimizer.needs != "elementwise" or getattr(optimizer, "weight_decay", 0) != 0:
-        raise ConfigError("weights that do not learn would move; take adamw or sgd without weight_decay", key="optimizer")
-    if getattr(run.engine_of(role), "zero_stage", 0) == 3:
-        raise ConfigError("which weights learn is not kept by ZeRO stage 3; set engine.zero_stage to 2 or less", key="engine.zero_stage")
-    for name, p in parameters.items():
-        p.register_hook(partial(torch.mul, learning[name].to(p)))
-
-
 def build_network(run: RunConfig, role: str) -> nn.Module:
     """The role's network with the random weights that (seed, role) give. Raises ConfigError when it does not fit the data."""
     torch.manual_seed(derive(run.seed, "weights", role))
@@ -250,9 +242,9 @@ def count_parameters(run: RunConfig, role: str) -> tuple[int, int]:
         count = sum(p.numel() for p in network.parameters())
         if not isinstance(run.method.roles[role], Trained):
             return count, 0
-        if run.part_of(role) is None:
-            return count, count
-        return count, sum(p.numel() for p in network_above(run, role, Base(network)).parameters())
+        learning = network if run.part_of(role) is None else network_above(run, role, Base(network))
+        number_groups(run, role, learning)
+        return count, sum(p.numel() for p in learning.parameters())
 
 
 def network_above(run: RunConfig, role: str, base: Base) -> OnBase:

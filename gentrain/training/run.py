@@ -27,10 +27,10 @@ from gentrain.samplers.base import Sampler, samplers_of
 from gentrain.samplers.euler import Euler
 from gentrain.training.averages import LONGEST
 from gentrain.training.cluster import Cluster
-from gentrain.training.compatibility import check_method, check_parts
+from gentrain.training.compatibility import check_method, check_optimizers, check_parts
 from gentrain.training.engine import Engine
 from gentrain.training.object_storage import check_storage, open_storage
-from gentrain.training.optimizers import AdamW, Constant, Optimizer, Schedule
+from gentrain.training.optimizers import AdamW, Constant, Group, Optimizer, Schedule
 from gentrain.training.profile import Profile
 from gentrain.training.remedies import refuse_url
 from gentrain.training.spikes import SpikeGuard
@@ -55,6 +55,13 @@ class Training:
 
     samples: PositiveInt = option(help="samples to see; rounded up to whole batches", unit="samples")
     batch_size: PositiveInt = option(64, "per optimiser step, over all workers and micro-batches", unit="samples")
+    reference_batch_size: PositiveInt | None = option(
+        None,
+        "the optimiser's numbers are for this batch_size, and the run takes those that the square-root rule makes of them for its own; "
+        "null = they are for its own",
+        unit="samples",
+        source="arXiv:2205.10287, definition 4.2",
+    )
     micro_batches: PositiveInt = option(1, "portions in which each worker computes its share of a batch (gradient accumulation)")
     log_every: PositiveInt = option(1_280, "between lines of metrics.jsonl", unit="samples")
     checkpoint_every: PositiveInt = option(64_000, "between checkpoints; one is always written at the end", unit="samples")
@@ -85,6 +92,12 @@ class Training:
     hang_timeout_s: PositiveFloat = option(
         600.0, "a rank that makes no progress for so long ends the attempt; ten times as long for a first step or a checkpoint", unit="s"
     )
+    dropout_from: NonNegativeInt = option(
+        0, "networks drop units from here on only (late dropout)", unit="samples", source="arXiv:2303.01500, section 4"
+    )
+    dropout_until: PositiveInt | None = option(
+        None, "networks drop units up to here only (early dropout); null = to the end", unit="samples", source="arXiv:2303.01500, section 4"
+    )
     recompute: bool = option(False, "activation checkpointing: blocks of networks that learn run again in the backward")
     compile: bool = option(False, "torch.compile of each block of every network; the first steps take minutes")
     profile: Profile | None = option(None, "looks at a few steps with torch's profiler; {} = with its defaults, null = not")
@@ -107,6 +120,7 @@ class RoleSettings:
     trainable: str | None = option(None, "regular expression: it learns only the parameters in whose names this is found")
     optimizer: Optimizer | None = option(None, "optimiser")
     schedule: Schedule | None = option(None, "learning-rate schedule")
+    groups: list[Group] = option(list, "parameters with learning rates of their own")
     engine: Engine | None = option(None, "engine")
     placement: Literal["plain", "sharded", "offloaded"] = option(
         "plain",
@@ -175,15 +189,7 @@ class RunConfig:
                 f"{training.batch_size} samples cannot be shared by {sizes} workers x {training.micro_batches} micro-batches; {remedy} can",
                 key="training.batch_size",
             )
-        for name, role in self.method.roles.items():
-            if isinstance(role, Trained):
-                optimizer, engine = self.optimizer_of(name), self.engine_of(name)
-                if optimizer.needs not in engine.shows:
-                    raise ConfigError(
-                        f"{optimizer.registered_name} needs {optimizer.needs} access to the parameters of role {name!r}, which this engine "
-                        "does not give; set engine.zero_stage to 0, engine to torch, or take an elementwise optimiser (adamw, sgd)",
-                        key="optimizer",
-                    )
+        check_optimizers(self)
         for name, role in self.method.roles.items():
             given = self.role_settings(name).weights is not None or self.model_of(name).law() is not None or self.model_of(name).to_come
             if role.given and not given:
@@ -296,7 +302,8 @@ class RunConfig:
             raise ConfigError(str(error), source=self.output, key="model") from error
 
     def optimizer_of(self, role: str) -> Optimizer:
-        return self.role_settings(role).optimizer or self.optimizer
+        optimizer, reference = self.role_settings(role).optimizer or self.optimizer, self.training.reference_batch_size
+        return optimizer if reference is None else optimizer.scaled(self.training.batch_size / reference)
 
     def schedule_of(self, role: str) -> Schedule:
         return self.role_settings(role).schedule or self.schedule

@@ -110,7 +110,7 @@ class DeepSpeedEngine(Engine):
     def _held_flat(self, groups: list[list[nn.Parameter]], optimizer: Optimizer, ranks: int, passes: int) -> Held:
         """Stages 1 and 2: each group flat, padded to a multiple of 2 per rank, cut into one piece per rank."""
         size, total = self.live_dtype.itemsize, sum(p.numel() for group in groups for p in group)
-        each, once = optimizer.state_bytes(1)
+        each, once = optimizer.state_bytes((1,))
         pieces, own = [], [0] * ranks
         for group in groups:
             piece = 2 * -(-sum(p.numel() for p in group) // (2 * ranks))
@@ -147,7 +147,7 @@ class DeepSpeedEngine(Engine):
     def _held_stage_3(self, groups: list[list[nn.Parameter]], optimizer: Optimizer, ranks: int) -> Held:
         """Each parameter cut into one piece per rank; gradients have a place of their own all the time."""
         size, parameters = self.live_dtype.itemsize, [p for group in groups for p in group]
-        each, once = optimizer.state_bytes(1)
+        each, once = optimizer.state_bytes((1,))
         pieces, total = sum(-(-p.numel() // ranks) for p in parameters), sum(p.numel() for p in parameters)
         here = not self.offload_optimizer
         return Held(
@@ -300,6 +300,15 @@ class _ShardedEngine(_DeepSpeedMixin):
                 "drops its gradient; set engine.offload_optimizer to false, or engine.zero_stage to 1"
             )
 
+    def _check_sums(self) -> None:
+        """Raises ConfigError where numbers over all parameters would be over one group of them: DeepSpeed steps each by itself."""
+        if isinstance(self.optimizer, GlobalScalars) and len(self.partitions) > 1:
+            raise ConfigError(
+                f"ZeRO steps the parameters of role {self.role!r} in {len(self.partitions)} groups, one after another, and this optimiser "
+                "needs them together; set engine.zero_stage to 0, engine to torch, or take adamw",
+                key="optimizer",
+            )
+
     def _clear_padding(self) -> None:
         """What no fragment covers counts in sums over a shard, and stage 3 leaves there what the memory held."""
         for index, partition in enumerate(self.partitions):
@@ -325,6 +334,7 @@ class _Stage12Engine(_ShardedEngine):
             if mapping is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 self.fragments.append(Fragment(name, here.start, here.numel, mapping.param_group_index, there.start))
+        self._check_sums()
         self._clear_padding()
 
     def _refresh(self) -> None:
@@ -348,6 +358,7 @@ class _Stage3Engine(_ShardedEngine):
             held = min(size, self.shapes[name].numel() - start)
             if held > 0:
                 self.fragments.append(Fragment(name, start, held, group, offset))
+        self._check_sums()
         self._clear_padding()
 
     def _refresh(self) -> None:

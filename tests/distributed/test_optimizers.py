@@ -17,15 +17,18 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 ANYWHERE = [name for name in ENTRIES if Optimizer.available()[name].needs in ("elementwise", "global_scalar")]
 # Stages differ in what a shard holds, which only sums over it can tell: they are taken at both.
 WALKS = [(name, "zero3") for name in ANYWHERE] + [("dog", "zero2"), ("prodigy", "zero2")]
-RESUMED = ("dog", "prodigy", "nag_gs", "lion")
+RESUMED = ("dog", "prodigy", "nag_gs", "lion", "schedule_free")
+OWN_SHAPES = ("soap", "fira", "subset_norm", "muon", "sgd_sai")  # states that ranks deal out whole
+GROUPS = [{"parameters": "^labels|^output", "lr": 0.1}, {"parameters": "weight", "lr": 2.0, "schedule": "cosine"}]
+HALVES = (("torch", "torch", None), ("first", "halves", 3), ("second", "halves", None))
 ENGINES: dict[str, Any] = {"torch": "torch", "zero2": {"zero_stage": 2}, "zero3": {"zero_stage": 3}}
 
 
-def _job(output: Path, name: str, engine: str, stop_at: int | None = None) -> Job:
+def _job(output: Path, name: str, engine: str, stop_at: int | None = None, **changed: Any) -> Job:
     chosen = "torch" if engine == "torch" else {"name": "deepspeed", **ENGINES[engine]}
     model = {"model": {"name": "dropout_mlp", "dropout": 0}}  # dropout draws by rank
     settings = values(output, "flow_matching", chosen, micro_batches=1) | model
-    return Job(settings | {"optimizer": {"name": name, **ENTRIES[name]}}, stop_at=stop_at)
+    return Job(settings | {"optimizer": {"name": name, **ENTRIES[name]}, **changed}, stop_at=stop_at)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs |= {
             f"{name}-{part}": _job(root / f"{name}-halves", name, "zero3", stop_at=stop) for part, stop in (("first", 3), ("second", None))
         }
+    for name in OWN_SHAPES:
+        jobs |= {f"{name}-{part}": _job(root / f"{name}-{where}", name, "torch", stop) for part, where, stop in HALVES}
+    jobs |= {
+        f"groups-{engine}": _job(root / f"groups-{engine}", "adamw", engine, roles={"model": {"groups": GROUPS}}) for engine in ENGINES
+    }
     outcomes = dict(zip(jobs, zip(*run_ranks(2, train_all, list(jobs.values())))))
     wrong = {run: each for run, each in outcomes.items() if {kind for kind, _ in each} != {"stopped" if "first" in run else "finished"}}
     assert not wrong
@@ -51,3 +59,17 @@ def test_shards_walk_the_way_of_whole_parameters(root: Path, name: str, engine: 
 @pytest.mark.parametrize("name", RESUMED)
 def test_state_on_shards_survives_a_checkpoint(root: Path, name: str) -> None:
     assert difference(state_of(root / f"{name}-zero3"), state_of(root / f"{name}-halves")) == 0
+
+
+@pytest.mark.parametrize("name", OWN_SHAPES)
+def test_state_of_shapes_of_its_own_survives_a_checkpoint_of_two_ranks(root: Path, name: str) -> None:
+    state = state_of(root / f"{name}-torch")
+    assert any(key.startswith("model.optimizer/own/") for key in state)
+    assert difference(state, state_of(root / f"{name}-halves")) == 0
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_groups_are_stepped_alike_on_shards(root: Path, engine: str) -> None:
+    whole = state_of(root / "groups-torch")
+    assert difference(whole, state_of(root / f"groups-{engine}")) < 2e-5
+    assert difference(whole, state_of(root / "adamw-torch")) > 1e-3

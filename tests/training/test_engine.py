@@ -142,5 +142,7 @@ def test_replicas_share_the_writing_and_every_element_is_written_once() -> None:
 def test_an_optimiser_whose_state_cannot_be_saved_is_refused(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     engine = _trained(batch)
     engine.optimizer.state[engine.partitions[0]]["exp_avg"] = torch.zeros(5)
+    list(engine.shards())  # of whole tensors
+    engine.sharded = True
     with pytest.raises(EngineMisuse, match=r"role 'model': the optimiser's 'exp_avg' is neither"):
         list(engine.shards())

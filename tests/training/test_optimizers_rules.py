@@ -1,4 +1,4 @@
-"""Update rules written here, against transcriptions of their papers into NumPy in float64."""
+"""Update rules written here, and one whose result is not the weights, against their papers transcribed into NumPy in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
+from gentrain.training.optimizers import Averaging
 from tests.training.test_optimizers_table import entry, problem, walk
 
 Array = np.ndarray[Any, Any]
@@ -69,19 +71,47 @@ def prodigy(
         yield x
 
 
+def schedule_free(
+    x: Array, gradients: Array, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, of: str = "y"
+) -> Iterator[Array]:
+    z = y = x
+    v, weights = np.zeros_like(x), 0.0
+    for t, g in enumerate(gradients, 1):
+        v = beta2 * v + (1 - beta2) * g**2
+        z = z - lr * g / (np.sqrt(v / (1 - beta2**t)) + eps) - lr * weight_decay * y
+        weights += lr**2
+        x = x + lr**2 / weights * (z - x)
+        y = (1 - beta1) * z + beta1 * x
+        yield y if of == "y" else x
+
+
 PAPERS: dict[str, tuple[Callable[..., Iterator[Array]], list[dict[str, float]]]] = {
     "adamomentum": (adamomentum, [{"weight_decay": 0.0}, {"lr": 0.1, "beta1": 0.5, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.3}]),
     "nag_gs": (nag_gs, [{}, {"lr": 0.5, "mu": 3.0, "gamma": 0.7}]),
     "optimistic_amsgrad": (optimistic_amsgrad, [{}, {"lr": 0.1, "beta1": 0.5, "beta2": 0.9, "eps": 1e-3}]),
     "dog": (dog, [{}, {"lr": 0.5, "initial": 0.2, "eps": 1.0, "weight_decay": 0.3}]),
+    "schedule_free": (schedule_free, [{}, {"lr": 0.1, "beta1": 0.7, "beta2": 0.9, "eps": 0.1, "weight_decay": 0.3}]),
     "prodigy": (prodigy, [{}, {"lr": 0.5, "beta1": 0.5, "beta2": 0.8, "eps": 0.1, "d0": 0.1, "weight_decay": 0.3}]),
 }
 
 
 @pytest.mark.parametrize("name, fields", [(name, fields) for name, (_, cases) in PAPERS.items() for fields in cases])
-def test_an_own_rule_is_that_of_its_paper(name: str, fields: dict[str, float]) -> None:
+def test_a_rule_is_that_of_its_paper(name: str, fields: dict[str, float]) -> None:
     start, gradients = problem()
     expected = list(PAPERS[name][0](start.double().numpy(), gradients.double().numpy(), **vars(entry(name, **fields))))
     for steps in (1, 2, len(gradients)):
         found = walk(entry(name, **fields), start, gradients[:steps], shaped=True)
         np.testing.assert_allclose(found.numpy(), expected[steps - 1], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("fields", PAPERS["schedule_free"][1])
+def test_the_average_of_schedule_free_is_that_of_its_paper(fields: dict[str, float]) -> None:
+    start, gradients = problem()
+    optimizer, p = entry("schedule_free", **fields), nn.Parameter(start.clone())
+    built = optimizer.build([p])
+    assert isinstance(built, Averaging)
+    expected = schedule_free(start.double().numpy(), gradients.double().numpy(), **vars(optimizer), of="x")
+    for gradient, x in zip(gradients, expected, strict=True):
+        p.grad = gradient.clone()
+        built.step()
+        np.testing.assert_allclose(built.average(p).numpy(), x, rtol=2e-5, atol=2e-6)

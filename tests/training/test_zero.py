@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from gentrain.config import ConfigError
-from gentrain.training.zero import _OWNED, DeepSpeedEngine
+from gentrain.training.optimizers import Optimizer
+from gentrain.training.zero import _OWNED, DeepSpeedEngine, _ShardedEngine
 from tests.distributed.cases import run_of, values
 
 
@@ -55,3 +58,13 @@ def test_further_settings_are_merged_beside_our_own() -> None:
     whole = {"stage": 2, "memory_efficient_linear": False, "reduce_bucket_size": 1_000}  # no more room than for all its parameters
     assert config["zero_optimization"] == whole | {"overlap_comm": False}
     assert config["wall_clock_breakdown"] is True
+
+
+def test_sums_over_all_parameters_of_several_groups_are_refused() -> None:
+    engine = object.__new__(_ShardedEngine)
+    engine.role, engine.optimizer = "model", Optimizer.available()["dog"]().build([nn.Parameter(torch.ones(2))])
+    engine.partitions = [torch.ones(2)]
+    engine._check_sums()
+    engine.partitions *= 2
+    with pytest.raises(ConfigError, match=r"optimizer: .*role 'model' in 2 groups.*set engine\.zero_stage to 0"):
+        engine._check_sums()

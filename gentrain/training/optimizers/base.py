@@ -21,18 +21,27 @@ class Optimizer(Component, kind="optimizer"):
     Attributes:
         needs: what a step needs to see of the parameters: `elementwise` (any slice will do), `global_scalar` (one number over all of
             them), `per_tensor` or `matrix` (each whole).
+        averages: what it has learnt is an average that it makes itself, see `Averaging`: of roles that keep one.
     """
 
     needs: ClassVar[Partition]
+    averages: ClassVar[bool] = False
     lr: float
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    def state_bytes(self, ndim: int) -> tuple[float, int]:
-        """Bytes of the state per element of a parameter with so many dimensions, and beside that per parameter: those of one that steps."""
+    def check(self, parameters: list[nn.Parameter]) -> None:
+        """Raises ConfigError where of these parameters it would be another optimiser."""
+
+    def scaled(self, times: float) -> Optimizer:
+        """This one for a batch so many times as large. Raises ValueError where that has no rule."""
+        raise ValueError(f"there is no rule for {self.registered_name}; take adamw, or leave it out")
+
+    def state_bytes(self, shape: tuple[int, ...]) -> tuple[float, int]:
+        """Bytes of the state per element of a parameter of this shape, and beside that per parameter: those of one that steps."""
         with torch.random.fork_rng(devices=[]):
-            p = nn.Parameter(torch.ones(16, 4) if ndim > 1 else torch.ones(64))
+            p = nn.Parameter(torch.ones(16, 4) if len(shape) > 1 else torch.ones(64))
             optimizer = self.build([p])
             p.grad = torch.full_like(p, 0.1)
             optimizer.step()
@@ -57,15 +66,27 @@ class AdamLike(Optimizer):
 
 
 def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """The parameters, those apart whose attribute `decays` a network has set to False: no weight decay pulls them towards zero.
+    """The parameters in groups: those apart whose attribute `decays` a network has set to False, which no weight decay pulls to zero, and
+    those of each group that the configuration names, whose attribute `group` (see learning.number_groups) is the "number" of theirs.
 
     Resolved before an engine flattens them: each group gets shards of its own.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for p in parameters:
-        groups[getattr(p, "decays", True)].append(p)
-    rules: dict[bool, dict[str, Any]] = {True: {}, False: {"weight_decay": 0.0}}
-    return [{"params": found, **rules[decays]} for decays, found in groups.items() if found]
+        groups.setdefault((getattr(p, "group", 0), not getattr(p, "decays", True)), []).append(p)
+    return [
+        {"params": found, "number": number, **({"weight_decay": 0.0} if kept else {})} for (number, kept), found in sorted(groups.items())
+    ]
+
+
+def by_shape(parameters: Iterable[nn.Parameter], matrices: dict[str, Any], rest: dict[str, Any]) -> list[dict[str, Any]]:
+    """`decay_groups`, in each of them matrices, and whatever has more dimensions, apart from vectors and scalars, with settings."""
+    groups = []
+    for group in decay_groups(parameters):
+        for whole, own in ((True, matrices), (False, rest)):
+            found = [p for p in group["params"] if (p.ndim >= 2) == whole]
+            groups += [{**own, **group, "params": found}] if found else []
+    return groups
 
 
 class Rule(torch.optim.Optimizer):
@@ -83,18 +104,31 @@ class Rule(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def counted(library: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A class of pytorch-optimizer whose state a checkpoint holds: the library counts steps in its groups, which none does."""
+class Averaging(torch.optim.Optimizer):
+    """An optimiser that takes its gradients at one point and calls another what it has learnt."""
+
+    def average(self, p: Tensor) -> Tensor:
+        """What it has learnt of a parameter, or a shard, that it has stepped."""
+        raise NotImplementedError
+
+
+def counted(library: type[torch.optim.Optimizer], *sums: str) -> type[torch.optim.Optimizer]:
+    """A class of pytorch-optimizer whose state a checkpoint holds: the library counts steps, and sums, in its groups, which none does.
+
+    Args:
+        sums: of what else than "step".
+    """
 
     class Counted(library):  # type: ignore[misc, valid-type]
         def step(self, closure: Callable[[], float] | None = None) -> None:
             for group in self.param_groups:
-                known = [self.state[p]["step"] for p in group["params"] if "step" in self.state.get(p, ())]
-                group["step"] = int(known[0]) if known else 0
+                known: dict[str, Any] = next((self.state[p] for p in group["params"] if "step" in self.state.get(p, ())), {})
+                group["step"] = int(known.get("step", 0))
+                group.update({key: float(known.get(key, self.defaults[key])) for key in sums})
             super().step(closure)
             for group in self.param_groups:
                 for p in group["params"]:
                     if p in self.state:
-                        self.state[p]["step"] = torch.tensor(float(group["step"]))
+                        self.state[p].update({key: torch.tensor(group[key], dtype=torch.float64) for key in ("step", *sums)})
 
     return Counted

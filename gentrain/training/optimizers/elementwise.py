@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import nn
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
 
 from gentrain.config import Fraction, option, register
-from gentrain.training.optimizers.base import AdamLike, Optimizer, counted, decay_groups
+from gentrain.training.optimizers.base import AdamLike, Averaging, Optimizer, counted, decay_groups
 
 
 @register("adamw")
@@ -22,6 +23,18 @@ class AdamW(AdamLike):
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(decay_groups(parameters), **self.rule(), fused=True)
+
+    def scaled(self, times: float) -> AdamW:
+        """The square-root rule, which leaves the way by samples as it is where the gradient is mostly noise (arXiv:2205.10287, def. 4.2).
+
+        The paper has no weight decay; times the root as well, it pulls as much per sample.
+        """
+        betas = [1 - times * (1 - beta) for beta in (self.beta1, self.beta2)]
+        if min(betas) < 0:
+            most = 1 / (1 - min(self.beta1, self.beta2))
+            raise ValueError(f"the rule reaches batches {most:.3g} times as large, this one is {times:.3g} times; leave it out")
+        root = times**0.5
+        return replace(self, lr=self.lr * root, beta1=betas[0], beta2=betas[1], eps=self.eps / root, weight_decay=self.weight_decay * root)
 
 
 @register("radam")
@@ -115,3 +128,29 @@ class Grams(AdamLike):
         from pytorch_optimizer import Grams as Library
 
         return counted(Library)(decay_groups(parameters), **self.rule())
+
+
+@register("schedule_free")
+@dataclass
+class ScheduleFree(AdamLike):
+    """Schedule-free AdamW (arXiv:2405.15682, algorithm 1): an average takes the place of a falling learning rate and of knowing the end.
+
+    Gradients are taken between z, which AdamW moves without momentum, and x, the mean of all z weighed by squared learning rates. x is
+    the average of the role, which is sampled, evaluated and exported; `training.ema_half_life` has no say in it. Leave the schedule
+    constant, with a warm-up.
+    """
+
+    needs = "elementwise"
+    averages = True
+    lr: PositiveFloat = option(2.5e-3, "learning rate: one to ten times AdamW's", source="arXiv:2405.15682, appendix C")
+    beta1: Annotated[float, Field(gt=0, lt=1)] = option(0.9, "share of x where gradients are taken; the rest is z's")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        from pytorch_optimizer import ScheduleFreeAdamW as Library
+
+        class Kept(counted(Library, "weight_sum", "lr_max"), Averaging):  # type: ignore[misc]
+            def average(self, p: Tensor) -> Tensor:
+                # y = b x + (1 - b) z, solved for x
+                return p.detach().lerp(self.state[p]["z"], 1 - 1 / self.defaults["betas"][0])
+
+        return Kept(decay_groups(parameters), **self.rule())

@@ -69,7 +69,7 @@ class NAGGS(Optimizer):
     gamma: PositiveFloat = option(1.0, "damping at the start; it tends to mu")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return _NAGGSRule(parameters, {"lr": self.lr, "mu": self.mu, "gamma": self.gamma})
+        return _NAGGSRule(decay_groups(parameters), {"lr": self.lr, "mu": self.mu, "gamma": self.gamma})
 
 
 class _OptimisticAMSGradRule(Rule):
@@ -107,4 +107,4 @@ class OptimisticAMSGrad(Optimizer):
     eps: PositiveFloat = option(1e-8, "where that average starts: its largest value so far is never less")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return _OptimisticAMSGradRule(parameters, {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps})
+        return _OptimisticAMSGradRule(decay_groups(parameters), {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps})

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gentrain.config import Component, Fraction, option, register
 from gentrain.methods.base import Clock
@@ -100,3 +100,12 @@ class WarmupStableDecay(Schedule):
         if left >= self.share:
             return 1.0
         return self.final + (1 - self.final) * (1 - (1 - left / self.share) ** 0.5)  # 1 - sqrt: arXiv:2405.18392, eq. 1
+
+
+@dataclass
+class Group:
+    """Parameters with a learning rate of their own."""
+
+    parameters: str = option(help="regular expression: those in whose names this is found, and in no group's before it")
+    lr: PositiveFloat = option(1.0, "times the optimiser's")
+    schedule: Schedule | None = option(None, "of their learning rate; left out: the role's")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from gentrain.config import Fraction, option, register
-from gentrain.training.optimizers.base import AdamLike, Optimizer, counted, decay_groups
+from gentrain.config import ConfigError, Fraction, option, register
+from gentrain.training.optimizers.base import AdamLike, Optimizer, by_shape, counted, decay_groups
 
 
 @register("mars")
@@ -104,17 +105,13 @@ class SGDSaI(Optimizer):
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         from pytorch_optimizer import SGDSaI as Library
 
-        class Kept(counted(Library)):  # type: ignore[misc]
-            """A number of its own per tensor stands in checkpoints as a tensor of that shape; here it takes no memory."""
-
-            def step(self, closure: Callable[[], float] | None = None) -> None:
-                for state in self.state.values():
-                    state["gsnr"] = state["gsnr"].flatten()[0].clone()
-                super().step(closure)
-                for p, state in self.state.items():
-                    state["gsnr"] = state["gsnr"].expand_as(p)
-
-        return Kept(decay_groups(parameters), lr=self.lr, momentum=self.momentum, eps=self.eps, weight_decay=self.weight_decay)
+        return counted(Library)(
+            decay_groups(parameters),
+            lr=self.lr,
+            momentum=self.momentum,  # type: ignore[call-arg]
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
 
 
 @register("muon")
@@ -138,23 +135,162 @@ class Muon(Optimizer):
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         from pytorch_optimizer import Muon as Library
 
+        shared = {"lr": self.lr, "weight_decay": self.weight_decay}
+        matrices = {"use_muon": True, "momentum": self.momentum, "ns_steps": self.steps, "use_adjusted_lr": True}
+        rest = {"use_muon": False, "betas": (self.beta1, self.beta2), "eps": self.eps}
+        return counted(Library)(by_shape(parameters, shared | matrices, shared | rest))  # type: ignore[call-arg]
+
+
+@register("soap")
+@dataclass
+class SOAP(AdamLike):
+    """AdamW along the eigenvectors of Shampoo's statistics, of each side of a tensor (arXiv:2409.11321); vectors and scalars get AdamW.
+
+    Beside AdamW's two states it keeps two matrices of each side, squares of its length. The first step only begins the statistics.
+    """
+
+    needs = "matrix"
+    lr: PositiveFloat = option(3e-3, "peak learning rate", source="arXiv:2409.11321, section 5")
+    beta1: Fraction = option(0.95, "decay of the gradient average", unit="per step", source="arXiv:2409.11321, section 5")
+    beta2: Fraction = option(
+        0.95, "decay of the squared-gradient average and of the statistics", unit="per step", source="arXiv:2409.11321, section 5"
+    )
+    every: PositiveInt = option(10, "between updates of the eigenvectors", unit="optimiser steps", source="arXiv:2409.11321, section 5")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        from pytorch_optimizer import SOAP as Library
+
+        rule = self.rule() | {"precondition_frequency": self.every}
+        fixed = {"precondition_frequency": self.every, "shampoo_beta": self.beta2}
+
         class Kept(counted(Library)):  # type: ignore[misc]
-            """Checkpoints hold the same keys for all tensors: what one lacks is there as zeros that take no memory."""
+            """What the library holds in lists, one entry per side, lies in the state as tensors: checkpoints hold these.
+
+            In one order of their numbers, too: products round otherwise in another.
+            """
 
             def step(self, closure: Callable[[], float] | None = None) -> None:
+                for p, state in self.state.items():
+                    sides = {key: [state.pop(f"{key}{side}", []) for side in range(p.ndim)] for key in ("GG", "Q")}
+                    state.update(fixed | sides)
                 super().step(closure)
-                for group in self.param_groups:
-                    lacking = ("exp_avg", "exp_avg_sq") if group["use_muon"] else ("momentum_buffer",)
-                    for p in group["params"]:
-                        if p in self.state:
-                            self.state[p] |= {key: p.new_zeros(()).expand_as(p) for key in lacking}
+                for state in self.state.values():
+                    for key in ("GG", "Q"):
+                        each = enumerate(state.pop(key))
+                        state.update({f"{key}{side}": matrix.contiguous() for side, matrix in each if len(matrix)})
+                    for key in fixed:
+                        del state[key]
 
-        groups = []
-        for group in decay_groups(parameters):
-            for muon in (True, False):
-                own = {"momentum": self.momentum, "ns_steps": self.steps, "use_adjusted_lr": True} if muon else {}
-                rest = {} if muon else {"betas": (self.beta1, self.beta2), "eps": self.eps}
-                found = [p for p in group["params"] if (p.ndim >= 2) == muon]
-                shared = {"use_muon": muon, "lr": self.lr, "weight_decay": group.get("weight_decay", self.weight_decay)}
-                groups += [{"params": found, **shared, **own, **rest}] if found else []
-        return Kept(groups)
+        return Kept(decay_groups(parameters), **rule)
+
+    def state_bytes(self, shape: tuple[int, ...]) -> tuple[float, int]:
+        sides = sum(side**2 for side in shape if side <= 10_000) if len(shape) > 1 else 0  # longer ones have none, the library's limit
+        return 8.0, 4 + 2 * 4 * sides
+
+
+@register("fira")
+@dataclass
+class Fira(AdamLike):
+    """AdamW along the `rank` largest directions of a matrix's gradient, and the rest of that scaled as it was (arXiv:2410.01623).
+
+    The moments have `rank` rows or columns. Vectors, scalars and the kernels of convolutions get AdamW.
+    """
+
+    needs = "matrix"
+    eps: PositiveFloat = option(1e-6, "added to the root of the squared-gradient average", source="arXiv:2410.01623, code release")
+    rank: PositiveInt = option(128, "directions of each matrix", source="arXiv:2410.01623, table 2: a quarter of the width")
+    every: PositiveInt = option(
+        200, "between computations of the directions", unit="optimiser steps", source="arXiv:2410.01623, section 5.1"
+    )
+
+    def check(self, parameters: list[nn.Parameter]) -> None:
+        if not any(p.ndim == 2 and min(p.shape) > self.rank for p in parameters):
+            widest = max((min(p.shape) for p in parameters if p.ndim == 2), default=0)
+            remedy = f"set it to less than {widest}" if widest > 1 else "take adamw"
+            raise ConfigError(f"no matrix has more directions than that, so that fira would be adamw; {remedy}", key="optimizer.rank")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        from pytorch_optimizer import Fira as Library
+        from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
+
+        # Of scale 1: the library would scale what it takes off the gradient, too.
+        low = {"rank": self.rank, "update_proj_gap": self.every, "scale": 1.0, "projection_type": "std"}
+
+        class Kept(counted(Library)):  # type: ignore[misc]
+            """The directions lie in the state as a tensor: checkpoints hold that."""
+
+            def step(self, closure: Callable[[], float] | None = None) -> None:
+                for state in self.state.values():
+                    if "directions" in state:
+                        state["projector"] = GaLoreProjector(**low)
+                        state["projector"].ortho_matrix = state.pop("directions")
+                super().step(closure)
+                for state in self.state.values():
+                    if "projector" in state:
+                        state["directions"] = state.pop("projector").ortho_matrix.contiguous()
+
+        return Kept([{**group, **low} for group in decay_groups(parameters)], **self.rule())
+
+    def state_bytes(self, shape: tuple[int, ...]) -> tuple[float, int]:
+        if len(shape) != 2:
+            return 8.0, 4
+        short, long = sorted(shape)
+        return 0.0, 4 * min(self.rank, short) * (2 * long + short) + 8
+
+
+@register("subset_norm")
+@dataclass
+class SubsetNorm(AdamLike):
+    """AdamW with one second moment for each run of about sqrt(size) weights of a matrix: their squares' sum (arXiv:2411.07120).
+
+    Vectors and scalars get AdamW.
+    """
+
+    needs = "matrix"
+    lr: PositiveFloat = option(1e-3, "peak learning rate; steps of matrices are as much shorter as the root of such a run's length")
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        from pytorch_optimizer import AdamWSN as Library
+
+        class Kept(counted(Library)):  # type: ignore[misc]
+            """Lengths come from a checkpoint as tensors, and are whole numbers here."""
+
+            def step(self, closure: Callable[[], float] | None = None) -> None:
+                for state in self.state.values():
+                    if "subset_size" in state:
+                        state["subset_size"] = int(state["subset_size"])
+                super().step(closure)
+
+        return Kept(by_shape(parameters, {"sn": True}, {"sn": False}), **self.rule())
+
+    def state_bytes(self, shape: tuple[int, ...]) -> tuple[float, int]:
+        if len(shape) < 2:
+            return 8.0, 4
+        size = math.prod(shape)
+        return 4.0, 4 * size // next(run for run in range(math.isqrt(size), 0, -1) if size % run == 0) + 4
+
+
+@register("ranger21")
+@dataclass
+class Ranger21(AdamLike):
+    """AdamW with positive-negative momentum, lookahead every 5 steps, centred gradients, clipping by tensor and a norm loss, which pulls
+    every tensor to norm 1 (arXiv:2106.13731). Of its own schedule nothing is used: `warmup_stable_decay` is about that.
+    """
+
+    needs = "matrix"
+    weight_decay: NonNegativeFloat = option(
+        1e-4, "decoupled; multiplied by the learning rate over the root of the mean second moment", source="arXiv:2106.13731, section 3"
+    )
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        from pytorch_optimizer import Ranger21 as Library
+
+        class Kept(counted(Library)):  # type: ignore[misc]
+            """The library counts the steps of lookahead beside its state."""
+
+            def step(self, closure: Callable[[], float] | None = None) -> None:
+                steps = next((int(state["step"]) for state in self.state.values()), 0)
+                self.lookahead_step = steps % self.lookahead_merge_time
+                super().step(closure)
+
+        return Kept(decay_groups(parameters), num_iterations=1, disable_lr_scheduler=True, **self.rule())
