@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import pytest
 
-from gentrain.cluster import ray_train
 from gentrain.cluster.attempts import ATTEMPTS, Started, last_failure, note, note_silence
 from gentrain.cluster.launch import launch
 from gentrain.cluster.milestone import Milestone
@@ -106,23 +105,6 @@ def test_a_stop_is_written_down_with_who_asked(tmp_path: Path, ask: Callable[[Pa
     thread.join()
     (_, stopped) = _lines(run.directory)
     assert (stopped["event"], stopped["reason"]) == ("stopped", reason)
-
-
-def test_a_node_that_is_taken_away_with_notice_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a worker is told of it reaches the journal."""
-    info = SimpleNamespace(preempted_node_to_ranks={"4f": [1], "1a": [0, 2]})
-    monkeypatch.setattr("ray.train.get_preemption_info", lambda: info)
-    notice = ray_train._Notice()
-    deadline = time.monotonic() + 20
-    while not notice.is_set:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    result = SimpleNamespace(return_value={"outcome": "preempted", "samples": 32, "reason": notice.reason})
-    monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda *_, **__: SimpleNamespace(fit=lambda: result))
-    values = {"method": "flow_matching", "data": "rings", "model": "mlp", "training": {"samples": 32}, "output": str(tmp_path)}
-    assert ray_train._fit(parse_run(Document(values, "test")), Milestone()) == "preempted"
-    (line,) = _lines(tmp_path)
-    assert line["event"] == "preempted" and line["reason"].endswith("taken away: node 1a with ranks [0, 2], node 4f with ranks [1]")
 
 
 def test_whole_lines_follow_each_other(tmp_path: Path) -> None:

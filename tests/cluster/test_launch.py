@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -145,6 +146,23 @@ def test_workers_stop_together_at_a_milestone_and_go_on(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no 'loss/modle'"):
         launch(run, milestone)
     assert len(_losses(run.directory)) in (7, 8) and not milestone.reached
+
+
+def test_a_node_that_is_taken_away_with_notice_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker is told of it reaches the journal."""
+    info = SimpleNamespace(preempted_node_to_ranks={"4f": [1], "1a": [0, 2]})
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: info)
+    notice = ray_train._Notice()
+    deadline = time.monotonic() + 20
+    while not notice.is_set:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    result = SimpleNamespace(return_value={"outcome": "preempted", "samples": 32, "reason": notice.reason})
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", lambda *_, **__: SimpleNamespace(fit=lambda: result))
+    run = _run(tmp_path, 1)
+    assert ray_train._fit(run, Milestone()) == "preempted"
+    (line,) = (json.loads(line) for line in (run.directory / ATTEMPTS).read_text().splitlines())
+    assert line["event"] == "preempted" and line["reason"].endswith("taken away: node 1a with ranks [0, 2], node 4f with ranks [1]")
 
 
 def test_a_fleet_draws_what_one_process_draws_whatever_its_size(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,7 +308,10 @@ def test_what_the_job_server_refuses_is_told_as_the_words_of_a_place(
         def get_job_info(self, identity: str) -> None:
             raise RuntimeError(answer)
 
-    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
+    refused = SimpleNamespace(AuthenticationError=type("AuthenticationError", (Exception,), {}))
+    modules = {"ray": SimpleNamespace(), "ray.exceptions": refused, "ray.job_submission": SimpleNamespace(JobSubmissionClient=Client)}
+    for name, module in modules.items():  # Ray itself would keep for later tests what it reads of the environment while it is imported
+        monkeypatch.setitem(sys.modules, name, module)
     if state is not None:
         assert RayJobs().status({"id": "toy-404"}) is state
         return
