@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, ClassVar, Generic, NotRequired, TypeVar
 
 import torch
 from pydantic import PositiveInt, StringConstraints, TypeAdapter
@@ -48,12 +48,61 @@ class Manifest(TypedDict):
     texts: list[Shard]
 
 
-_MANIFEST = TypeAdapter(Manifest)
+M = TypeVar("M", bound=Mapping[str, Any])
+
+
+class Written(Generic[M]):
+    """Data that an earlier stage wrote into a directory: a manifest, and files that it names by their digests.
+
+    Attributes:
+        schema: of the manifest. stage: which writes it. things: what samples are, in words.
+    """
+
+    schema: ClassVar[TypeAdapter[Any]]
+    stage: ClassVar[str]
+    things: ClassVar[str]
+
+    directory: str
+    digest: str | None
+
+    @cached_property
+    def manifest(self) -> M:
+        path = Path(self.directory) / MANIFEST
+        try:
+            found: M = self.schema.validate_json(path.read_bytes())
+            return found
+        except (OSError, ValueError) as error:
+            what = " ".join(str(error).partition("For further")[0].split())[:200]
+            raise ConfigError(
+                f"{path} cannot be read ({what}); make {self.things} with a stage `{self.stage}`", key="data.directory"
+            ) from error
+
+    @property
+    def to_come(self) -> bool:
+        return not Path(self.directory, MANIFEST).exists()
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        names: list[str] = self.manifest["class_names"]
+        return names
+
+    @property
+    def licence(self) -> str:
+        return str(self.manifest["licence"])
+
+    def fit(self) -> None:
+        self.directory = str(Path(self.directory).absolute())
+        found = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        if self.digest not in (None, found):
+            raise ValueError(
+                f"the {self.things} in {self.directory} are not those that the run began with; restore them, or begin another run"
+            )
+        self.digest = found
 
 
 @register("latents")
 @dataclass
-class Latents(Data):
+class Latents(Written[Manifest], Data):
     """What a stage `encode` has made of a data set, for the network of the same pipeline: its splits, latents in place of images.
 
     Each step draws from the posterior of each latent, as without the cache. Files stay on disk until their rows are read.
@@ -62,18 +111,9 @@ class Latents(Data):
     directory: str = option(help="of the stage `encode`")
     digest: str | None = option(None, "of what it wrote, which a run records: latents that are encoded anew are refused")
 
-    @cached_property
-    def manifest(self) -> Manifest:
-        path = Path(self.directory) / MANIFEST
-        try:
-            return _MANIFEST.validate_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            what = " ".join(str(error).partition("For further")[0].split())[:200]
-            raise ConfigError(f"{path} cannot be read ({what}); encode the data with a stage `encode`", key="data.directory") from error
-
-    @property
-    def to_come(self) -> bool:
-        return not Path(self.directory, MANIFEST).exists()
+    schema: ClassVar[TypeAdapter[Any]] = TypeAdapter(Manifest)
+    stage: ClassVar[str] = "encode"
+    things: ClassVar[str] = "latents"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,20 +124,12 @@ class Latents(Data):
         return [tuple(shape) for shape in self.manifest.get("shapes", [self.manifest["shape"]])]
 
     @property
-    def class_names(self) -> Sequence[str]:
-        return self.manifest["class_names"]
-
-    @property
     def captions(self) -> Sequence[str]:
         return self.manifest["captions"]
 
     @property
     def weighted(self) -> bool:
         return self.manifest["weighted"]
-
-    @property
-    def licence(self) -> str:
-        return self.manifest["licence"]
 
     def require(self, encoder: str) -> None:
         """Raises ValueError unless weights and templates of this digest encoded the data."""
@@ -106,13 +138,6 @@ class Latents(Data):
                 f"the latents in {self.directory} were encoded by another autoencoder, text encoder or template "
                 f"({self.manifest['encoder'][:12]}) than the model's ({encoder[:12]}); run the stage `encode` with this model"
             )
-
-    def fit(self) -> None:
-        self.directory = str(Path(self.directory).absolute())
-        found = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
-        if self.digest not in (None, found):
-            raise ValueError(f"the latents in {self.directory} are not those that the run began with; restore them, or begin another run")
-        self.digest = found
 
     def split(self, name: str) -> LatentItems:
         check_split(name)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveInt, TypeAdapter
@@ -16,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from gentrain.config import ConfigError, option, register
+from gentrain.config import option, register
 from gentrain.data.base import Data, TensorItems, check_split
-from gentrain.data.latents import MANIFEST, file_digest
+from gentrain.data.latents import Written, file_digest
 from gentrain.data.toys import Toy
 from gentrain.noise import Noise
 
@@ -36,9 +34,6 @@ class Manifest(TypedDict):
     class_names: list[str]
     licence: str
     files: dict[str, str]
-
-
-_MANIFEST = TypeAdapter(Manifest)
 
 
 class TokenData(Data):
@@ -67,24 +62,15 @@ class TokenData(Data):
 
 @register("tokens")
 @dataclass
-class Tokens(TokenData):
+class Tokens(Written[Manifest], TokenData):
     """What a stage `tokenize` has made of a data set: its splits, tokens in place of images. Samples of a run on it are decoded."""
 
     directory: str = option(help="of the stage `tokenize`")
     digest: str | None = option(None, "of what it wrote, which a run records: tokens that are made anew are refused")
 
-    @cached_property
-    def manifest(self) -> Manifest:
-        path = Path(self.directory) / MANIFEST
-        try:
-            return _MANIFEST.validate_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            what = " ".join(str(error).partition("For further")[0].split())[:200]
-            raise ConfigError(f"{path} cannot be read ({what}); make tokens with a stage `tokenize`", key="data.directory") from error
-
-    @property
-    def to_come(self) -> bool:
-        return not (Path(self.directory) / MANIFEST).exists()
+    schema: ClassVar[TypeAdapter[Any]] = TypeAdapter(Manifest)
+    stage: ClassVar[str] = "tokenize"
+    things: ClassVar[str] = "tokens"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,21 +91,6 @@ class Tokens(TokenData):
     @property
     def decoded(self) -> tuple[int, ...]:
         return tuple(self.manifest["image"])
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        return self.manifest["class_names"]
-
-    @property
-    def licence(self) -> str:
-        return self.manifest["licence"]
-
-    def fit(self) -> None:
-        self.directory = str(Path(self.directory).absolute())
-        found = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
-        if self.digest not in (None, found):
-            raise ValueError(f"the tokens in {self.directory} are not those that the run began with; restore them, or begin another run")
-        self.digest = found
 
     def split(self, name: str) -> TensorItems:
         check_split(name)

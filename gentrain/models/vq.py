@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from gentrain.config import option, register
-from gentrain.models.base import Model
+from gentrain.models.autoencoder import Convolutional
 from gentrain.models.tokens import narrowing, widening
 
 SCALES = "scales.json"  # beside diffusers' own files of a VQModel
@@ -59,7 +59,7 @@ def squared_distances(vectors: Tensor, codes: Tensor) -> Tensor:
 
 @register("vq")
 @dataclass
-class VQ(Model):
+class VQ(Convolutional):
     """Convolutional autoencoder whose latents are made of codes (arXiv:1711.00937): diffusers' VQModel.
 
     With several scales the codes of each stand for what those of the smaller ones leave (arXiv:2404.02905, algorithm 1).
@@ -72,37 +72,20 @@ class VQ(Model):
     layers_per_block: PositiveInt = option(1, "residual blocks per level of the encoder, one more in the decoder")
     norm_groups: PositiveInt = option(8, "groups of the group normalisation; divides every level's channels")
 
-    def __post_init__(self) -> None:
-        if not self.channels:
-            raise ValueError("channels is empty; name at least one level, such as [32, 64]")
-        if wrong := [width for width in self.channels if width % self.norm_groups]:
-            raise ValueError(f"channels {wrong[0]} is not divisible by norm_groups {self.norm_groups}; change one of them")
-
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A `VQNetwork`. Raises ValueError when shape is not that of square images (C, H, H) that can be halved, or scales do not fit."""
         import diffusers
 
         if len(shape) != 3 or shape[1] != shape[2]:
             raise ValueError(f"vq is for square images (C, H, H), got samples of shape {shape}")
-        levels, factor = len(self.channels), 2 ** (len(self.channels) - 1)
-        if shape[1] % factor:
-            raise ValueError(f"images of {shape[1]} pixels are not divisible by {factor}, 2 for each of {levels} levels but one")
-        side = shape[1] // factor
+        arguments, side = self.arguments(shape), shape[1] // self.factor
         if self.scales and (list(self.scales) != sorted(set(self.scales)) or self.scales[-1] != side):
             raise ValueError(f"scales {list(self.scales)} must grow and end with {side}, the side of the latent; change them")
         model = diffusers.VQModel(
-            in_channels=shape[0],
-            out_channels=shape[0],
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=self.channels,
-            layers_per_block=self.layers_per_block,
+            **arguments,
             latent_channels=self.code_dim,
             num_vq_embeddings=self.codes,
-            norm_num_groups=self.norm_groups,
-            sample_size=shape[1],
             mid_block_add_attention=False,  # convolutions see enough of so small a grid
-            scaling_factor=1.0,
         )
         nn.init.normal_(model.quantize.embedding.weight, std=0.5)  # diffusers' 1 / codes would have all latents nearest to a few
         return VQNetwork(model, self.scales or (side,))

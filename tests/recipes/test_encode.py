@@ -152,7 +152,7 @@ def test_a_run_refuses_a_cache_that_was_written_anew(pipeline: Path, tmp_path: P
 
 
 def test_damage_is_told(pipeline: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.directory: .*manifest\.json cannot be read .*encode the data with a stage `encode`"):
+    with pytest.raises(ConfigError, match=r"data\.directory: .*manifest\.json cannot be read .*make latents with a stage `encode`"):
         _ = Latents(str(tmp_path / "nowhere")).shape
     encode(pipeline, tmp_path)
     path = tmp_path / "train-00001.safetensors"
