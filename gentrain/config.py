@@ -16,7 +16,8 @@ import sys
 import types
 import typing
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
@@ -49,6 +50,17 @@ def option(default: Any = dataclasses.MISSING, help: str = "", *, unit: str = ""
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@contextmanager
+def errors_about(key: str, otherwise: str = "") -> Iterator[None]:
+    """A ConfigError that leaves it is about `key`, or the key below it that it names; a ValueError is one about `otherwise`, "" = `key`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(error.message, key=join(key, error.key)) from error
+    except ValueError as error:
+        raise ConfigError(str(error), key=otherwise or key) from error
 
 
 # --- registry ---------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from gentrain.config import ConfigError, Fraction, option, register
+from gentrain.config import ConfigError, Fraction, errors_about, option, register
 from gentrain.data.base import Data, check_split
 from gentrain.data.buckets import Buckets, Side, nearest
 from gentrain.data.captions import MOST, Captions, caption_in, caption_of
@@ -157,10 +157,8 @@ class ImageFolder(Data):
 
 def check_shapes(buckets: Buckets | None, size: int) -> list[Side]:
     """The shapes of the buckets, the square alone without. Raises ConfigError."""
-    try:
+    with errors_about("buckets"):
         return [(size, size)] if buckets is None else buckets.shapes(size)
-    except ConfigError as error:
-        raise ConfigError(error.message, key=f"buckets.{error.key}") from error
 
 
 def _told_in(path: Path, field: str) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gentrain.config import Component, option
 from gentrain.data.base import Data
+from gentrain.data.latents import Latents
 from gentrain.models.control import Form
 from gentrain.rewards.base import Judge, Networks, check_images
 
@@ -46,6 +47,9 @@ class Extractor(Component, kind="extractor"):
         Raises ValueError when samples of these data have no such control.
         """
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError when samples of `shape`, as decoded, have no such control."""
+
     def form(self, shape: tuple[int, ...]) -> Form:
         """Of the control of samples of `shape`, (C, H, W) or (D,), as decoded."""
         raise NotImplementedError
@@ -68,6 +72,8 @@ class OfImage(Extractor):
 
     def check_data(self, data: Data) -> None:
         check_images(data)
+        for shape in () if isinstance(data, Latents) else data.shapes:  # what latents decode to is known once their decoder is there
+            self.check_shape(shape)
 
 
 @dataclass(kw_only=True)

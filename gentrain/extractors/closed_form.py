@@ -32,11 +32,9 @@ class DownSampling(Map):
 
     factor: PositiveInt = option(4, "side of a block", unit="pixels")
 
-    def check_data(self, data: Data) -> None:
-        super().check_data(data)
-        for shape in data.shapes:
-            if shape[1] % self.factor or shape[2] % self.factor:
-                raise ConfigError(f"images of {shape[1]}x{shape[2]} pixels are no multiples of it; take a divisor", key="factor")
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        if shape[1] % self.factor or shape[2] % self.factor:
+            raise ConfigError(f"images of {shape[1]}x{shape[2]} pixels are no multiples of it; take a divisor", key="factor")
 
     def form(self, shape: tuple[int, ...]) -> Form:
         return Form(shape)
@@ -51,10 +49,9 @@ class DownSampling(Map):
 class GreyScale(Map):
     """The luma of a colour image, in [0, 1]: a control of colouring."""
 
-    def check_data(self, data: Data) -> None:
-        super().check_data(data)
-        if data.shape[0] == 1:
-            raise ValueError(f"images of {data.registered_name} are grey themselves; take colour images")
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        if shape[0] == 1:
+            raise ValueError("the images are grey themselves; take colour images")
 
     def form(self, shape: tuple[int, ...]) -> Form:
         return Form((1, *shape[1:]))

@@ -1,4 +1,4 @@
-"""What methods whose generator is given a control share: its networks as roles, its checks, the control of a batch, its loss."""
+"""What methods whose generator is given a control share: the control of a batch, its loss."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gentrain.config import ConfigError
-from gentrain.data.base import Data
 from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Batch, Nets, condition_of
 from gentrain.models.base import Condition
@@ -16,16 +14,6 @@ from gentrain.models.control import CONTROL
 from gentrain.paths.base import Path
 
 BRANCH = r"^control\."  # the parameters of a network that its control added
-
-
-def check_control(control: Extractor, data: Data) -> None:
-    """Raises ConfigError, about the method's key `control`, when samples of the data have no such control."""
-    try:
-        control.check_data(data)
-    except ConfigError as error:
-        raise ConfigError(error.message, key=f"control.{error.key}") from error
-    except ValueError as error:
-        raise ConfigError(str(error), key="control") from error
 
 
 def known_of(control: Extractor, batch: Batch) -> Condition | None:

@@ -14,10 +14,10 @@ from torch.nn.functional import softplus
 
 from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
-from gentrain.methods.base import Batch, Clock, Frozen, Group, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.decoupled import decoupled_guidance
+from gentrain.methods.base import Batch, Clock, Frozen, Group, Loss, Nets, Role, Trained, Update, condition_of
+from gentrain.methods.consistency import check_guidance
+from gentrain.methods.led_by_scores import BINS, LedByScores, noised_by, per_error, pseudo_target_loss
 from gentrain.methods.prompt_critic import PromptCritic, prompt_critic_loss, prompt_student_loss
-from gentrain.methods.sfd import score_identity_loss
 from gentrain.models.base import Condition
 from gentrain.models.heads import Heads
 from gentrain.noise import Noise
@@ -26,30 +26,13 @@ from gentrain.paths.times import LogNormal
 from gentrain.rewards.base import Texts
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.few_step import FewStep, require_apart, require_few_step, simulate
-from gentrain.samplers.guidance import guided_x0
 from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
 
 Divergence = Literal["rkl", "kl", "js", "sf", "neyman", "sh", "jf"]
 GeneratorLoss = Literal["vsd", "dmd", "sid", "rkl", "kl", "js", "sf", "neyman", "sh", "jf", "ladd"]
 
-_LEAST_ERROR = 1e-6  # of the teacher, added to what gradients are divided by
 _LARGEST_LOGIT = 10.0
 _RATIOS = (0.1, 20.0)  # within which density ratios are kept
-_BINS = 10  # of times, equally likely, over each of which ratios have mean 1
-
-
-def pseudo_target_loss(x_g: Tensor, gradient: Tensor) -> Tensor:
-    """Half the mean of (x_g - target)^2, target = x_g - gradient held fixed: its gradient is gradient / numel. [B, ...] each -> scalar.
-
-    In float32 at least.
-    """
-    x_g = x_g.to(torch.promote_types(x_g.dtype, torch.float32))
-    return (x_g - (x_g - gradient).detach()).square().mean() / 2
-
-
-def per_error(x_g: Tensor, x0: Tensor) -> Tensor:
-    """1 / (mean over C, H, W of |x_g - x0| + 1e-6), what DMD weighs gradients with: [B, ...] each -> [B], without gradient."""
-    return 1 / ((x_g - x0).detach().abs().flatten(1).mean(1) + _LEAST_ERROR)
 
 
 def vsd_loss(x_g: Tensor, teacher_x0: Tensor, fake_x0: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -103,8 +86,8 @@ def divergence_weight(name: Divergence, logits: Tensor, bins: Tensor, group: Gro
     """
     ratio = logits.detach().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).exp()
     everywhere, places = group.gather(ratio), group.gather(bins)
-    count = torch.bincount(places, minlength=_BINS)
-    mean = torch.zeros(_BINS, dtype=ratio.dtype, device=ratio.device).index_add(0, places, everywhere) / count.clamp(min=1)
+    count = torch.bincount(places, minlength=BINS)
+    mean = torch.zeros(BINS, dtype=ratio.dtype, device=ratio.device).index_add(0, places, everywhere) / count.clamp(min=1)
     weight = f_weight(name, (ratio / mean[bins]).clamp(*_RATIOS))
     return weight / group.mean(weight.mean())
 
@@ -129,19 +112,9 @@ def logits_of(output: Tensor) -> Tensor:
     return output.flatten(1).mean(1)
 
 
-@dataclass(frozen=True)
-class _Noised:
-    """Times t [B] and which of the equally likely bins they fall in, the noise eps and the noised samples x_t [B, ...]."""
-
-    t: Tensor
-    bins: Tensor
-    eps: Tensor
-    x_t: Tensor
-
-
 @register("distribution_matching")
 @dataclass
-class DistributionMatching(Method):
+class DistributionMatching(LedByScores):
     """A student of one step, or a few, of a many-step teacher: VSD / Diff-Instruct, DMD, DMD2, f-distill, SiD and LADD, by
     choice of the generator's loss.
 
@@ -197,13 +170,12 @@ class DistributionMatching(Method):
     times: TimeLaw = option(lambda: LogNormal(mean=0.0, std=1.0), "law of the times at which scores are compared")
 
     def __post_init__(self) -> None:
-        if self.guidance_times is not None and self.generator_loss == "sid":
-            raise ConfigError("the loss sid has its guidance in its teacher; leave guidance_times out", key="guidance_times")
         if self._alone:
             self._check_ladd()
+        self.check_times()
         if not self._has_critic:
-            for key in ("critic_heads", "critic_times"):
-                if getattr(self, key) is not None:
+            for key in ("critic_heads", "critic_times", "spectral_decoupling"):
+                if getattr(self, key) not in (None, 0):
                     raise ConfigError("there is no critic; set critic_weight above 0, or leave it out", key=key)
         if self._divergence is not None and self.critic_times is not None:
             raise ConfigError(f"{self._divergence} needs the critic where the scores are compared; leave it out", key="critic_times")
@@ -255,6 +227,7 @@ class DistributionMatching(Method):
             raise ValueError("distribution_matching needs samples that may move freely, not a space with walls; take free or dual")
 
     def check_data(self, data: Data) -> None:
+        check_guidance(self.guidance, data)
         if self.prompt_critic is not None:
             if len(data.shape) != 3:
                 raise ConfigError(
@@ -288,7 +261,7 @@ class DistributionMatching(Method):
         """Denoising of the student's samples, in what the network predicts."""
         with torch.no_grad():
             x_g, told = self._draw(nets, batch, noise)
-        at = self._noised(nets.student.path, x_g, noise, self.times)
+        at = noised_by(self.times, nets.student.path, x_g, noise)
         fake = nets.fake_score
         error = fake.raw(at.x_t, at.t, told) - fake.target(x_g, at.eps, at.t)
         return Loss(error.square().mean())
@@ -298,7 +271,7 @@ class DistributionMatching(Method):
         path, condition = nets.student.path, condition_of(batch)
         with torch.no_grad():
             x_g, _ = self._draw(nets, batch, noise)
-        at = self._noised(path, x_g, noise, self.critic_times or self.times)
+        at = noised_by(self.critic_times or self.times, path, x_g, noise)
         real = path.perturb(path.space.encode(batch["x"]), path.draw_eps(noise, tuple(x_g.shape)), at.t)
         both = None if condition is None else {key: torch.cat([value, value]) for key, value in condition.items()}
         output = nets.critic.raw(torch.cat([real, at.x_t]), torch.cat([at.t, at.t]), both)
@@ -330,11 +303,17 @@ class DistributionMatching(Method):
     def student_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         condition, path = condition_of(batch), nets.student.path
         x_g, told = self._draw(nets, batch, noise)
-        at = self._noised(path, x_g, noise, self.times)
-        seen = at if self.critic_times is None else self._noised(path, x_g, noise, self.critic_times)
+        at = noised_by(self.times, path, x_g, noise)
+        seen = at if self.critic_times is None else noised_by(self.critic_times, path, x_g, noise)
         with torch.set_grad_enabled(self.critic_weight > 0):
             logits = logits_of(nets.critic.raw(seen.x_t, seen.t, condition)) if self._has_critic else None
-        loss = Loss(x_g.new_zeros(())) if self._alone else self._led_by_scores(nets, x_g, at, logits, condition, told, noise)
+        if self._alone:
+            loss = Loss(x_g.new_zeros(()))
+        else:
+            counts: Tensor | float = 1.0
+            if self._divergence is not None and logits is not None:
+                counts = divergence_weight(self._divergence, logits, at.bins, nets.group)
+            loss = self.led_by_scores(nets, x_g, at, condition, told, noise, counts)
         if logits is not None and self.critic_weight > 0:
             adversarial = gan_generator_loss(logits)
             loss = Loss(loss.value + self.critic_weight * adversarial, {**loss.logs, "adversarial": adversarial.detach()})
@@ -343,46 +322,6 @@ class DistributionMatching(Method):
             value = loss.value + self.prompt_critic.weight * adversarial
             loss = Loss(value, {**loss.logs, "prompt_adversarial": adversarial.detach()})
         return loss
-
-    def _led_by_scores(
-        self,
-        nets: Nets,
-        x_g: Tensor,
-        at: _Noised,
-        logits: Tensor | None,
-        condition: Condition | None,
-        told: Condition | None,
-        noise: Noise,
-    ) -> Loss:
-        """The part of the student's loss that comes of the difference of the scores; `told` is the fake score's condition."""
-        through = self.generator_loss == "sid"  # whose gradient flows through both predictions
-        with torch.set_grad_enabled(through):
-            fake_x0 = nets.fake_score.x0(at.x_t, at.t, told)
-            teacher_x0 = guided_x0(nets.teacher, at.x_t, at.t, condition, self.guidance if self.guidance_times is None else 1.0)
-        if through:
-            value = score_identity_loss(x_g, teacher_x0, fake_x0, self.alpha).mean() / x_g[0].numel()
-        else:
-            weight = self._weight(nets, x_g, teacher_x0, at.t)
-            if self._divergence is not None and logits is not None:
-                weight = weight * divergence_weight(self._divergence, logits, at.bins, nets.group)
-            value = pseudo_target_loss(x_g, self._gradient(nets, x_g, fake_x0, teacher_x0, weight, condition, noise))
-        # the losses are no distances: this tells how far the student's law is from the teacher's
-        return Loss(value, {"score_gap": (fake_x0 - teacher_x0).detach().abs().mean()})
-
-    def _weight(self, nets: Nets, x_g: Tensor, teacher_x0: Tensor, t: Tensor) -> Tensor:
-        return nets.student.path.alpha(t) if self.generator_loss == "vsd" else per_error(x_g, teacher_x0)
-
-    @torch.no_grad()
-    def _gradient(
-        self, nets: Nets, x_g: Tensor, fake_x0: Tensor, teacher_x0: Tensor, weight: Tensor, condition: Condition | None, noise: Noise
-    ) -> Tensor:
-        """What the student's samples are moved against."""
-        if self.guidance_times is None:
-            return expand(weight, x_g) * (fake_x0 - teacher_x0)
-        at = self._noised(nets.student.path, x_g, noise, self.guidance_times)
-        conditional, null = nets.teacher.x0(at.x_t, at.t, condition), nets.teacher.x0(at.x_t, at.t, None)
-        there = self._weight(nets, x_g, conditional, at.t)
-        return decoupled_guidance(fake_x0, teacher_x0, conditional, null, self.guidance - 1, weight, there)
 
     def _draw(self, nets: Nets, batch: Batch, noise: Noise) -> tuple[Tensor, Condition | None]:
         """The student's samples for the batch's labels, and the fake score's condition. Of several steps a row's is any, drawn evenly."""
@@ -393,8 +332,3 @@ class DistributionMatching(Method):
         x_t, t = simulate(nets.student, FewStep(steps=self.steps, sigma=self.sigma), z, stage, noise, condition)
         told = {**(condition or {}), "end": nets.student.path.network_time(t)} if self.fake_score_reads_step else condition
         return nets.student.x0(x_t, t, condition), told
-
-    def _noised(self, path: Path, x_g: Tensor, noise: Noise, times: TimeLaw) -> _Noised:
-        uniform = noise.uniform((len(x_g),))
-        t, eps = times.sample(uniform, path), path.draw_eps(noise, tuple(x_g.shape))
-        return _Noised(t, (uniform * _BINS).long(), eps, path.perturb(x_g, eps, t))

@@ -8,16 +8,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gentrain.config import Fraction, option, register
+from gentrain.config import Fraction, errors_about, option, register
 from gentrain.data.base import Data
 from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, weighed
-from gentrain.methods.controlled import BRANCH, check_control, control_of, steered
+from gentrain.methods.controlled import BRANCH, control_of, steered
 from gentrain.methods.matching import loss_by_noise_level, noised
 from gentrain.methods.rewarded import with_judges
 from gentrain.noise import Noise
 from gentrain.paths.base import TimeLaw
 from gentrain.paths.times import LogitNormal
+from gentrain.samplers.base import Sampler
 
 
 def flow_matching_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
@@ -51,7 +52,12 @@ class FlowMatching(Method):
 
     def check_data(self, data: Data) -> None:
         if self.control is not None:
-            check_control(self.control, data)
+            with errors_about("control"):
+                self.control.check_data(data)
+
+    def check_sampler(self, sampler: Sampler) -> None:
+        if sampler.guidance != 1 and self.control is not None and self.control.labels:
+            raise ValueError("the class is the control, and the network knows none to guide by; set sampler.guidance to 1")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", self.loss)

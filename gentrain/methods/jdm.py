@@ -17,29 +17,28 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from gentrain.config import ConfigError, option, register
+from gentrain.config import ConfigError, errors_about, option, register
 from gentrain.data.base import Data
 from gentrain.extractors.base import Extractor
 from gentrain.extractors.base import condition_loss as condition_loss
-from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update
-from gentrain.methods.controlled import BRANCH, check_control, control_loss, control_of, known_of, steered
-from gentrain.methods.decoupled import decoupled_guidance as decoupled_guidance
-from gentrain.methods.distribution_matching import per_error, pseudo_target_loss
-from gentrain.methods.rewarded import check_reward, score, with_judges
-from gentrain.methods.sfd import score_identity_loss
+from gentrain.methods.base import Batch, Clock, Frozen, Loss, Nets, Role, Trained, Update
+from gentrain.methods.consistency import check_guidance
+from gentrain.methods.controlled import BRANCH, control_loss, control_of, known_of, steered
+from gentrain.methods.led_by_scores import LedByScores, noised_by
+from gentrain.methods.led_by_scores import decoupled_guidance as decoupled_guidance
+from gentrain.methods.rewarded import score, with_judges
 from gentrain.models.base import Condition
 from gentrain.noise import Noise
-from gentrain.paths.base import Path, TimeLaw, expand
+from gentrain.paths.base import Path, TimeLaw
 from gentrain.paths.times import LogNormal
 from gentrain.rewards.base import Reward
 from gentrain.samplers.base import Sampler
-from gentrain.samplers.guidance import guided_x0
 from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
 
 
 @register("jdm")
 @dataclass
-class JDM(Method):
+class JDM(LedByScores):
     """Joint distribution matching: a one-step student of `distribution_matching` is given a control by a branch of its own.
 
     The student's network stays as it is, its branch alone learns, from two terms: its samples, whatever the control, are to be of the
@@ -81,8 +80,9 @@ class JDM(Method):
     times: TimeLaw = option(lambda: LogNormal(mean=0.0, std=1.0), "law of the times at which scores are compared")
 
     def __post_init__(self) -> None:
-        if self.guidance_times is not None and self.generator_loss == "sid":
-            raise ConfigError("the loss sid has its guidance in its teacher; leave guidance_times out", key="guidance_times")
+        self.check_times()
+        if self.guidance != 1 and self.control.labels:
+            raise ConfigError("the class is the control, and the teacher knows none to guide by; set it to 1", key="guidance")
         if self.reward is not None and not self.reward.differentiable:
             raise ConfigError(f"the reward {self.reward.registered_name} has no gradient to follow", key="reward")
         roles: dict[str, Role] = {
@@ -100,9 +100,12 @@ class JDM(Method):
             raise ValueError("jdm needs samples that may move freely, not a space with walls; take free or dual")
 
     def check_data(self, data: Data) -> None:
-        check_control(self.control, data)
+        check_guidance(self.guidance, data)
+        with errors_about("control"):
+            self.control.check_data(data)
         if self.reward is not None:
-            check_reward(self.reward, data)
+            with errors_about("reward"):
+                self.reward.check_data(data)
 
     def own_sampler(self) -> Sampler:
         return OneStep(sigma=self.sigma)
@@ -120,50 +123,25 @@ class JDM(Method):
         asked, known = control_of(self.control, nets, batch), known_of(self.control, batch)
         with torch.no_grad():
             x_g = self._draw(nets, batch, noise, asked)
-        t, eps = self._noise(nets.student.path, x_g, noise, self.times)
+        at = noised_by(self.times, nets.student.path, x_g, noise)
         fake = nets.fake_score
-        error = fake.raw(fake.path.perturb(x_g, eps, t), t, self._seen_by_fake(known, asked)) - fake.target(x_g, eps, t)
+        error = fake.raw(at.x_t, at.t, self._seen_by_fake(known, asked)) - fake.target(x_g, at.eps, at.t)
         return Loss(error.square().mean())
 
     def student_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
         """(fidelity + condition_weight condition - reward / beta) / coordinates of a sample."""
         path, asked, known = nets.student.path, control_of(self.control, nets, batch), known_of(self.control, batch)
         x_g = self._draw(nets, batch, noise, asked)
-        t, eps = self._noise(path, x_g, noise, self.times)
-        x_t = path.perturb(x_g, eps, t)
-        with torch.set_grad_enabled(self.generator_loss == "sid"):  # whose gradient flows through both predictions
-            fake_x0 = nets.fake_score.x0(x_t, t, self._seen_by_fake(known, asked))
-            teacher_x0 = guided_x0(nets.teacher, x_t, t, known, self.guidance if self.guidance_times is None else 1.0)
-        if self.generator_loss == "sid":
-            value = score_identity_loss(x_g, teacher_x0, fake_x0, self.alpha).mean() / x_g[0].numel()
-        else:
-            value = pseudo_target_loss(x_g, self._gradient(nets, x_g, fake_x0, teacher_x0, t, known, noise))
-        read = x_g if self.condition_at == "clean" else nets.consistency.x0(x_t, t, known)
+        at = noised_by(self.times, path, x_g, noise)
+        fidelity = self.led_by_scores(nets, x_g, at, known, self._seen_by_fake(known, asked), noise)
+        read = x_g if self.condition_at == "clean" else nets.consistency.x0(at.x_t, at.t, known)
         condition = control_loss(self.control, nets, path, asked, read).mean()
-        value = value + self.condition_weight * condition / x_g[0].numel()
-        # the loss is no distance: score_gap tells how far the student's law is from the teacher's
-        logs = {"score_gap": (fake_x0 - teacher_x0).detach().abs().mean(), "condition": condition.detach()}
+        value = fidelity.value + self.condition_weight * condition / x_g[0].numel()
+        logs = {**fidelity.logs, "condition": condition.detach()}
         if self.reward is not None:
             reward = score(self.reward, nets, path, x_g, batch).mean()
             value, logs["reward"] = value - reward / (self.reward_temperature * x_g[0].numel()), reward.detach()
         return Loss(value, logs)
-
-    @torch.no_grad()
-    def _gradient(
-        self, nets: Nets, x_g: Tensor, fake_x0: Tensor, teacher_x0: Tensor, t: Tensor, known: Condition | None, noise: Noise
-    ) -> Tensor:
-        """What fidelity moves the student's samples against, [B, ...]."""
-        weight = self._weight(nets, x_g, teacher_x0, t)
-        if self.guidance_times is None:
-            return expand(weight, x_g) * (fake_x0 - teacher_x0)
-        t, eps = self._noise(nets.student.path, x_g, noise, self.guidance_times)
-        x_t = nets.student.path.perturb(x_g, eps, t)
-        conditional, null = nets.teacher.x0(x_t, t, known), nets.teacher.x0(x_t, t, None)
-        there = self._weight(nets, x_g, conditional, t)
-        return decoupled_guidance(fake_x0, teacher_x0, conditional, null, self.guidance - 1, weight, there)
-
-    def _weight(self, nets: Nets, x_g: Tensor, teacher_x0: Tensor, t: Tensor) -> Tensor:
-        return nets.student.path.alpha(t) if self.generator_loss == "vsd" else per_error(x_g, teacher_x0)
 
     def _seen_by_fake(self, known: Condition | None, asked: Tensor) -> Condition | None:
         return known if self.fake_score_conditioning == "marginal" else steered(known, asked)
@@ -172,7 +150,3 @@ class JDM(Method):
         """The student's samples, of noise that has nothing to do with the items whose control they are asked for."""
         z = nets.student.path.draw_eps(noise, tuple(batch["x"].shape))
         return generate(nets.student, z, self.sigma, steered(known_of(self.control, batch), asked))
-
-    def _noise(self, path: Path, x_g: Tensor, noise: Noise, times: TimeLaw) -> tuple[Tensor, Tensor]:
-        """Times [B] and noise [B, ...]."""
-        return times.sample(noise.uniform((len(x_g),)), path), path.draw_eps(noise, tuple(x_g.shape))

@@ -10,12 +10,12 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from gentrain.config import option, register
+from gentrain.config import errors_about, option, register
 from gentrain.data.base import Data
 from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Method, Nets, Role, Trained, Update
 from gentrain.methods.consistency import DISTANCES, Distance
-from gentrain.methods.controlled import BRANCH, check_control, control_shown, known_of, steered
+from gentrain.methods.controlled import BRANCH, control_shown, known_of, steered
 from gentrain.methods.rewarded import with_judges
 from gentrain.models.base import Condition
 from gentrain.models.multiplier import Multiplier
@@ -71,7 +71,8 @@ class NoiseConsistency(Method):
             )
 
     def check_data(self, data: Data) -> None:
-        check_control(self.control, data)
+        with errors_about("control"):
+            self.control.check_data(data)
 
     def own_sampler(self) -> Sampler:
         return OneStep(sigma=self.sigma)

@@ -12,11 +12,11 @@ from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from gentrain.config import ConfigError, option, register
+from gentrain.config import ConfigError, errors_about, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Follow, Loss, Nets, Trained, Update, condition_of
 from gentrain.methods.latent_consistency import LatentConsistency
-from gentrain.methods.rewarded import check_reward, score, with_judges
+from gentrain.methods.rewarded import score, with_judges
 from gentrain.noise import Noise
 from gentrain.paths.base import expand
 from gentrain.rewards.base import Reward
@@ -85,7 +85,8 @@ class RewardGuidedLCD(LatentConsistency):
 
     def check_data(self, data: Data) -> None:
         super().check_data(data)
-        check_reward(self.reward, data)
+        with errors_about("reward"):
+            self.reward.check_data(data)
 
     def updates(self, clock: Clock) -> Iterator[Update | Follow]:
         yield Update("student", self.student_loss)

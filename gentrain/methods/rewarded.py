@@ -1,4 +1,4 @@
-"""What methods that follow a reward share: its networks as roles, its checks, and its score of what a generator drew."""
+"""What methods that follow a reward share: its networks as roles, and its score of what a generator drew."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gentrain.config import ConfigError
-from gentrain.data.base import Data
 from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Batch, Frozen, Nets, Role
 from gentrain.paths.base import Path
@@ -28,16 +27,6 @@ def with_judges(roles: Mapping[str, Role], **readers: Reward | Extractor | None)
                 where = f"{key}.role" if hasattr(reader, "role") else key
                 raise ConfigError(f"the role {name!r} is that of another network here; give `role` another name", key=where)
     return merged
-
-
-def check_reward(reward: Reward, data: Data) -> None:
-    """Raises ConfigError, about the method's key `reward`, when it cannot judge images of the data."""
-    try:
-        reward.check_data(data)
-    except ConfigError as error:
-        raise ConfigError(error.message, key=f"reward.{error.key}") from error
-    except ValueError as error:
-        raise ConfigError(str(error), key="reward") from error
 
 
 def score(reward: Reward, nets: Nets, path: Path, x0: Tensor, batch: Batch) -> Tensor:

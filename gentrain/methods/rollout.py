@@ -11,10 +11,10 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from gentrain.config import ConfigError, option
+from gentrain.config import ConfigError, errors_about, option
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.rewarded import check_reward, with_judges
+from gentrain.methods.rewarded import with_judges
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
@@ -113,7 +113,8 @@ class RewardedRollout(Method):
             raise ValueError(f"{self.registered_name} needs x_t = alpha x0 + sigma eps with normal noise in free space")
 
     def check_data(self, data: Data) -> None:
-        check_reward(self.reward, data)
+        with errors_about("reward"):
+            self.reward.check_data(data)
 
     def own_sampler(self) -> Sampler:
         return self.sampler

@@ -45,9 +45,11 @@ def condition_error(name: str, place: str, judge: Any = None) -> list[Metric]:
         if judge is None:
             return []
         networks = dict.fromkeys(control.networks(), judge)
+    codec = run.codec()
+    decode = codec.decode if samples["x"].shape[1:] != codec.decoded_shape else torch.nn.Identity()  # as the network drew them
     with torch.no_grad():
         pairs = zip(samples[CONTROL].split(_BATCH), samples["x"].split(_BATCH), strict=True)
-        errors = torch.cat([control.error(asked, x, networks) for asked, x in pairs]).double()
+        errors = torch.cat([control.error(asked, decode(x), networks) for asked, x in pairs]).double()
     value, low, high = bootstrap_interval(lambda rows: float(rows.mean()), errors)
     definition = f"{control.error_is}, of {control.registered_name}, over {len(errors)} samples, bootstrap interval"
     return [Metric(f"condition error, {name}", value, low, high, "lower", definition)]

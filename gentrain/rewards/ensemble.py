@@ -9,7 +9,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from gentrain.config import ConfigError, option, register
+from gentrain.config import ConfigError, errors_about, option, register
 from gentrain.data.base import Data
 from gentrain.rewards.base import Asked, Judge, Networks, Reward
 
@@ -68,10 +68,8 @@ class _Several(Reward):
 
     def check_data(self, data: Data) -> None:
         for name, part in self.parts().items():
-            try:
+            with errors_about(self.key.format(name)):
                 part.check_data(data)
-            except ConfigError as error:
-                raise ConfigError(error.message, key=f"{self.key.format(name)}.{error.key}") from error
 
     def _scores(self, images: Tensor, asked: Asked, networks: Networks) -> Tensor:
         """[parts, B]."""

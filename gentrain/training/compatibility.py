@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from gentrain.config import ConfigError
+from gentrain.config import ConfigError, errors_about
 from gentrain.data.tokens import TokenData
 from gentrain.methods.base import Method, Trained
 from gentrain.models.adapters import Adapter
@@ -94,6 +94,9 @@ def check_method(run: RunConfig) -> None:
     for key in ("dropout_from", "dropout_until"):
         if getattr(run.training, key) and not run.method.dropout:
             raise ConfigError(f"{run.method.registered_name} drops no units; leave it out", key=f"training.{key}")
+    steps, every = -(-run.training.samples // run.training.batch_size), getattr(run.method, "student_every", 1)
+    if every > steps:
+        raise ConfigError(f"the run has {steps} steps, in which the student would never learn; lower it", key="method.student_every")
     _check_tokens(run)
     allowed = run.method.predictions
     if allowed is not None and run.prediction not in allowed:
@@ -101,12 +104,8 @@ def check_method(run: RunConfig) -> None:
             f"{run.method.registered_name} needs a network that predicts {' or '.join(allowed)}, not {run.prediction}",
             key="prediction",
         )
-    try:
+    with errors_about("method", otherwise="path"):
         run.method.check(run.path)
-    except ConfigError as error:
-        raise ConfigError(error.message, key=f"method.{error.key}") from error
-    except ValueError as error:
-        raise ConfigError(str(error), key="path") from error
     if not (run.data.to_come or any(run.model_of(role).to_come for role in run.method.roles)):  # nor perhaps its latents
         _check_data(run)
 
@@ -115,12 +114,8 @@ def _check_data(run: RunConfig) -> None:
     if run.data.weighted and not run.method.weighs:
         able = ", ".join(name for name, method in Method.available().items() if method.weighs)
         raise ConfigError(f"{run.method.registered_name} does not weigh its samples, which have weights; these do: {able}", key="data")
-    try:
+    with errors_about("method", otherwise="data"):
         run.method.check_data(run.data)
-    except ConfigError as error:
-        raise ConfigError(error.message, key=f"method.{error.key}") from error
-    except ValueError as error:
-        raise ConfigError(str(error), key="data") from error
 
 
 def _check_tokens(run: RunConfig) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gentrain.config import ConfigError, to_dict
+from gentrain.config import ConfigError, errors_about, to_dict
 from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Nets, Trained
 from gentrain.models.adapters import Adapted, Adapter, Base, OnBase, digest_of
@@ -232,6 +232,8 @@ def _add_control(network: nn.Module, control: Extractor, shape: tuple[int, ...],
     add: Callable[[Form], None] | None = getattr(network, "add_control", None)
     if add is None:
         raise ValueError(f"{model.registered_name} takes no control; take unet, dit or mlp")
+    with errors_about("method.control"):
+        control.check_shape(shape)
     add(control.form(shape))
 
 

@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from gentrain.config import ConfigError
+from gentrain.data.digits import Digits
+from gentrain.data.latents import Latents
 from gentrain.extractors.base import Extractor, condition_loss
 from gentrain.extractors.closed_form import DownSampling, GreyScale, Signs, SoftEdges
 from gentrain.extractors.label import Label
 from gentrain.models.control import Form
+from gentrain.models.unet import UNet
+from gentrain.training.roles import _add_control
 
 COLOUR = torch.rand(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -80,3 +85,19 @@ def test_the_label_is_what_the_judge_finds() -> None:
     expected = -x.clamp(-1, 1).float().log_softmax(1)[torch.arange(2), asked]
     torch.testing.assert_close(loss, expected)
     assert label.read(x, {"judge": judge}).tolist() == [1, 0] and label.error(asked, x, {"judge": judge}).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("extractor", "key", "message"),
+    [(DownSampling(factor=3), "method.control.factor", "8x8 pixels are no multiples"), (GreyScale(), "method.control", "grey themselves")],
+)
+def test_of_latents_it_is_the_decoded_shape_that_counts(extractor: Extractor, key: str, message: str) -> None:
+    """Which is known once their decoder is there."""
+    with pytest.raises((ConfigError, ValueError), match=message):
+        extractor.check_data(Digits())
+    extractor.check_data(Latents("nowhere"))
+    network = UNet(channels=(8,), attention=(), norm_groups=4).build((4, 4, 4), 0)
+    with pytest.raises(ConfigError, match=message) as caught:
+        _add_control(network, extractor, (1, 8, 8), UNet())
+    assert caught.value.key == key
+    _add_control(network, extractor, (3, 12, 12), UNet())

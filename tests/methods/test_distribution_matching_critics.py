@@ -287,6 +287,7 @@ def test_a_plan_counts_the_heads_and_no_copy_of_the_network(teacher: FilePath) -
         ("method={generator_loss: ladd, critic_weight: 1, critic_heads: {of: fake_score}}", "method.critic_heads.of", "no fake score"),
         ("method={critic_heads: {}}", "method.critic_heads", "there is no critic; set critic_weight above 0"),
         ("method={critic_times: uniform}", "method.critic_times", "there is no critic"),
+        ("method={spectral_decoupling: 0.1}", "method.spectral_decoupling", "there is no critic"),
         ("method={generator_loss: kl, critic_times: uniform}", "method.critic_times", "where the scores are compared"),
         ("method={critic_weight: 1, critic_heads: {layers: '('}}", "method.critic_heads", "no regular expression of layers"),
         ("method={generator_loss: ladd, critic_weight: 1} roles.fake_score.weights=runs/x", "roles.fake_score", "has no role 'fake_score'"),

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from gentrain.config import ConfigError, register
 from gentrain.data.toys import Mixture
+from gentrain.data.unlabelled import Unlabelled
 from gentrain.extractors.base import Extractor
 from gentrain.extractors.closed_form import DownSampling, Signs
+from gentrain.extractors.label import Label
 from gentrain.methods.base import Clock
-from gentrain.methods.distribution_matching import pseudo_target_loss
 from gentrain.methods.jdm import JDM, condition_loss, decoupled_guidance
+from gentrain.methods.led_by_scores import pseudo_target_loss
 from gentrain.methods.sfd import score_identity_loss
 from gentrain.models.adapters import Adapter
 from gentrain.models.control import CONTROL, Form
@@ -331,8 +333,6 @@ def test_what_the_teacher_knows_goes_to_it_and_the_control_does_not() -> None:
 
 
 def _label() -> Extractor:
-    from gentrain.extractors.label import Label
-
     label = Label()
     label.check_data(Mixture(components=3))
     return label
@@ -454,7 +454,17 @@ def test_the_student_keeps_its_turn() -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ConfigError, match="guidance in its teacher"):
-        jdm(generator_loss="sid", guidance_times=At())
+        jdm(generator_loss="sid", guidance=2.0, guidance_times=At())
+    with pytest.raises(ConfigError, match="guidance 1 is none") as caught:
+        jdm(guidance_times=At())
+    assert caught.value.key == "guidance_times"
+    with pytest.raises(ConfigError, match="knows none to guide by") as caught:
+        jdm(control=Label(), guidance=2.0)
+    assert caught.value.key == "guidance"
+    with pytest.raises(ConfigError, match="neither classes nor captions") as caught:
+        jdm(control=Signs(), guidance=2.0).check_data(Unlabelled(data=Mixture()))
+    assert caught.value.key == "guidance"
+    jdm(control=Signs(), guidance=2.0, guidance_times=At()).check_data(Mixture())
     with pytest.raises(ConfigError, match="signs is for vectors"):
         JDM(control=Signs()).check_data(SimpleNamespace(shape=(1, 8, 8), registered_name="digits"))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="images"):

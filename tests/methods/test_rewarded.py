@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from gentrain.methods.draft import DRaFT
 from gentrain.methods.jdm import JDM
 from gentrain.methods.noise_consistency import NoiseConsistency
 from gentrain.methods.reward_guided_lcd import RewardGuidedLCD
-from gentrain.methods.rewarded import check_reward, score, with_judges
+from gentrain.methods.rewarded import score, with_judges
 from gentrain.methods.rocm import ROCM
 from gentrain.models.pretrained import Pretrained
 from gentrain.models.towers import Towers
@@ -61,12 +62,13 @@ def test_no_network_of_a_reward_takes_the_place_of_another(make: Callable[[], Me
     assert mistake.value.message == f"the role '{role}' is that of another network here; give `role` another name"
 
 
-def test_mistakes_are_about_the_methods_reward() -> None:
+@pytest.mark.parametrize("method", [DRaFT, RewardGuidedLCD, partial(JDM, control=Label())])
+def test_mistakes_are_about_the_methods_reward(method: Callable[..., Method]) -> None:
     with pytest.raises(ConfigError, match="it reads images with") as mistake:
-        check_reward(Brightness(), Rings())
+        method(reward=Brightness()).check_data(Rings())
     assert mistake.value.key == "reward"
     with pytest.raises(ConfigError) as mistake:
-        check_reward(ClassifierProbability(target="bird"), Images())
+        method(reward=ClassifierProbability(target="bird")).check_data(Images())
     assert mistake.value.key == "reward.target"
 
 

@@ -9,17 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from gentrain import cli
 from gentrain.config import ConfigError
+from gentrain.data.base import Data
 from gentrain.extractors.closed_form import DownSampling
 from gentrain.methods.base import Clock
-from gentrain.recipes.controls import paired
+from gentrain.models.base import Codec
+from gentrain.recipes.controls import condition_error, paired
 from gentrain.recipes.evaluate import Evaluate, read_metrics
 from gentrain.recipes.export import Export
 from gentrain.recipes.generate import Generate
 from gentrain.samplers.base import Sampler
+from gentrain.samplers.euler import Euler
 from gentrain.samplers.one_step import OneStep
 from gentrain.training import callbacks
 from gentrain.training.callbacks import Previews
@@ -198,6 +202,34 @@ def test_the_command_draws_and_measures(root: Path, capsys: pytest.CaptureFixtur
         assert cli._guarded(lambda arguments=arguments, **options: cli.app(args=arguments, **options)) == 0
     assert "condition error, generated" in " ".join(capsys.readouterr().out.split())
     assert "condition error" in json.dumps(read_metrics(root / "enlarge" / "evaluation"))
+
+
+def test_samples_that_were_not_decoded_are_before_they_are_compared(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents that hold four pixels in four channels: the same error as of the images."""
+
+    class Packed(Codec):
+        def __init__(self, data: Data):
+            super().__init__(data)
+            self.shape = (4, 4, 4)
+
+        def decode(self, x: torch.Tensor) -> torch.Tensor:
+            return pixel_shuffle(x, 2)
+
+    Generate(run=str(root / "enlarge"), count=12).execute(tmp_path)
+    found = load_file(tmp_path / "samples.safetensors")
+    images = condition_error("set", str(tmp_path))
+    save_file({**found, "x": pixel_unshuffle(found["x"], 2)}, tmp_path / "samples.safetensors")
+    monkeypatch.setattr(RunConfig, "codec", lambda run: Packed(run.data))
+    assert condition_error("set", str(tmp_path)) == images
+
+
+def test_guidance_by_the_class_that_is_the_control_is_refused(root: Path) -> None:
+    for run, message in (("label_many", "knows none to guide by"), ("many", "")):
+        if message:
+            with pytest.raises(ConfigError, match=message) as caught:
+                open_run(root / run).drawn_with(Euler(guidance=2.0))
+            assert caught.value.key == "sampler"
+        open_run(root / run).drawn_with(Euler(guidance=1.0 if message else 2.0))
 
 
 def test_rows_of_controls_stand_above_rows_of_samples() -> None:
