@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-import shlex
-import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,33 +15,31 @@ from typing import Any
 import yaml
 from pydantic import PositiveInt
 
+from gentrain.cluster.kubectl import Kubectl
+from gentrain.cluster.kuberay_pods import ASK, LEAVE_HEAD, MOUNT, before_its_end, leave_worker, probes, run_script
 from gentrain.cluster.places import Allocation, Handle, PlaceError, State, Submission
 from gentrain.cluster.room import refuse_cramped
 from gentrain.cluster.versions import stamp
 from gentrain.config import ConfigError, option, register
 from gentrain.training.object_storage import is_local
 
-_POLL_S = 5.0  # between questions about a job that is followed
-_STOPPED = "gentrain/stopped"  # annotation of what was asked to stop
-_MOUNT = "/etc/gentrain"  # where config.yaml and run.sh lie, on every node
-_GCS, _DASHBOARD, _AGENT = 6379, 8265, 52365
+log = logging.getLogger(__name__)
 
-# The pid, for whoever asks for a checkpoint: `kill` in this container.
-_RUN = """#!/usr/bin/env bash
-set -euo pipefail
-echo $$ > /tmp/gentrain.pid
-cd {mount}
-exec {command}
-"""
-_ASK = 'kill -s TERM "$(cat /tmp/gentrain.pid)"'
-_ASK_AND_WAIT = f'{_ASK} && while kill -0 "$(cat /tmp/gentrain.pid)"; do sleep 1; done'
+_STOPPED = "gentrain/stopped"  # annotation of what was asked to stop
+_GCS, _DASHBOARD, _AGENT = 6379, 8265, 52365
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes what occurs twice twice, without anchors."""
+    """Writes what occurs twice twice, without anchors, and texts of several lines as they are."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Plain.add_representer(str, _Plain.represent_str)
 
 
 @register("kuberay")
@@ -53,7 +49,7 @@ class KubeRay(Allocation):
 
     image: str = option(help="image with gentrain, best by digest")
     namespace: str = option("default", "namespace")
-    claim: str | None = option(None, "PersistentVolumeClaim, ReadWriteMany, mounted at `storage`; left out: checkpoints go to a bucket")
+    claim: str | None = option(None, "PersistentVolumeClaim, ReadWriteMany, mounted at `storage`; needed where pods train together")
     secret: str | None = option(None, "Secret whose keys are the variables named in `secrets`")
     interactive: bool = option(False, "a RayCluster that stays until `gentrain stop`, for work by hand, in place of a RayJob")
     head_cpus: PositiveInt = option(2, "cores of the head, which does not train")
@@ -63,8 +59,7 @@ class KubeRay(Allocation):
     labels: dict[str, str] = option(dict, "of the job, such as another scheduler's queue (volcano.sh/queue-name)")
     node_selector: dict[str, str] = option(dict, "labels that the nodes of training pods have")
     operator_namespace: str = option("kuberay-system", "namespace of the KubeRay operator, which may ask the head")
-    grace_s: PositiveInt = option(120, "for a checkpoint when the head's pod is taken away", unit="s")
-    keep_s: PositiveInt = option(3600, "for which pods of a job that is over, and so its log, stay", unit="s")
+    grace_s: PositiveInt = option(120, "for a checkpoint when pods are taken away", unit="s")
 
     def render(self, submission: Submission) -> dict[str, str]:
         self._check(submission)
@@ -83,22 +78,26 @@ class KubeRay(Allocation):
                 f"{kind}/{name} of the namespace {self.namespace} is {state.value} already; stop it where it was submitted, or delete it"
             )
             raise ConfigError(message, key="output")
-        self._tell("delete", f"{kind}/{name}", "--ignore-not-found", "--wait")
-        self._tell("apply", "--filename=-", given=self.render(submission)["manifest.yaml"])
+        # Waits for what belongs to them: what is left of an earlier job would be taken for a part of this one.
+        old = (f"{kind}/{name}", f"configmap/{name}", f"networkpolicy/{name}")
+        self._kubectl.tell("delete", *old, "--ignore-not-found", "--cascade=foreground", "--wait")
+        self._kubectl.tell("apply", "--filename=-", given=self.render(submission)["manifest.yaml"])
+        self._own(kind, name)
         return handle
 
     def status(self, handle: Handle) -> State:
-        resource = self._get(handle)
+        resource = self._kubectl.get(_resource(handle))
         if resource is None:
             return State.LOST
-        status, stopped = resource.get("status", {}), _STOPPED in resource["metadata"].get("annotations", {})
+        status, stopped = resource.get("status") or {}, _STOPPED in (resource["metadata"].get("annotations") or {})
         if handle["kind"] == "raycluster":
             return State.RUNNING if status.get("state") == "ready" else State.PENDING
         match status.get("jobDeploymentStatus", ""):
             case "Complete":
                 return State.SUCCEEDED if status.get("jobStatus") == "SUCCEEDED" else _failed(stopped)
             case "Failed" | "ValidationFailed":
-                return _failed(stopped)
+                out_of_time = (status.get("reason"), status.get("jobStatus")) == ("DeadlineExceeded", "RUNNING")
+                return _failed(stopped or out_of_time)
             case "Suspended" if stopped:
                 return State.STOPPED
             case "Running":
@@ -107,38 +106,57 @@ class KubeRay(Allocation):
 
     def logs(self, handle: Handle, follow: bool) -> Iterator[str]:
         """Of each start of the job, one after another; those of earlier starts are gone when they were not followed."""
-        name, seen = handle["name"], ""
-        while True:
-            over = not follow or self.status(handle).is_over
-            start = (self._get(handle) or {}).get("status", {}).get("jobId", name)
-            if start != seen and (over or self.status(handle) is State.RUNNING):
-                seen = start
-                selector = f"ray.io/cluster={name},ray.io/node-type=head" if handle["kind"] == "raycluster" else f"job-name={name}"
-                yield from self._lines("logs", f"--selector={selector}", "--tail=-1", *(["--follow"] if not over else []))
-            if over:
-                return
-            time.sleep(_POLL_S)
+        name = handle["name"]
+        selector = f"ray.io/cluster={name},ray.io/node-type=head" if handle["kind"] == "raycluster" else f"job-name={name}"
+        yield from self._kubectl.logs(selector, lambda: self.status(handle).is_over, follow)
 
     def stop(self, handle: Handle) -> None:
-        """The job may not start again, and its command is asked for a checkpoint; before it has started, it is held for good.
+        """The job may not start again, and its command is asked for a checkpoint; where there is nobody to ask, it is held for good.
 
-        One that waits for Kueue is deleted, for Kueue lets go what is held.
+        What Kueue would let go again is deleted in place of held.
         """
         state = self.status(handle)
         if state.is_over:
             return
-        name = handle["name"]
-        if handle["kind"] == "raycluster" or (self.queue is not None and state is State.PENDING):
-            self._tell("delete", f"{handle['kind']}/{name}", "--wait=false")
-            return
-        spec: dict[str, Any] = {"backoffLimit": 0} if state is State.RUNNING else {"suspend": True}
-        patch = {"metadata": {"annotations": {_STOPPED: "true"}}, "spec": spec}
-        self._tell("patch", f"rayjob/{name}", "--type=merge", f"--patch={json.dumps(patch)}")
-        if state is State.RUNNING:
-            cluster = (self._get(handle) or {})["status"]["rayClusterName"]
-            head = f"--selector=ray.io/cluster={cluster},ray.io/node-type=head"
-            pod = self._tell("get", "pods", head, "--output=name").split()[0]
-            self._tell("exec", pod, "--container=ray-head", "--", "bash", "-c", _ASK)
+        if handle["kind"] == "rayjob":
+            mark = {"metadata": {"annotations": {_STOPPED: "true"}}}
+            if state is State.RUNNING:
+                self._patch(_resource(handle), {**mark, "spec": {"backoffLimit": 0}})
+                if self._ask(handle):
+                    return
+            if self.queue is None:
+                self._patch(_resource(handle), {**mark, "spec": {"suspend": True}})
+                return
+        self._kubectl.tell("delete", _resource(handle), "--wait=false")
+
+    def _ask(self, handle: Handle) -> bool:
+        """Whether there is a head that has been asked to stop its command."""
+        cluster = ((self._kubectl.get(_resource(handle)) or {}).get("status") or {}).get("rayClusterName")
+        asked = False
+        for pod in self._kubectl.pods(f"ray.io/cluster={cluster},ray.io/node-type=head") if cluster else ():
+            try:
+                self._kubectl.tell("exec", pod, "--container=ray-head", "--", "bash", "-c", ASK)
+                asked = True
+            except PlaceError as error:
+                log.warning("%s", error)
+        return asked
+
+    def _patch(self, resource: str, patch: dict[str, Any]) -> None:
+        self._kubectl.tell("patch", resource, "--type=merge", f"--patch={json.dumps(patch)}")
+
+    def _own(self, kind: str, name: str) -> None:
+        """ConfigMap and NetworkPolicy are deleted with the job, whoever deletes it."""
+        try:
+            uid = self._kubectl.tell("get", f"{kind}/{name}", "--output=jsonpath={.metadata.uid}").strip()
+            owner = {"apiVersion": "ray.io/v1", "kind": "RayCluster" if self.interactive else "RayJob", "name": name, "uid": uid}
+            for dependent in ("configmap", "networkpolicy"):
+                self._patch(f"{dependent}/{name}", {"metadata": {"ownerReferences": [owner]}})
+        except PlaceError as error:  # it runs all the same
+            log.warning("%s; ConfigMap and NetworkPolicy %s stay when the job is deleted", error, name)
+
+    @property
+    def _kubectl(self) -> Kubectl:
+        return Kubectl(self.namespace)
 
     # --- what is rendered -------------------------------------------------------------------------------------------------
 
@@ -155,6 +173,9 @@ class KubeRay(Allocation):
             raise ConfigError("`claim` and `storage` belong together: the claim is mounted there", key="cluster.submit.claim")
         if not submission.under_ray and not self.interactive:
             raise ConfigError("the head does not train; set cluster.place to ray", key="cluster.place")
+        if self.storage is None and submission.under_ray:
+            message = "the head and the pods that train share the run's directory, wherever checkpoints go; set `claim` and `storage`"
+            raise ConfigError(message, key="cluster.submit.claim")
         values = yaml.safe_load(submission.config)
         runs = [run for stage in values.get("stages", {}).values() if isinstance(run := stage.get("run"), dict)]
         for part in runs or [values]:
@@ -170,20 +191,24 @@ class KubeRay(Allocation):
         refuse_cramped(self, submission)
 
     def _job(self, submission: Submission) -> dict[str, Any]:
-        name = _name(submission)
+        name, limit = _name(submission), 60 * self.time_limit_min if self.time_limit_min else None
         spec = {
-            "entrypoint": f"bash {_MOUNT}/run.sh",
+            "entrypoint": f"bash {MOUNT}/run.sh",
             "submissionMode": "K8sJobMode",
             "suspend": self.queue is not None,  # until Kueue admits it
             "backoffLimit": self.restarts,  # a new RayCluster each time; the command goes on from its newest checkpoint
             "submitterConfig": {"backoffLimit": 2},
             "shutdownAfterJobFinishes": True,
-            "ttlSecondsAfterFinished": self.keep_s,
-            **({"activeDeadlineSeconds": 60 * self.time_limit_min} if self.time_limit_min else {}),
+            "ttlSecondsAfterFinished": 0,  # the log is the submitter's, which stays
+            **({"activeDeadlineSeconds": limit} if limit else {}),
             "rayClusterSpec": self._cluster(submission),
             "submitterPodTemplate": {
                 "metadata": {"labels": _labels(name)},
-                "spec": self._pod("ray-job-submitter", name, 1, 2, 0, restartPolicy="Never"),
+                "spec": {
+                    **self._pod("ray-job-submitter", name, 1, 2, 0),
+                    "restartPolicy": "Never",
+                    **({"activeDeadlineSeconds": limit + self.grace_s} if limit else {}),  # or it waits for a head that is gone
+                },
             },
         }
         return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": self._metadata(name), "spec": spec}
@@ -199,12 +224,13 @@ class KubeRay(Allocation):
         head = self._pod(
             "ray-head", name, self.head_cpus, self.head_memory_gib, 0, environment, probe=("/api/gcs_healthz", _DASHBOARD),
             ports={"gcs": _GCS, "dashboard": _DASHBOARD},
-            lifecycle={"preStop": {"exec": {"command": ["bash", "-c", _ASK_AND_WAIT]}}},
+            lifecycle=before_its_end(LEAVE_HEAD),
         )  # fmt: skip
         assert self.memory_gib is not None
         worker = self._pod(
             "ray-worker", name, self.cpus_per_node, self.memory_gib, self.gpus_per_node, environment,
             probe=("/api/local_raylet_healthz", _AGENT), selector=self.node_selector,
+            lifecycle=before_its_end(leave_worker(self.grace_s)),
         )  # fmt: skip
         return {
             "rayVersion": version("ray"),
@@ -234,7 +260,7 @@ class KubeRay(Allocation):
         probe: tuple[str, int] | None = None, ports: dict[str, int] | None = None, selector: dict[str, str] | None = None, **more: Any,
     ) -> dict[str, Any]:  # fmt: skip
         resources = {"cpu": str(cpus), "memory": f"{memory_gib}Gi", **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
-        mounts = {"config": _MOUNT, "shared-memory": "/dev/shm"}
+        mounts = {"config": MOUNT, "shared-memory": "/dev/shm"}
         volumes: list[dict[str, Any]] = [
             {"name": "config", "configMap": {"name": name}},
             {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": f"{self.shared_memory_gib}Gi"}},
@@ -242,8 +268,7 @@ class KubeRay(Allocation):
         if self.claim is not None and self.storage is not None:
             mounts["storage"] = self.storage
             volumes.append({"name": "storage", "persistentVolumeClaim": {"claimName": self.claim}})
-        restart = more.pop("restartPolicy", None)
-        probes = {} if probe is None else _probes(*probe)
+        health = {} if probe is None else probes(*probe)
         return {
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
@@ -251,7 +276,6 @@ class KubeRay(Allocation):
                 "runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"},
             },
             "terminationGracePeriodSeconds": self.grace_s,
-            **({"restartPolicy": restart} if restart else {}),
             **({"nodeSelector": selector} if selector else {}),
             "containers": [
                 {
@@ -263,7 +287,7 @@ class KubeRay(Allocation):
                     "resources": {"requests": resources, "limits": resources},
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                     "volumeMounts": [{"name": key, "mountPath": path} for key, path in mounts.items()],
-                    **probes,
+                    **health,
                     **more,
                 }
             ],
@@ -271,7 +295,13 @@ class KubeRay(Allocation):
         }  # fmt: skip
 
     def _environment(self, submission: Submission) -> list[dict[str, Any]]:
-        values = {"OMP_NUM_THREADS": str(submission.cpus_per_worker), "RAY_USAGE_STATS_ENABLED": "0", **stamp(), **submission.environment}
+        values = {
+            "OMP_NUM_THREADS": str(submission.cpus_per_worker),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(self.grace_s),  # which Ray itself takes for 3: too short for a checkpoint
+            **stamp(),
+            **submission.environment,
+        }
         return [
             {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
             *({"name": key, "value": value} for key, value in values.items()),
@@ -284,14 +314,13 @@ class KubeRay(Allocation):
         return {"name": name, "namespace": self.namespace, "labels": {**_labels(name), **gang, **queue, **self.labels}}
 
     def _config_map(self, submission: Submission) -> dict[str, Any]:
-        script = _RUN.format(mount=_MOUNT, command=shlex.join(submission.command))
         name = _name(submission)
         metadata = {"name": name, "namespace": self.namespace, "labels": _labels(name)}
         return {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": metadata,
-            "data": {"config.yaml": submission.config, "run.sh": script},
+            "data": {"config.yaml": submission.config, "run.sh": run_script(submission.command, _DASHBOARD)},
         }
 
     def _network_policy(self, name: str) -> dict[str, Any]:
@@ -314,47 +343,9 @@ class KubeRay(Allocation):
             },
         }
 
-    # --- kubectl ----------------------------------------------------------------------------------------------------------
 
-    def _command(self, *arguments: str) -> list[str]:
-        return ["kubectl", f"--namespace={self.namespace}", *arguments]
-
-    def _tell(self, *arguments: str, given: str | None = None) -> str:
-        """What kubectl prints. Raises PlaceError."""
-        command = self._command(*arguments)
-        try:
-            return subprocess.run(command, input=given or "", capture_output=True, text=True, check=True).stdout
-        except FileNotFoundError as error:
-            raise PlaceError("kubectl is not installed here; install it, and give it access to the cluster") from error
-        except subprocess.CalledProcessError as error:
-            raise PlaceError(f"{shlex.join(command)}: {error.stderr.strip() or f'status {error.returncode}'}") from error
-
-    def _get(self, handle: Handle) -> dict[str, Any] | None:
-        shown = self._tell("get", f"{handle['kind']}/{handle['name']}", "--ignore-not-found", "--output=json")
-        return json.loads(shown) if shown.strip() else None
-
-    def _lines(self, *arguments: str) -> Iterator[str]:
-        try:
-            process = subprocess.Popen(self._command(*arguments), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-        except FileNotFoundError as error:
-            raise PlaceError("kubectl is not installed here; install it, and give it access to the cluster") from error
-        with process:
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    yield line.rstrip("\n")
-            finally:
-                process.terminate()
-
-
-def _probes(path: str, port: int) -> dict[str, Any]:
-    """Ray answers these paths, and no others, without the token."""
-    check = {"httpGet": {"path": path, "port": port}, "periodSeconds": 10, "timeoutSeconds": 5}
-    return {
-        "startupProbe": {**check, "failureThreshold": 60},
-        "readinessProbe": {**check, "failureThreshold": 3},
-        "livenessProbe": {**check, "failureThreshold": 12},
-    }
+def _resource(handle: Handle) -> str:
+    return f"{handle['kind']}/{handle['name']}"
 
 
 def _labels(name: str) -> dict[str, str]:

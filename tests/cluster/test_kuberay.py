@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from gentrain.cluster.kuberay import KubeRay
+from gentrain.cluster.kuberay_pods import ASK, LEAVE_HEAD, leave_worker
 from gentrain.cluster.places import PlaceError, State, Submission
 from gentrain.config import ConfigError
 
@@ -35,7 +37,8 @@ SUBMISSION = Submission(
     gpus_per_worker=1.0,
 )
 
-IN_BUCKET = replace(SUBMISSION, config="training: {checkpoints: 's3://bucket/run'}\n")
+IN_BUCKET = replace(SUBMISSION, config="training: {checkpoints: 's3://bucket/run'}\n", under_ray=False)
+BY_HAND = {"interactive": True, "claim": None, "storage": None}
 
 
 def _place(**settings: Any) -> KubeRay:
@@ -83,9 +86,9 @@ def _close(schema: Any) -> None:
 
 
 @pytest.mark.skipif(CRDS is None, reason="GENTRAIN_KUBERAY_CRDS names no directory of KubeRay's CRDs")
-@pytest.mark.parametrize("settings", [{}, {"interactive": True}, {"claim": None, "storage": None, "queue": None, "gpus_per_node": 4}])
+@pytest.mark.parametrize("settings", [{}, {"time_limit_min": None, "queue": None, "gpus_per_node": 4}, BY_HAND])
 def test_the_manifests_keep_to_the_schemas_of_kuberay(settings: dict[str, Any]) -> None:
-    objects = _objects(_place(**settings), IN_BUCKET)
+    objects = _objects(_place(**settings), IN_BUCKET if "claim" in settings else SUBMISSION)
     kind = "RayCluster" if settings.get("interactive") else "RayJob"
     _schema(kind).validate(objects[kind])
     objects[kind]["spec"]["typo"] = 1
@@ -94,14 +97,14 @@ def test_the_manifests_keep_to_the_schemas_of_kuberay(settings: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("kubernetes", ["1.30", "1.37"])
-@pytest.mark.parametrize("settings", [{}, {"claim": None, "storage": None, "queue": None, "node_selector": {"pool": "gpu"}}])
+@pytest.mark.parametrize("settings", [{"queue": None, "node_selector": {"pool": "gpu"}}, BY_HAND])
 def test_the_manifests_keep_to_the_schemas_of_kubernetes(settings: dict[str, Any], kubernetes: str) -> None:
     """KubeRay's schema leaves parts of a pod open; what it makes of a template is a Pod."""
 
     def validate(value: dict[str, Any]) -> None:
         kubernetes_validate.validate(value, kubernetes, strict=True)
 
-    objects = _objects(_place(**settings), IN_BUCKET)
+    objects = _objects(_place(**settings), IN_BUCKET if "claim" in settings else SUBMISSION)
     validate(objects["ConfigMap"])
     validate(objects["NetworkPolicy"])
     pods = _pods(objects)
@@ -111,7 +114,7 @@ def test_the_manifests_keep_to_the_schemas_of_kubernetes(settings: dict[str, Any
         pod["containers"][0]["resources"]["limit"] = {}
         with pytest.raises(kubernetes_validate.ValidationError, match="'limit' was unexpected"):
             validate(whole)
-    assert len(pods) == 3
+    assert len(pods) == (2 if "claim" in settings else 3)
 
 
 @pytest.mark.parametrize("interactive", [False, True])
@@ -181,21 +184,39 @@ def test_secrets_are_named_and_their_values_are_nowhere(monkeypatch: pytest.Monk
 def test_what_is_cut_off_starts_again_and_goes_on() -> None:
     objects = _objects(_place(restarts=5))
     spec = objects["RayJob"]["spec"]
-    assert spec["backoffLimit"] == 5 and spec["activeDeadlineSeconds"] == 3600 and spec["shutdownAfterJobFinishes"]
-    assert spec["entrypoint"] == "bash /etc/gentrain/run.sh"
-    assert "exec gentrain train config.yaml" in objects["ConfigMap"]["data"]["run.sh"]
+    assert spec["backoffLimit"] == 5 and spec["entrypoint"] == "bash /etc/gentrain/run.sh"
     assert objects["ConfigMap"]["data"]["config.yaml"] == SUBMISSION.config
-    head = _pods(objects)[0]
-    script, asks = objects["ConfigMap"]["data"]["run.sh"], head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-    assert "echo $$ > /tmp/gentrain.pid" in script and asks.startswith('kill -s TERM "$(cat /tmp/gentrain.pid)"')
-    assert 'while kill -0 "$(cat /tmp/gentrain.pid)"' in asks  # the pod stays until the checkpoint is there, for grace_s
-    assert spec["ttlSecondsAfterFinished"] == 3600  # or the log is gone with the pods
-    assert head["terminationGracePeriodSeconds"] == 120
     labels = objects["RayJob"]["metadata"]["labels"]
     assert (
         labels["ray.io/gang-scheduling-enabled"] == "true" and labels["kueue.x-k8s.io/queue-name"] == "research" and labels["team"] == "a"
     )
     assert spec["suspend"] is True and _objects(_place(queue=None))["RayJob"]["spec"]["suspend"] is False
+
+
+@pytest.mark.parametrize("limit", [60, None])
+def test_what_is_over_holds_no_accelerators(limit: int | None) -> None:
+    """KubeRay itself lets a job that is out of time train on until it deletes the cluster."""
+    spec = _objects(_place(time_limit_min=limit))["RayJob"]["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True and spec["ttlSecondsAfterFinished"] == 0
+    assert spec.get("activeDeadlineSeconds") == (3600 if limit else None)
+    # It would wait for the head that was deleted; it may not end before the command's last words are told.
+    assert spec["submitterPodTemplate"]["spec"].get("activeDeadlineSeconds") == (3600 + 120 if limit else None)
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_no_pod_is_taken_away_before_the_checkpoint_is_there(interactive: bool) -> None:
+    head, worker, *submitter = _pods(_objects(_place(grace_s=90, interactive=interactive)))
+    assert _before_its_end(head) == LEAVE_HEAD and _before_its_end(worker) == leave_worker(90)
+    assert head["terminationGracePeriodSeconds"] == worker["terminationGracePeriodSeconds"] == 90
+    assert not any("lifecycle" in pod["containers"][0] for pod in submitter)
+    environment = {each["name"]: each.get("value") for each in head["containers"][0]["env"]}
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "90"  # when the job is deleted KubeRay has Ray stop it, which else kills it after 3 s
+
+
+def _before_its_end(pod: dict[str, Any]) -> str:
+    shell, option, script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, option) == ("bash", "-c")
+    return str(script)
 
 
 def test_names_are_what_kubernetes_allows() -> None:
@@ -213,9 +234,10 @@ def test_names_are_what_kubernetes_allows() -> None:
         ({"memory_gib": 4}, {}, "shared_memory_gib = 4 is a part of it"),
         ({"secret": None}, {}, "the job needs BUCKET_TOKEN; name a Secret"),
         ({"claim": None}, {}, "belong together"),
-        ({"claim": None, "storage": None}, {}, "set `claim` and `storage`, or training.checkpoints to a bucket"),
-        ({"claim": None, "storage": None}, {"config": "training: {checkpoints: /tmp/x}\n"}, "or training.checkpoints to a bucket"),
-        ({"claim": None, "storage": None}, {"config": "stages: {a: {run: {}}, b: {run: runs/a}}\n"}, "or training.checkpoints to a bucket"),
+        ({"claim": None, "storage": None}, {"config": IN_BUCKET.config}, "share the run's directory, wherever checkpoints go; set `claim`"),
+        (BY_HAND, {"under_ray": False}, "set `claim` and `storage`, or training.checkpoints to a bucket"),
+        (BY_HAND, {"under_ray": False, "config": "training: {checkpoints: /tmp/x}\n"}, "or training.checkpoints to a bucket"),
+        (BY_HAND, {"under_ray": False, "config": "stages: {a: {run: {}}, b: {run: runs/a}}\n"}, "or training.checkpoints to a bucket"),
         ({}, {"output": "/elsewhere/run"}, "output: /elsewhere/run is not below cluster.submit.storage = /shared/runs"),
         ({}, {"under_ray": False}, "the head does not train; set cluster.place to ray"),
         ({}, {"workers": (5, 5)}, "5 workers do not fit on 2 nodes with room for 2 each"),
@@ -234,9 +256,10 @@ _KUBECTL = """#!/bin/bash
 printf '%s\\n' "$(printf '%q ' "$@")" >> "$RECORD/argv"
 case "$*" in
   *apply*) cat > "$RECORD/applied" ;;
-  *' get pods'*) echo pod/head-0 ;;
+  *' exec '*) exit "$(cat "$RECORD/exec" 2>/dev/null || echo 0)" ;;
+  *' get pods'*) cat "$RECORD/pods" ;;
+  *jsonpath*) echo uid-1 ;;
   *' get '*) cat "$RECORD/resource" 2>/dev/null ;;
-  *' logs '*) printf 'one\\ntwo\\n' ;;
 esac
 exit "$(cat "$RECORD/status" 2>/dev/null || echo 0)"
 """
@@ -247,6 +270,7 @@ def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "kubectl").write_text(_KUBECTL)
     (tmp_path / "bin" / "kubectl").chmod(0o755)
+    (tmp_path / "pods").write_text("pod/head-0\n")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("RECORD", str(tmp_path))
     monkeypatch.setenv("BUCKET_TOKEN", CANARY)
@@ -263,16 +287,24 @@ def _shows(record: Path, status: dict[str, Any], stopped: bool = False) -> None:
     (record / "resource").write_text(json.dumps({"metadata": {"annotations": annotations}, "status": status}))
 
 
-def test_a_submission_replaces_the_one_that_is_over(kubectl: Path) -> None:
-    place = _place(namespace="research")
-    handle = place.submit(SUBMISSION, place.expected(SUBMISSION))
-    name = handle["name"]
-    assert _told(kubectl) == [
-        f"--namespace=research get rayjob/{name} --ignore-not-found --output=json",
-        f"--namespace=research delete rayjob/{name} --ignore-not-found --wait",
-        "--namespace=research apply --filename=-",
+@pytest.mark.parametrize("interactive, kind", [(False, "RayJob"), (True, "RayCluster")])
+def test_a_submission_replaces_the_one_that_is_over_and_owns_what_it_brings(kubectl: Path, interactive: bool, kind: str) -> None:
+    place = _place(namespace="research", interactive=interactive)
+    name = place.submit(SUBMISSION, place.expected(SUBMISSION))["name"]
+    resource = f"{kind.lower()}/{name}"
+    *told, config_map, policy = (line.removeprefix("--namespace=research ") for line in _told(kubectl))
+    assert told == [
+        f"get {resource} --ignore-not-found --output=json",
+        f"delete {resource} configmap/{name} networkpolicy/{name} --ignore-not-found --cascade=foreground --wait",
+        "apply --filename=-",
+        f"get {resource} --output=jsonpath=\\{{.metadata.uid\\}}",
     ]
     assert (kubectl / "applied").read_text() == place.render(SUBMISSION)["manifest.yaml"]
+    owner = {"apiVersion": "ray.io/v1", "kind": kind, "name": name, "uid": "uid-1"}
+    for line, dependent in ((config_map, "configmap"), (policy, "networkpolicy")):
+        *words, patch = shlex.split(line)
+        assert words == ["patch", f"{dependent}/{name}", "--type=merge"]
+        assert json.loads(patch.removeprefix("--patch=")) == {"metadata": {"ownerReferences": [owner]}}
 
 
 @pytest.mark.parametrize("interactive, status", [(False, {}), (False, {"jobDeploymentStatus": "Running"}), (True, {"state": "ready"})])
@@ -297,6 +329,11 @@ def test_what_runs_under_that_name_is_left_alone(kubectl: Path, interactive: boo
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, False, State.SUCCEEDED),
         ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}, False, State.FAILED),
         ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}, True, State.STOPPED),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, False, State.FAILED),  # by itself, after an error
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, True, State.STOPPED),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": "DeadlineExceeded"}, False, State.STOPPED),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "", "reason": "DeadlineExceeded"}, False, State.FAILED),  # it never ran
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": "SubmissionFailed"}, False, State.FAILED),
     ],
 )
 def test_what_kuberay_says_of_a_job(kubectl: Path, status: dict[str, Any], stopped: bool, state: State) -> None:
@@ -317,7 +354,27 @@ def test_a_running_job_is_asked_for_a_checkpoint_and_does_not_start_again(kubect
     patch, pods, ask = (line for line in _told(kubectl) if " get rayjob" not in line)
     assert "patch rayjob/job --type=merge" in patch and '\\"backoffLimit\\":\\ 0' in patch and "gentrain/stopped" in patch
     assert "ray.io/cluster=job-x7\\,ray.io/node-type=head" in pods
-    assert "exec pod/head-0 --container=ray-head -- bash -c kill" in ask
+    assert shlex.split(ask)[1:] == ["exec", "pod/head-0", "--container=ray-head", "--", "bash", "-c", ASK]
+
+
+@pytest.mark.parametrize("cluster, pods, exec_", [(None, "", 0), ("job-x7", "", 0), ("job-x7", "pod/head-0\n", 1)])
+def test_a_running_job_whose_head_cannot_be_asked_is_held(kubectl: Path, cluster: str | None, pods: str, exec_: int) -> None:
+    """Its pods are taken away, and ask for the checkpoint themselves."""
+    _shows(kubectl, {"jobDeploymentStatus": "Running"} | ({"rayClusterName": cluster} if cluster else {}))
+    (kubectl / "pods").write_text(pods)
+    (kubectl / "exec").write_text(str(exec_))
+    _place(queue=None).stop({"name": "job", "kind": "rayjob"})
+    assert "patch rayjob/job" in _told(kubectl)[-1] and '\\"suspend\\":\\ true' in _told(kubectl)[-1]
+    _place(queue="research").stop({"name": "job", "kind": "rayjob"})
+    assert _told(kubectl)[-1] == "--namespace=default delete rayjob/job --wait=false"
+
+
+def test_each_of_two_heads_is_asked(kubectl: Path) -> None:
+    """One that is taken away, and the one that takes its place."""
+    _shows(kubectl, {"jobDeploymentStatus": "Running", "rayClusterName": "job-x7"})
+    (kubectl / "pods").write_text("pod/head-0\npod/head-1\n")
+    _place().stop({"name": "job", "kind": "rayjob"})
+    assert [line.split()[2] for line in _told(kubectl) if " exec " in line] == ["pod/head-0", "pod/head-1"]
 
 
 def test_a_job_that_waits_is_held_and_one_that_is_over_is_left_alone(kubectl: Path) -> None:
@@ -329,18 +386,3 @@ def test_a_job_that_waits_is_held_and_one_that_is_over_is_left_alone(kubectl: Pa
     _shows(kubectl, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"})
     _place().stop({"name": "job", "kind": "rayjob"})
     assert " get " in _told(kubectl)[-1]
-
-
-def test_logs_are_those_of_the_pods(kubectl: Path) -> None:
-    _shows(kubectl, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "jobId": "first"})
-    assert list(_place().logs({"name": "job", "kind": "rayjob"}, follow=True)) == ["one", "two"]
-    assert _told(kubectl)[-1] == "--namespace=default logs --selector=job-name=job --tail=-1"
-
-
-def test_each_start_of_a_job_is_followed_once(kubectl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running, over = {"jobDeploymentStatus": "Running"}, {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
-    later = [running | {"jobId": "first"}, {"jobDeploymentStatus": "Retrying"}, running | {"jobId": "second"}, over | {"jobId": "second"}]
-    _shows(kubectl, running | {"jobId": "first"})
-    monkeypatch.setattr("gentrain.cluster.kuberay.time.sleep", lambda seconds: _shows(kubectl, later.pop(0)))
-    assert list(_place().logs({"name": "job", "kind": "rayjob"}, follow=True)) == ["one", "two"] * 2
-    assert later == [] and sum(" logs " in line for line in _told(kubectl)) == 2
