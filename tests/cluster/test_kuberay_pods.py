@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,21 +153,26 @@ def test_a_training_pod_tells_the_run_and_stays_until_the_run_has_left_it(pod: P
 # --- with Ray ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with cluster(tmp_path_factory.mktemp("pods"), cpus=1) as started:
-        yield started
-
-
 @pytest.mark.cluster
 @pytest.mark.timeout(400)
-def test_ray_calls_stopped_what_is_not_to_start_again(head: Head) -> None:
-    """KubeRay starts a job again that is FAILED."""
+def test_ray_calls_stopped_what_is_not_to_start_again_and_gives_up_a_node(tmp_path: Path) -> None:
+    """KubeRay starts a job again that is FAILED. A node that is to go, and has nothing to do, goes."""
+    (tmp_path / "head").mkdir()
+    with cluster(tmp_path / "head", cpus=1) as head:
+        _jobs_end(head)
+        _node_goes(head, tmp_path)
+
+
+def _jobs_end(head: Head) -> None:
     port, path = int(head.address.rpartition(":")[2]), f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
     def ask(method: str, url: str, **body: Any) -> Any:
         token = {"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
-        answer = requests.request(method, f"{head.address}/api/jobs/{url}", headers=token, json=body or None, timeout=60)
+        for _ in range(100):
+            answer = requests.request(method, f"{head.address}/api/jobs/{url}", headers=token, json=body or None, timeout=60)
+            if "No available agent" not in answer.text:  # of a head that has just been started
+                break
+            time.sleep(0.5)
         assert answer.ok, answer.text
         return answer.json()
 
@@ -186,19 +191,14 @@ def test_ray_calls_stopped_what_is_not_to_start_again(head: Head) -> None:
     assert "ended by itself with exit status 2" in ask("GET", "final/logs")["logs"]
 
 
-@pytest.mark.cluster
-@pytest.mark.timeout(400)
-def test_ray_knows_of_a_node_whose_pod_is_taken_away(head: Head, tmp_path: Path) -> None:
-    """The last test: a node that is to go, and has nothing to do, goes."""
-
+def _node_goes(head: Head, folder: Path) -> None:
     def raylets() -> list[list[str]]:
         found = (each.info["cmdline"] for each in psutil.process_iter(["name", "cmdline"]) if each.info["name"] == "raylet")
         return [command for command in found if command and str(head.scratch) in " ".join(command)]
 
-    _await(raylets)  # the dashboard listens before it is there
     (raylet,) = raylets()
     (address,) = [argument.partition("=")[2] for argument in raylet if argument.startswith("--gcs-address=")]
-    pod = Pod(tmp_path)
+    pod = Pod(folder / "pod")
     (pod.folder / "7").mkdir()
     (pod.folder / "7" / "cmdline").write_text("\0".join([*raylet, ""]))
     loopback = {"RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # or Ray asks for this machine's address instead
