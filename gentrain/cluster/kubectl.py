@@ -37,7 +37,10 @@ class Kubectl:
     def get(self, resource: str) -> dict[str, Any] | None:
         """What Kubernetes holds of `kind/name`."""
         shown = self.tell("get", resource, "--ignore-not-found", "--output=json")
-        return json.loads(shown) if shown.strip() else None
+        try:
+            return json.loads(shown) if shown.strip() else None
+        except ValueError as error:
+            raise PlaceError(f"kubectl does not print what {resource} is, but: {shown.strip():.200}") from error
 
     def pods(self, selector: str) -> list[str]:
         """pod/name of each, the oldest first."""

@@ -26,6 +26,7 @@ from gentrain.training.object_storage import is_local
 log = logging.getLogger(__name__)
 
 _STOPPED = "gentrain/stopped"  # annotation of what was asked to stop
+_GONE_S = 600  # beyond their grace, for what is left of an earlier job to go: kubectl itself would wait for a week
 _GCS, _DASHBOARD, _AGENT = 6379, 8265, 52365
 
 
@@ -80,7 +81,7 @@ class KubeRay(Allocation):
             raise ConfigError(message, key="output")
         # Waits for what belongs to them: what is left of an earlier job would be taken for a part of this one.
         old = (f"{kind}/{name}", f"configmap/{name}", f"networkpolicy/{name}")
-        self._kubectl.tell("delete", *old, "--ignore-not-found", "--cascade=foreground", "--wait")
+        self._kubectl.tell("delete", *old, "--ignore-not-found", "--cascade=foreground", "--wait", f"--timeout={self.grace_s + _GONE_S}s")
         self._kubectl.tell("apply", "--filename=-", given=self.render(submission)["manifest.yaml"])
         self._own(kind, name)
         return handle
@@ -188,6 +189,9 @@ class KubeRay(Allocation):
         for part in (values, *runs):
             if any(plugin.endswith(".py") for plugin in part.get("plugins", ())):
                 raise ConfigError("a pod has no files of this machine; put the plugins into the image, as modules", key="plugins")
+        if submission.grace_s >= self.grace_s:
+            message = f"workers may take {submission.grace_s:g} s for a checkpoint, and a pod that is taken away has {self.grace_s} s"
+            raise ConfigError(f"{message}; lower it, or raise cluster.submit.grace_s", key="cluster.grace_s")
         refuse_cramped(self, submission)
 
     def _job(self, submission: Submission) -> dict[str, Any]:

@@ -33,12 +33,18 @@ _OURS = {
     "array": "array", "signal": "signal_s", "requeue": "restarts", "no-requeue": "restarts", "job-name": "output", "chdir": "output",
     **dict.fromkeys(("output", "error", "input", "open-mode", "wait", "wrap", "clusters", "test-only", "parsable", "get-user-env"), ""),
 }  # fmt: skip
-# They go before what the script says, and would undo it as those options do. Others, such as SBATCH_QOS, are the user's.
+# They go before what the script says, and would undo it as those options do; the second ones only where the configuration says it. Others,
+# such as SBATCH_QOS, are the user's.
 _VARIABLES = {
     f"SBATCH_{name}" for name in (
         "ARRAY_INX", "CLUSTERS", "ERROR", "EXPORT", "GET_USER_ENV", "INPUT", "JOB_NAME", "NO_REQUEUE", "OPEN_MODE", "OUTPUT", "REQUEUE",
         "SIGNAL", "WAIT",
     )
+}  # fmt: skip
+_VARIABLES_OF = {
+    "account": ("SBATCH_ACCOUNT",), "partition": ("SBATCH_PARTITION",), "time_limit_min": ("SBATCH_TIMELIMIT",),
+    "memory_gib": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "gpus_per_node": ("SBATCH_GPUS", "SBATCH_GPUS_PER_NODE"),
 }  # fmt: skip
 _STATES = {
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"), State.PENDING),
@@ -54,7 +60,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
 RAY_AUTH_TOKEN=$(od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n')  # of this start of this job; in no file and no argument
 temporary=$(mktemp -d -p /tmp)
 if [[ -n $interface ]]; then
-  address=$(ip -4 -oneline address show dev "$interface" | awk '{split($4, part, "/"); print part[1]; exit}')
+  address=$(ip -4 -oneline address show dev "$interface" | awk 'NR == 1 {split($4, part, "/"); print part[1]}') || true
 else
   address=$(hostname --all-ip-addresses | awk '{print $1}')
 fi
@@ -202,14 +208,18 @@ class Slurm(Allocation):
 
     def submit(self, submission: Submission, handle: Handle) -> Handle:
         refuse_missing(submission.secrets)
-        environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+        said = _VARIABLES.union(*(names for key, names in _VARIABLES_OF.items() if getattr(self, key)))
+        environment = {name: value for name, value in os.environ.items() if name not in said}
         # The mark becomes an argument of the script, which does not read it.
         job = _tell("sbatch", "--parsable", str(submission.files / "job.sbatch"), handle["mark"], environment=environment)
         return _numbered(handle, job.strip().partition(";")[0])
 
     def status(self, handle: Handle) -> State:
-        known = _known(handle)
-        return State.LOST if known is None else _combined(_states(known))
+        try:
+            known = _known(handle)
+            return State.LOST if known is None else _combined(_states(known))
+        except (ValueError, IndexError) as error:
+            raise PlaceError(f"what squeue or sacct prints cannot be read: {error}") from error
 
     def logs(self, handle: Handle, follow: bool) -> Iterator[str]:
         """Of a job array, each line begins with its task's number."""
@@ -256,10 +266,12 @@ class Slurm(Allocation):
             raise ConfigError(
                 f"{self.nodes} nodes for a run in one process; set cluster.place to ray, or nodes to 1", key="cluster.submit.nodes"
             )
-        if submission.grace_s > self.signal_s - _END_S:
+        most = self.signal_s - _END_S
+        if submission.grace_s > max(most, 0):  # 0: a run in one process, without Ray's end
+            remedy = f"lower it to {most} s or less, or raise" if most > 0 else "raise"
             message = (
                 f"workers may take {submission.grace_s:g} s for a checkpoint, SLURM kills the job {self.signal_s} s after it has asked; "
-                f"lower it to {self.signal_s - _END_S} s or less, or raise cluster.submit.signal_s: {_END_S} s are kept for Ray's own end"
+                f"{remedy} cluster.submit.signal_s: {_END_S} s are kept for Ray's own end"
             )
             raise ConfigError(message, key="cluster.grace_s")
         refuse_cramped(self, submission)

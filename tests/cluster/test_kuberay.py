@@ -241,6 +241,7 @@ def test_names_are_what_kubernetes_allows() -> None:
         ({}, {"output": "/elsewhere/run"}, "output: /elsewhere/run is not below cluster.submit.storage = /shared/runs"),
         ({}, {"under_ray": False}, "the head does not train; set cluster.place to ray"),
         ({}, {"workers": (5, 5)}, "5 workers do not fit on 2 nodes with room for 2 each"),
+        ({"grace_s": 60}, {"grace_s": 60.0}, "cluster.grace_s: workers may take 60 s for a checkpoint, and a pod"),
         ({}, {"config": "plugins: [/home/me/own.py]\n"}, "a pod has no files of this machine"),
         ({}, {"config": "stages: {a: {run: {plugins: [/home/me/own.py]}}, b: {}}\n"}, "a pod has no files of this machine"),
     ],
@@ -295,7 +296,7 @@ def test_a_submission_replaces_the_one_that_is_over_and_owns_what_it_brings(kube
     *told, config_map, policy = (line.removeprefix("--namespace=research ") for line in _told(kubectl))
     assert told == [
         f"get {resource} --ignore-not-found --output=json",
-        f"delete {resource} configmap/{name} networkpolicy/{name} --ignore-not-found --cascade=foreground --wait",
+        f"delete {resource} configmap/{name} networkpolicy/{name} --ignore-not-found --cascade=foreground --wait --timeout=720s",
         "apply --filename=-",
         f"get {resource} --output=jsonpath=\\{{.metadata.uid\\}}",
     ]
@@ -343,6 +344,9 @@ def test_what_kuberay_says_of_a_job(kubectl: Path, status: dict[str, Any], stopp
 
 def test_a_job_that_kubernetes_does_not_know_is_lost_and_no_answer_is_an_error(kubectl: Path) -> None:
     assert _place().status({"name": "job", "kind": "rayjob"}) is State.LOST
+    (kubectl / "resource").write_text("Welcome to the cluster")
+    with pytest.raises(PlaceError, match="does not print what rayjob/job is, but: Welcome"):
+        _place().status({"name": "job", "kind": "rayjob"})
     (kubectl / "status").write_text("1")
     with pytest.raises(PlaceError, match="kubectl --namespace=default get rayjob/job"):
         _place().status({"name": "job", "kind": "rayjob"})

@@ -56,7 +56,7 @@ def test_the_script_is_one_that_bash_can_read(settings: dict[str, Any]) -> None:
 
 
 def test_the_configuration_becomes_options_of_sbatch() -> None:
-    settings = {"memory_gib": 64, "time_limit_min": 90, "partition": "gpu", "account": "lab", "options": ["--qos=high"], "signal_s": 60}
+    settings = {"memory_gib": 64, "time_limit_min": 90, "partition": "gpu", "account": "lab", "options": ["--qos=high"], "signal_s": 30}
     assert _directives(_script(**settings)) == [
         "--job-name=rings",
         "--nodes=2",
@@ -67,7 +67,7 @@ def test_the_configuration_becomes_options_of_sbatch() -> None:
         "--gpus-per-node=2",
         "--mem=64G",
         "--time=90",
-        "--signal=B:USR1@60",
+        "--signal=B:USR1@30",
         "--requeue",
         "--chdir=/shared/runs/rings/submission",
         "--open-mode=append",
@@ -96,6 +96,18 @@ def test_each_node_gets_its_accelerators_threads_and_interface() -> None:
     lines = _script(replace(SUBMISSION, interface="ib0")).splitlines()
     assert "export PATH=/shared/venv/bin:$PATH OMP_NUM_THREADS=4" in lines  # those of a worker
     assert "start_limit_s=300 interface=ib0 step=(--gpus-per-node=2)" in lines
+
+
+@pytest.mark.parametrize("says, found", [("printf '2: ib0 inet 10.0.0.%d/24 x\\n' 7 8", "at 10.0.0.7"), ("exit 1", "set cluster.network.")])
+def test_the_head_is_at_the_first_address_of_its_interface(tmp_path: Path, says: str, found: str) -> None:
+    for name, text in (("ip", says), ("srun", 'rm -rf "${@: -1}"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script, refused, _ = _script(replace(SUBMISSION, interface="ib0", output=str(tmp_path))).partition("# Ray wants a number")
+    assert refused
+    given = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    told = subprocess.run(["bash", "-c", f'{script}\necho "at $address" >&2'], env=given, capture_output=True, text=True, timeout=60).stderr
+    assert found in told
 
 
 AWAIT = "while :; do sleep 0.02; done"
@@ -199,6 +211,7 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
         ({"options": ["--"]}, {}, "would undo"),
         ({}, {"grace_s": 60.5}, "cluster.grace_s: workers may take 60.5 s for a checkpoint, SLURM kills the job 120 s after"),
         ({"signal_s": 100}, {"grace_s": 60}, "lower it to 40 s or less, or raise cluster.submit.signal_s"),
+        ({"signal_s": 50}, {"grace_s": 0.5}, "after it has asked; raise cluster.submit.signal_s"),
         ({"time_limit_min": 2, "signal_s": 120}, {}, "signal_s: 120 s before the end of 2 min is no time to train"),
         ({"partition": "gpu\nrm"}, {}, "partition: expected a name"),  # it would be a line of the script
         ({"account": "a b"}, {}, "account: expected a name"),
@@ -266,6 +279,10 @@ def test_of_an_old_job_accounting_tells_and_without_it_the_job_is_lost(stand_in:
     (stand_in / "squeue.err").write_text("Unable to contact slurm controller\n")
     with pytest.raises(PlaceError, match="Unable to contact slurm controller"):
         Slurm().status({"job": "7", "logs": []})
+    (stand_in / "squeue.err").unlink()
+    (stand_in / "squeue.out").write_text("Welcome to the cluster\n")  # as a wrapper may say
+    with pytest.raises(PlaceError, match="cannot be read"):
+        Slurm().status({"job": "7", "logs": []})
 
 
 @pytest.mark.parametrize(
@@ -308,12 +325,13 @@ def test_variables_of_sbatch_undo_nothing(stand_in: Path, monkeypatch: pytest.Mo
     """They go before what the script says."""
     (stand_in / "sbatch").write_text(f"#!/bin/bash\nenv > {stand_in}/env\necho '7;main'\n")
     (stand_in / "sbatch").chmod(0o755)
-    for name in ("EXPORT", "REQUEUE", "SIGNAL", "OUTPUT", "ARRAY_INX", "QOS"):
+    for name in ("EXPORT", "REQUEUE", "SIGNAL", "OUTPUT", "ARRAY_INX", "QOS", "ACCOUNT", "TIMELIMIT", "MEM_PER_CPU", "GPUS", "PARTITION"):
         monkeypatch.setenv(f"SBATCH_{name}", "x")
-    place, sent = Slurm(), replace(SUBMISSION, directory=stand_in / "rings", secrets=())
+    place = Slurm(account="lab", time_limit_min=10, memory_gib=8, gpus_per_node=1)
+    sent = replace(SUBMISSION, directory=stand_in / "rings", secrets=())
     assert place.submit(sent, place.expected(sent)) == {"job": "7", "logs": [f"{stand_in}/rings/submission/7.log"]}
     given = (stand_in / "env").read_text().splitlines()
-    assert [line for line in given if line.startswith("SBATCH_")] == ["SBATCH_QOS=x"]
+    assert {line for line in given if line.startswith("SBATCH_")} == {"SBATCH_QOS=x", "SBATCH_PARTITION=x"}  # of what is not said
 
 
 def test_a_line_is_told_once_and_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
