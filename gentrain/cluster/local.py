@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,8 @@ class Local(Place):
     def stop(self, handle: Handle) -> None:
         keeper = _keeper(handle)
         for process in keeper.children() if keeper is not None else ():
-            process.send_signal(signal.SIGTERM)
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                process.send_signal(signal.SIGTERM)
 
 
 def _keeping(handle: Handle) -> list[str]:

@@ -99,7 +99,7 @@ def test_a_stop_is_written_down_with_who_asked(tmp_path: Path, ask: Callable[[Pa
         if ask is not None:
             ask(run.directory)
 
-    thread = threading.Thread(target=asks)
+    thread = threading.Thread(target=asks, daemon=True)
     thread.start()
     assert launch(run, Milestone() if ask else Milestone(70, "samples")) is Outcome.STOPPED
     thread.join()

@@ -136,6 +136,16 @@ def test_a_job_that_was_accepted_though_its_answer_was_lost_is_submitted(stub: S
     _until(handle, State.STOPPED)
 
 
+def test_a_job_that_ends_while_it_is_asked_to_stop(stub: Submission, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(process: psutil.Process, number: int) -> None:
+        raise psutil.NoSuchProcess(process.pid)
+
+    handle = send(PLACE, stub)
+    next(PLACE.logs(handle, follow=True))
+    monkeypatch.setattr(psutil.Process, "send_signal", gone)
+    PLACE.stop(handle)
+
+
 def test_how_a_local_job_ended(stub: Submission, folder: Path) -> None:
     handle = send(PLACE, stub)
     next(PLACE.logs(handle, follow=True))
