@@ -231,7 +231,7 @@ def _written_out(run: RunConfig, other: RunConfig) -> dict[str, Any]:
         if theirs.engine is not None:
             own["engine"] = to_dict(run.engine_of(role))
         if theirs.optimizer is not None:
-            own["optimizer"] = to_dict(run.optimizer_of(role))
+            own["optimizer"] = to_dict(run.role_settings(role).optimizer or run.optimizer)  # as written, for whatever batch
         if theirs.schedule is not None:
             own["schedule"] = to_dict(run.schedule_of(role))
     return values

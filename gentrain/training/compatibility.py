@@ -62,7 +62,7 @@ def check_optimizers(run: RunConfig) -> None:
         if optimizer.averages and run.training.power_ema:
             said = f"they would be of where {chosen} takes gradients, not of what it learns; leave them out"
             raise ConfigError(said, key="training.power_ema")
-        if run.role_settings(name).groups and (optimizer.averages or optimizer.needs == "global_scalar"):
+        if run.role_settings(name).groups and optimizer.one_lr:
             said = f"{chosen} has one step size for all parameters; leave them out, or take adamw"
             raise ConfigError(said, key=f"roles.{name}.groups")
 
@@ -94,7 +94,11 @@ def check_method(run: RunConfig) -> None:
     for key in ("dropout_from", "dropout_until"):
         if getattr(run.training, key) and not run.method.dropout:
             raise ConfigError(f"{run.method.registered_name} drops no units; leave it out", key=f"training.{key}")
-    steps, every = -(-run.training.samples // run.training.batch_size), getattr(run.method, "student_every", 1)
+    training = run.training
+    first = -(-training.dropout_from // training.batch_size) * training.batch_size  # where a step begins
+    if first >= min(training.samples, training.dropout_until or training.samples):
+        raise ConfigError("no step of the run would drop units; lower it, or raise training.dropout_until", key="training.dropout_from")
+    steps, every = -(-training.samples // training.batch_size), getattr(run.method, "student_every", 1)
     if every > steps:
         raise ConfigError(f"the run has {steps} steps, in which the student would never learn; lower it", key="method.student_every")
     _check_tokens(run)

@@ -375,6 +375,14 @@ def test_what_one_role_does_otherwise_from_now_on_is_compared_with_what_it_did(t
     assert refuse_wrong_start(run_of(own), []).settings == {"roles.model.optimizer.lr": (0.01, 0.001)}
 
 
+def test_so_is_an_optimiser_whose_numbers_are_for_another_batch(tmp_path: Path) -> None:
+    settings = _settings(tmp_path)
+    settings["training"] |= {"reference_batch_size": 6}
+    assert _train(settings, stop_at=3) == ("stopped", "")
+    own = settings | {"roles": {"model": {"optimizer": settings["optimizer"] | {"lr": 0.001}}}}
+    assert refuse_wrong_start(run_of(own), []).settings == {"roles.model.optimizer.lr": (0.01, 0.001)}
+
+
 def test_a_directory_that_shows_samples_and_has_neither_identity_nor_checkpoints_is_refused(tmp_path: Path) -> None:
     settings = _settings(tmp_path / "run", tmp_path / "place")
     assert _train(settings, stop_at=3) == ("stopped", "")

@@ -150,7 +150,7 @@ def test_groups_that_would_do_nothing_are_refused() -> None:
         for refused in (lambda run=run: Roles(run, ALONE), lambda run=run: count_parameters(run, "model")):
             with pytest.raises(ConfigError, match=rf"roles\.model\.groups\[1\]\.parameters: .*{said}"):
                 refused()
-    for name in ("prodigy", "dog", "schedule_free"):
+    for name in ("prodigy", "dog", "schedule_free", "nag_gs"):
         with pytest.raises(ConfigError, match=rf"roles\.model\.groups: {name} has one step size for all .*take adamw"):
             run_of(settings | {"optimizer": name} | _grouped(SLOW))
 
@@ -239,6 +239,13 @@ def test_a_time_for_dropout_where_nothing_is_dropped_is_refused(monkeypatch: pyt
     monkeypatch.setattr(Method.available()["flow_matching"], "dropout", False)
     with pytest.raises(ConfigError, match=r"training\.dropout_from: flow_matching drops no units; leave it out"):
         run_of(values(Path("unused"), "flow_matching", dropout_from=36))
+
+
+@pytest.mark.parametrize(("until", "last"), [(None, 60), (999, 60), (36, 24), (37, 36)])  # of 72 samples, in steps of 12
+def test_a_time_for_dropout_in_which_no_step_begins_is_refused(until: int | None, last: int) -> None:
+    run_of(values(Path("unused"), "flow_matching", dropout_from=last, dropout_until=until))
+    with pytest.raises(ConfigError, match=r"training\.dropout_from: no step of the run would drop units; lower it, or raise"):
+        run_of(values(Path("unused"), "flow_matching", dropout_from=last + 1, dropout_until=until))
 
 
 # --- another optimiser in silence -----------------------------------------------------------------------------------------------

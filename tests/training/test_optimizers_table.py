@@ -179,6 +179,18 @@ def test_groups_may_be_stepped_one_after_the_other(name: str) -> None:
         assert torch.equal(torch.cat([p.detach() for p in parameters]), expected)
 
 
+@pytest.mark.parametrize("name", ["soap", "fira", "subset_norm"])
+@pytest.mark.parametrize("shape", [(35,), (5, 7), (9, 4), (6, 4, 3)])
+def test_a_state_of_shapes_of_its_own_is_as_large_as_plans_say(name: str, shape: tuple[int, ...]) -> None:
+    p = nn.Parameter(torch.ones(shape))
+    built = entry(name).build([p])
+    for step in range(2):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        built.step()
+    each, once = entry(name).state_bytes(shape)
+    assert each * p.numel() + once == sum(value.nbytes for value in built.state[p].values() if isinstance(value, Tensor))
+
+
 ALONE = World(0, 1, torch.device("cpu"))
 
 

@@ -22,10 +22,12 @@ class Optimizer(Component, kind="optimizer"):
         needs: what a step needs to see of the parameters: `elementwise` (any slice will do), `global_scalar` (one number over all of
             them), `per_tensor` or `matrix` (each whole).
         averages: what it has learnt is an average that it makes itself, see `Averaging`: of roles that keep one.
+        one_lr: numbers that all parameters share follow the learning rate, so that none can have one of its own.
     """
 
     needs: ClassVar[Partition]
     averages: ClassVar[bool] = False
+    one_lr: ClassVar[bool] = False
     lr: float
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -142,6 +142,7 @@ class ScheduleFree(AdamLike):
 
     needs = "elementwise"
     averages = True
+    one_lr = True
     lr: PositiveFloat = option(2.5e-3, "learning rate: one to ten times AdamW's", source="arXiv:2405.15682, appendix C")
     beta1: Annotated[float, Field(gt=0, lt=1)] = option(0.9, "share of x where gradients are taken; the rest is z's")
 

@@ -68,6 +68,7 @@ class DoG(Optimizer):
     """
 
     needs = "global_scalar"
+    one_lr = True
     lr: PositiveFloat = option(1.0, "multiplies the step size that it finds; leave it, and the schedule constant")
     initial: PositiveFloat = option(1e-6, "length of the first step / (1 + norm of the weights)", source="arXiv:2302.12022, section 4.1")
     eps: PositiveFloat = option(1e-8, "added to the sum of squared gradients")
@@ -110,6 +111,7 @@ class Prodigy(Optimizer):
     """
 
     needs = "global_scalar"
+    one_lr = True
     lr: PositiveFloat = option(1.0, "multiplies the step size that it finds")
     beta1: Fraction = option(0.9, "decay of the gradient average", unit="per step")
     beta2: Fraction = option(0.999, "decay of the squared-gradient average; its root is that of the estimate", unit="per step")

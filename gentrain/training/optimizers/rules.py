@@ -64,6 +64,7 @@ class NAGGS(Optimizer):
     """
 
     needs = "elementwise"
+    one_lr = True
     lr: PositiveFloat = option(1e-2, "peak of a, the time that a step takes")
     mu: PositiveFloat = option(1.0, "assumed strong convexity: a smaller one takes longer steps")
     gamma: PositiveFloat = option(1.0, "damping at the start; it tends to mu")

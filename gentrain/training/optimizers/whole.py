@@ -185,7 +185,7 @@ class SOAP(AdamLike):
 
     def state_bytes(self, shape: tuple[int, ...]) -> tuple[float, int]:
         sides = sum(side**2 for side in shape if side <= 10_000) if len(shape) > 1 else 0  # longer ones have none, the library's limit
-        return 8.0, 4 + 2 * 4 * sides
+        return 8.0, 8 + 2 * 4 * sides
 
 
 @register("fira")
@@ -233,9 +233,9 @@ class Fira(AdamLike):
 
     def state_bytes(self, shape: tuple[int, ...]) -> tuple[float, int]:
         if len(shape) != 2:
-            return 8.0, 4
+            return 8.0, 8
         short, long = sorted(shape)
-        return 0.0, 4 * min(self.rank, short) * (2 * long + short) + 8
+        return 0.0, 4 * min(self.rank, short) * (2 * long + short) + 12
 
 
 @register("subset_norm")
@@ -265,9 +265,9 @@ class SubsetNorm(AdamLike):
 
     def state_bytes(self, shape: tuple[int, ...]) -> tuple[float, int]:
         if len(shape) < 2:
-            return 8.0, 4
+            return 8.0, 8
         size = math.prod(shape)
-        return 4.0, 4 * size // next(run for run in range(math.isqrt(size), 0, -1) if size % run == 0) + 4
+        return 4.0, 4 * size // next(run for run in range(math.isqrt(size), 0, -1) if size % run == 0) + 8
 
 
 @register("ranger21")
