@@ -45,6 +45,8 @@ def check_optimizers(run: RunConfig) -> None:
     """Of each role that learns: with its engine, its average, its groups and the batch. Raises ConfigError."""
     for name, role in run.method.roles.items():
         if not isinstance(role, Trained):
+            if run.role_settings(name).groups:
+                raise ConfigError("this role does not learn; leave it out", key=f"roles.{name}.groups")
             continue
         try:
             optimizer = run.optimizer_of(name)

@@ -43,6 +43,10 @@ def number_groups(run: RunConfig, role: str, module: nn.Module) -> None:
                 parameters[name].group = number  # type: ignore[attr-defined]
         except ValueError as error:
             raise ConfigError(str(error), key=f"roles.{role}.groups[{number - 1}].parameters") from error
+    for number in range(1, len(run.role_settings(role).groups) + 1):
+        if not any(getattr(p, "group", 0) == number for p in parameters.values()):
+            said = "all its parameters are in groups before it; put it before them, or leave it out"
+            raise ConfigError(said, key=f"roles.{role}.groups[{number - 1}].parameters")
     run.optimizer_of(role).check(list(parameters.values()))
 
 

@@ -145,7 +145,11 @@ def test_each_group_has_its_schedule(tmp_path: Path) -> None:
 
 def test_groups_that_would_do_nothing_are_refused() -> None:
     settings = values(Path("unused"), "flow_matching")
-    for wrong, said in (("nowhere", "is found in no name"), ("(", "is no regular expression")):
+    for wrong, said in (
+        ("nowhere", "is found in no name"),
+        ("(", "is no regular expression"),
+        ("^output", "all its parameters are in groups before it"),
+    ):
         run = run_of(settings | _grouped([SLOW[0], {"parameters": wrong}]))
         for refused in (lambda run=run: Roles(run, ALONE), lambda run=run: count_parameters(run, "model")):
             with pytest.raises(ConfigError, match=rf"roles\.model\.groups\[1\]\.parameters: .*{said}"):
@@ -153,6 +157,9 @@ def test_groups_that_would_do_nothing_are_refused() -> None:
     for name in ("prodigy", "dog", "schedule_free", "nag_gs"):
         with pytest.raises(ConfigError, match=rf"roles\.model\.groups: {name} has one step size for all .*take adamw"):
             run_of(settings | {"optimizer": name} | _grouped(SLOW))
+    teacher = {"teacher": {"weights": "runs/teacher", "groups": SLOW}}
+    with pytest.raises(ConfigError, match=r"roles\.teacher\.groups: this role does not learn; leave it out"):
+        run_of(values(Path("unused"), "distribution_matching") | {"roles": teacher})
 
 
 # --- the batch ----------------------------------------------------------------------------------------------------------------
