@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from gentrain.cluster.stopping import StopRequested, kept
 from gentrain.config import ConfigError
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _directory: list[str] = []  # where a session of our own writes; at most one
 _BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # on every system: with "0" all that Ray starts binds to 127.0.0.1
+_LAST_WORDS_S = 5.0  # of workers whose session has ended
 _RISK = "whoever reaches its ports can run code as you, and read all that it holds"
 
 
@@ -83,8 +86,23 @@ def accepts_anybody(address: str) -> bool:
 
 def end() -> None:
     """Leaves Ray; the processes of a session of our own end, and those that this process has on a cluster."""
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
+    if "ray" not in sys.modules:
+        return
+    workers = _of_our_own() if _directory else []
+    sys.modules["ray"].shutdown()
+    for worker in psutil.wait_procs(workers, _LAST_WORDS_S)[1]:  # now and then Ray leaves one behind that it was just starting
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
+def _of_our_own() -> list[psutil.Process]:
+    """What the node of a session of our own has started."""
+    workers = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.name() == "raylet":
+                workers += process.children(recursive=True)
+    return workers
 
 
 def prepare() -> None:

@@ -45,6 +45,21 @@ with session.session():
     import ray
     print(ray.get(ray.remote(lambda: 'ran').remote()))
 """
+STUCK = """
+import os, signal
+import psutil
+from gentrain.cluster import session
+with session.session():
+    session.start()
+    import ray
+    class Actor:
+        pid = lambda self: os.getpid()
+    actor = ray.remote(Actor).remote()
+    print(pid := ray.get(actor.pid.remote()))
+    os.kill(pid, signal.SIGSTOP)
+    shutdown = ray.shutdown
+    ray.shutdown = lambda: (psutil.Process(pid).parent().kill(), shutdown())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +168,15 @@ def test_a_cluster_that_lets_anybody_in_is_warned_of() -> None:
     assert "Ray listens on every interface of this machine: whoever reaches its ports" in said
     assert joined.stdout.strip() == "ran"
     assert f"the Ray cluster at {address} asks for no token: whoever reaches its ports can run code as you" in joined.stderr
+
+
+def test_a_worker_that_outlives_its_node_is_ended_with_the_session(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    told = subprocess.run([sys.executable, "-c", STUCK], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert told.returncode == 0, told.stderr
+    with contextlib.suppress(psutil.NoSuchProcess):
+        worker = psutil.Process(int(told.stdout.split()[0]))
+        _, left = psutil.wait_procs([worker], 10)  # it is dead, and its new parent may not have heard yet
+        for each in left:
+            each.kill()
+        assert not left
