@@ -428,6 +428,15 @@ def test_a_full_disk_is_told_with_the_remedy_by_whatever_writes(
     assert status == 1 and str(error) in printed and "; the disk is full: free some space" in printed
 
 
+def test_samples_that_are_no_numbers_are_told_without_a_traceback(gentrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise FloatingPointError("3 of 4 samples came out as NaN")
+
+    assert gentrain("train", "toy.yaml")[0] == 0
+    monkeypatch.setattr(generate_stage, "generate", lost)
+    assert gentrain("sample", "runs/toy", "count=4") == (1, "error 3 of 4 samples came out as NaN\n")
+
+
 def test_a_directory_that_was_removed_below_the_shell_is_told(gentrain: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "gone").mkdir()
     monkeypatch.chdir(folder / "gone")

@@ -116,7 +116,7 @@ def _guarded(command: Callable[..., Any], passed_on: tuple[type[Exception], ...]
     except typer.TyperException as error:
         message = error.format_message()  # none when a bare `gentrain` has just printed the help
         return _complain(f"{message} See gentrain --help.", error.exit_code) if message else error.exit_code
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # the last: how safetensors reports a full disk
+    except (OSError, ValueError, RuntimeError, FloatingPointError, SafetensorError) as error:  # the last: of a full disk, too
         logging.getLogger("gentrain").debug("traceback", exc_info=True)
         return _complain("; ".join(filter(None, (str(error), remedy_of(error)))), FAILED)
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
-from gentrain.config import ConfigError, option, register
+from gentrain.config import ConfigError, errors_about, option, register
 from gentrain.data.base import BatchItems, Data, Items, check_split, refuse_buckets
 from gentrain.domains.orthonormal_slabs import OrthonormalSlabs
 from gentrain.noise import Noise, derive
@@ -52,12 +53,15 @@ def save_key(key: dict[str, Tensor], file: Path) -> None:
 
 
 def load_key(file: str, levels: int | None = None) -> OrthonormalSlabs:
-    """The slabs, for images of `levels`. Raises ConfigError when the file is missing or damaged, or others than its owner can read it."""
+    """The slabs, for images of `levels`. Raises ConfigError when the file is missing or no key, or others than its owner can read it."""
     if not Path(file).is_file():
         raise ConfigError(f"{file} does not exist; make it with the stage watermark_key, or correct the path", key="key")
     if Path(file).stat().st_mode & 0o077:
         raise ConfigError(f"{file} can be read by others; chmod 600 {file}, and make another key if it may have been seen", key="key")
-    return OrthonormalSlabs(file, levels=levels)
+    try:
+        return OrthonormalSlabs(file, levels=levels)
+    except (ConfigError, ValueError) as error:  # whose own keys are those of a domain
+        raise ConfigError(f"{file} is no key: {getattr(error, 'message', error)}; take that of watermark_key", key="key") from error
 
 
 def _digest(file: str) -> str:
@@ -116,7 +120,7 @@ class Watermarked(Data):
     key: str = option(help="file of the key")
     margin: NonNegativeFloat = option(0.05, "least distance from the bounds; 8-bit rounding moves a coordinate by 0.002 (one deviation)")
     digest: str | None = option(None, "SHA-256 of the key's file, by which another key is told; null = taken from the file")
-    levels: PositiveInt | None = option(256, "of the images in [-1, 1] once saved, which the mark outlasts; null = no images")
+    levels: Annotated[int, Field(ge=2)] | None = option(256, "of images in [-1, 1] as saved, which the mark outlasts; null = no images")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,14 +136,20 @@ class Watermarked(Data):
 
     @cached_property
     def domain(self) -> OrthonormalSlabs:
-        slabs = load_key(self.key, self.levels)
+        slabs = self._load()
         if self.digest is not None and self.digest != _digest(self.key):
-            raise ConfigError(f"{self.key} is another key than that of this run, whose samples it would spoil; put that back", key="key")
+            raise ConfigError(
+                f"{self.key} is another key than that of this run, whose samples it would spoil; put that back", key="data.key"
+            )
         return slabs
+
+    def _load(self) -> OrthonormalSlabs:
+        with errors_about("data"):
+            return load_key(self.key, self.levels)
 
     def fit(self) -> None:
         self.data.fit()
-        load_key(self.key)
+        self._load()
         self.digest = self.digest or _digest(self.key)
 
     def split(self, name: str) -> Items:
@@ -151,7 +161,9 @@ class Watermarked(Data):
         if self.levels is not None:
             first = range(min(len(marked), _PROBED))
             if any(bool((items[index]["x"].abs() > 1).any()) for index in first):
-                raise ConfigError("the samples reach beyond [-1, 1], where images are; set it to null for what is no images", key="levels")
+                raise ConfigError(
+                    "the samples reach beyond [-1, 1], where images are; set it to null for what is no images", key="data.levels"
+                )
             if float(share := self.domain.survives(torch.stack([marked[index]["x"] for index in first])).double().mean()) < 0.99:
-                raise ConfigError(f"only {share:.0%} of the first images fit between all slabs; make a key of fewer rows", key="key")
+                raise ConfigError(f"only {share:.0%} of the first images fit between all slabs; make a key of fewer rows", key="data.key")
         return marked

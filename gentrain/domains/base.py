@@ -62,7 +62,8 @@ class Domain(Component, kind="domain"):
 
         Made for points on the boundary or just outside: data with real zeros before `to_dual` (margin 1e-6 or so), results of float
         arithmetic. Each coordinate or slab is clamped (box, slabs); ball, simplex and polytope move the point towards their centre. NaN
-        stays NaN, here and in every other function, and `contains` is false of it. Raises ValueError for a margin that no point has.
+        stays NaN, here and in every function but the mirror maps, which raise, and `contains` is false of it.
+        Raises ValueError for a margin that no point has.
         """
         raise NotImplementedError
 

@@ -48,7 +48,10 @@ class Box(Domain):
         low, high = self.bounds(torch.empty(0))
         length = max(low.numel() if low.ndim else 0, high.numel() if high.ndim else 0)
         if length and tuple(shape) != (length,):
-            raise ValueError(f"box has {length} bounds and is for vectors ({length},), got samples of shape {tuple(shape)}")
+            raise ValueError(
+                f"box has {length} bounds and is for vectors ({length},), got samples of shape {tuple(shape)}; give one bound for all of a "
+                "sample, or as many as a vector is long"
+            )
 
     def slack(self, x: Tensor) -> Tensor:
         low, high = (bound.to(x.dtype) for bound in self.bounds(x))

@@ -27,7 +27,13 @@ class Linear(Domain):
 
     def check_shape(self, shape: Sequence[int]) -> None:
         if tuple(shape) != (self.dim,):
-            raise ValueError(f"{self.registered_name} is for vectors ({self.dim},), got samples of shape {tuple(shape)}")
+            raise ValueError(
+                f"{self.registered_name} is for vectors ({self.dim},), got samples of shape {tuple(shape)}; they hold {self._held()}"
+            )
+
+    def _held(self) -> str:
+        """What the numbers of a sample are, for messages."""
+        return "a number for each column of A"
 
     def slack(self, x: Tensor) -> Tensor:
         A, b, _, _ = self._constants(x)

@@ -71,7 +71,9 @@ class OrthonormalSlabs(Domain):
     def check_shape(self, shape: Sequence[int]) -> None:
         dim = self._constants(torch.empty(0))[0].shape[1]
         if math.prod(shape) != dim:
-            raise ValueError(f"orthonormal_slabs has rows of {dim} elements, got samples of shape {tuple(shape)}")
+            raise ValueError(
+                f"orthonormal_slabs has rows of {dim} elements, got samples of shape {tuple(shape)}; take a key made for such data"
+            )
 
     def coordinates(self, x: Tensor) -> Tensor:
         """u = A x in x's dtype: [B, *shape] -> [B, m]."""

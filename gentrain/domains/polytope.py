@@ -65,6 +65,11 @@ class Polytope(Linear):
             raise ConfigError(f"rows {zero[:10]} are zero and constrain nothing; remove them", key="A")
         return A, b, C, d
 
+    def _held(self) -> str:
+        offset, basis = self._chart(torch.empty(0))
+        free = len(offset) == basis.shape[1]
+        return super()._held() if free else f"Polytope.to_coordinates of the {len(offset)} variables, what the equalities leave free"
+
     def to_full(self, y: Tensor) -> Tensor:
         """Coordinates [B, D] -> the variables of A and C, [B, n], in float64."""
         offset, basis = self._chart(y)
@@ -155,7 +160,7 @@ def _largest_ball(A: Tensor, b: Tensor) -> Tensor:
     norms = A.norm(dim=1, keepdim=True)
     result = linprog([0.0] * dim + [-1.0], torch.cat([A, norms], 1), b, bounds=[(None, None)] * dim + [(0, None)])
     if not result.success:
-        raise ValueError("no point satisfies all constraints of the polytope")
+        raise ValueError("no point satisfies all constraints of the polytope; raise b, or remove those that contradict others")
     centre, radius = torch.from_numpy(result.x[:-1].copy()), float(result.x[-1])
     tight = (b - A @ centre <= _THINNEST * (1 + b.abs())).nonzero()[:, 0].tolist()
     if radius <= _THINNEST * (1 + float(b.abs().max())) or tight:

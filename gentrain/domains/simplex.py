@@ -35,6 +35,9 @@ class Simplex(Linear):
         b = pad(torch.ones(1, dtype=torch.float64), (self.dim, 0))
         self._constrain(A, b, torch.full((self.dim,), 1 / (self.dim + 1), dtype=torch.float64))
 
+    def _held(self) -> str:
+        return "all proportions but the last, dim of them"
+
     def parts(self, x: Tensor) -> Tensor:
         """All proportions: [B, dim] -> [B, dim + 1]."""
         return torch.cat([x, 1 - x.sum(1, keepdim=True)], 1)

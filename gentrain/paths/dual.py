@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from gentrain.config import option, register
+from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
-from gentrain.data.loader import Loader
 from gentrain.domains.base import Domain
 from gentrain.noise import Noise
-from gentrain.paths.inside import domain_of, require_held
+from gentrain.paths.inside import domain_of, first_items, require_held
 from gentrain.paths.space import Space
 
 log = logging.getLogger(__name__)
 
+Degrees = Annotated[float, Field(ge=1)]  # below 1/2 single draws are infinite in float32
 _MEASURED = 10_000  # items from which mean and deviation are taken, at most
 
 
@@ -60,7 +61,7 @@ class Dual(Space):
     """
 
     domain: Domain | None = option(None, "the convex set and its barrier; null = that of the data set")
-    nu: PositiveFloat | None = option(
+    nu: Degrees | None = option(
         None, "degrees of freedom of the Student-t prior; .inf = normal; null = max(2.5, min(10, beta / kappa))", source="arXiv:2510.08929"
     )
     beta: PositiveFloat = option(1.0, "the data have mass ~ delta^beta within delta of the boundary; 1 = a density that is positive there")
@@ -100,15 +101,18 @@ class Dual(Space):
         limit = heaviest_moment(self._domain, self.beta)
         if self.degrees > limit:
             log.warning(
-                "the prior with nu = %.3g is lighter than the dual data, whose moments are finite below beta / kappa = %.3g only; "
-                "lower kappa, or set nu to at most that",
+                "the prior with nu = %.3g is lighter than the dual data, whose moments are finite below beta / kappa = %.3g only; %s",
                 self.degrees,
                 limit,
+                "set barrier: regularised" if getattr(self._domain, "barrier", "") == "log" else "lower kappa, or set nu to at most that",
             )
         if self.mean is None:
-            items = data.split("train")
-            x = next(iter(Loader(items, seed=0, batch_size=min(len(items), _MEASURED))))[0]["x"]
-            z = self._domain.to_dual(self._domain.interior(x.double(), self.margin))
+            x = first_items(data, _MEASURED).double()
+            try:
+                inside = self._domain.interior(x, self.margin)
+            except ValueError as error:
+                raise ConfigError(f"{error}; lower it", key="path.space.margin") from error
+            z = self._domain.to_dual(inside)
             z = z.flatten()[:, None] if z.ndim > 2 else z
             deviation = z.std(0)
             # rounded, so that machines that add up in another order agree on the configuration
@@ -127,6 +131,12 @@ class Dual(Space):
         return z if self.mean is None else (z - z.new_tensor(self.mean)) * self._scale(z)
 
     def decode(self, z: Tensor) -> Tensor:
+        """Raises FloatingPointError where z is not finite: not from the map, but from the network or its guidance."""
+        if wrong := int((~z.isfinite().flatten(1).all(1)).sum()):
+            raise FloatingPointError(
+                f"{wrong} of {len(z)} samples came out as NaN or infinity before they were mapped back; take more steps or less guidance, "
+                "or a run that has not diverged"
+            )
         return self.set.to_primal(z if self.mean is None else z / self._scale(z) + z.new_tensor(self.mean))[0]
 
     def _scale(self, z: Tensor) -> Tensor:

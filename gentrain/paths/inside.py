@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gentrain.config import option, register
+from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.data.loader import Loader
 from gentrain.domains.base import Domain
@@ -16,6 +16,7 @@ from gentrain.noise import Noise
 from gentrain.paths.space import Space
 
 _PROBED = 1_000  # training items that are looked at
+_ROUNDED = 1e-6  # what float32 leaves of 1 less the sum of proportions that are all there
 _FURTHEST = 1e-3  # from the set, of a sample's own size: what rounding and unit conversions leave
 MARGIN = 1e-6  # slack of data on the boundary, where neither the kernel's score nor stick-breaking exists
 
@@ -29,10 +30,33 @@ def domain_of(data: Data, domain: Domain | None) -> Domain:
     return found
 
 
-def require_held(domain: Domain, data: Data) -> None:
-    """Raises ValueError when training samples lie outside of the domain, further than rounding puts data with real zeros."""
+def first_items(data: Data, count: int) -> Tensor:
+    """x of `count` training items at most, as shuffled: [B, *shape]. Raises ConfigError, about the data, for none or NaN or infinity."""
     items = data.split("train")
-    x = next(iter(Loader(items, seed=0, batch_size=min(len(items), _PROBED))))[0]["x"].double()
+    if not len(items):
+        raise ConfigError(f"{data.registered_name} has no training samples; correct what it reads", key="data")
+    x = next(iter(Loader(items, seed=0, batch_size=min(len(items), count))))[0]["x"]
+    if wrong := int((~x.isfinite().flatten(1).all(1)).sum()):
+        raise ConfigError(f"{wrong} of {len(x)} training samples hold NaN or infinity; leave them out, or fill them in", key="data")
+    return x
+
+
+def _all_there(rest: Tensor) -> bool:
+    """Whether samples hold all proportions, [B] being 1 less their sums: 0, or, as printed with some digits, a little to either side."""
+    return float(rest.abs().max()) < (_FURTHEST if float(rest.min()) < -_ROUNDED else _ROUNDED)
+
+
+def require_held(domain: Domain, data: Data) -> None:
+    """Raises ValueError when training samples lie outside of the domain, further than rounding puts data with real zeros.
+
+    Also when all of them lie on the simplex's last face, as those do that hold the last proportion too.
+    """
+    x = first_items(data, _PROBED).double()
+    if isinstance(domain, Simplex) and _all_there(domain.parts(x)[:, -1]):
+        raise ValueError(
+            f"the {domain.dim} proportions of each of {len(x)} training samples add up to 1, so that the last of {domain.dim + 1}, which "
+            "the simplex appends, is 0; leave one of them out of the data, and out of dim"
+        )
     away = (domain.interior(x) - x).flatten(1).norm(dim=1)
     outside = away > _FURTHEST * (1 + x.flatten(1).norm(dim=1))
     if bool(outside.any()):

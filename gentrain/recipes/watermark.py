@@ -9,7 +9,7 @@ from pydantic import PositiveFloat, PositiveInt
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gentrain.config import ConfigError, Fraction, option, register
+from gentrain.config import ConfigError, Fraction, errors_about, option, register
 from gentrain.data.base import Data
 from gentrain.data.loader import Loader
 from gentrain.data.watermarked import load_key, make_key, save_key
@@ -62,7 +62,8 @@ class WatermarkCheck(Stage):
             )
 
         def found(x: Tensor) -> Tensor:
-            slabs.check_shape(x.shape[1:])
+            with errors_about("key"):
+                slabs.check_shape(x.shape[1:])
             return false_positive_rate(rows_inside(x, slabs), slabs.rows) <= self.rate
 
         metrics = []

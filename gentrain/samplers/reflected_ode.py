@@ -14,6 +14,8 @@ from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
 from gentrain.paths.base import Path
+from gentrain.paths.rectified_flow import RectifiedFlow
+from gentrain.paths.reflected_heat import ReflectedHeat
 from gentrain.samplers.ode import GridSampler, ProbabilityFlow
 from gentrain.samplers.reflected_sde import bounds_of, require_walls
 
@@ -47,13 +49,17 @@ class ReflectedODE(GridSampler):
 
     def check(self, path: Path) -> None:
         require_walls(path)
+        if not isinstance(path, ReflectedHeat | RectifiedFlow):
+            raise ValueError(
+                f"reflected_ode walks back paths that stay inside, and {path.registered_name} leaves; take reflected_heat or rectified_flow"
+            )
+        bounds = path.space.bounds  # None before it is fitted to data that bring it
+        if self.walls == "bump" and bounds is not None and not isinstance(bounds, Box):
+            raise ValueError(f"the bump is made for boxes; on {bounds.registered_name} set walls: reflect")
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
+        self.check(denoiser.path)
         bounds, flow = bounds_of(denoiser.path), ProbabilityFlow(denoiser, self.grid(denoiser.path), condition, self.guidance)
-        if set(flow.scale) != {1.0}:
-            raise ValueError(
-                f"reflected_ode steps x itself, which {denoiser.path.registered_name} scales; take reflected_heat or rectified_flow"
-            )
         for step in range(self.steps):
             change = flow.u[step + 1] - flow.u[step]
             slope = self._slope(flow, bounds, x, step)
@@ -66,6 +72,5 @@ class ReflectedODE(GridSampler):
         slope = flow.slope(x, step)
         if self.walls == "reflect":
             return slope
-        if not isinstance(bounds, Box):
-            raise ValueError(f"the bump is made for boxes; on {bounds.registered_name} set walls: reflect")
+        assert isinstance(bounds, Box), "solve has checked it"
         return slope * bump(bounds, x)

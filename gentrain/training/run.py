@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
@@ -249,25 +250,31 @@ class RunConfig:
 
     def fit_space(self) -> None:
         """Completes the data set and the path's space with what they take from the items. Raises ConfigError."""
-        try:
-            self.data.fit()
-        except ValueError as error:
-            raise ConfigError(str(error), source=self.output, key="data") from error
-        try:
+        with self._errors_here():
+            self._about("data", self.data.fit)
             self.method.fit()
-        except ConfigError as error:
-            raise ConfigError(error.message, source=self.output, key=error.key) from error
-        try:
-            self.path.space.fit(self.data)
-        except ValueError as error:
-            raise ConfigError(str(error), source=self.output, key="path.space") from error
+            self._about("path.space", lambda: self.path.space.fit(self.data))
 
     def check_space(self) -> None:
         """After `fit_space`, before training: raises ConfigError when the data lie outside of the set that the path is confined to."""
+        with self._errors_here():
+            self._about("path.space", lambda: self.path.space.check(self.data))
+
+    @staticmethod
+    def _about(key: str, question: Callable[[], None]) -> None:
+        """A ValueError is about `key`; a ConfigError names its own."""
         try:
-            self.path.space.check(self.data)
+            question()
         except ValueError as error:
-            raise ConfigError(str(error), source=self.output, key="path.space") from error
+            raise ConfigError(str(error), key=key) from error
+
+    @contextmanager
+    def _errors_here(self) -> Iterator[None]:
+        """A ConfigError that leaves it and names no file is about this run."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(error.message, source=error.source or self.output, key=error.key) from error
 
     def role_settings(self, role: str) -> RoleSettings:
         return self.roles.get(role) or RoleSettings()

@@ -58,8 +58,25 @@ def test_another_key_than_that_of_the_run_is_refused(key: Path) -> None:
     save_key(make_key(Digits().split("train").x, 16, 1.0), key)
     again = Watermarked(data=Digits(), key=str(key), digest=digest)
     again.fit()  # nor is the one of the run replaced
-    with pytest.raises(ConfigError, match=r"key: .* is another key than that of this run"):
+    with pytest.raises(ConfigError, match=r"^data\.key: .* is another key than that of this run"):
         _ = again.domain
+
+
+def test_a_file_that_is_no_key_is_told(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    rubbish, other = tmp_path / "rubbish", tmp_path / "other"
+    rubbish.write_bytes(b"no key")
+    save_file({"A": torch.ones(2, 64), "low": torch.zeros(2), "high": torch.ones(2)}, other)
+    for file, why in ((rubbish, "cannot read"), (other, "must be orthonormal")):
+        file.chmod(0o600)
+        with pytest.raises(ConfigError, match=f"^key: .*{file.name} is no key: .*{why}.*; take that of watermark_key"):
+            load_key(str(file))
+
+
+def test_one_level_is_refused(key: Path) -> None:
+    with pytest.raises(ConfigError, match=r"levels: expected a whole number >= 2"):
+        build(Data, Document({"name": "watermarked", "data": "digits", "key": str(key), "levels": 1}, "x.yaml"))
 
 
 def test_more_rows_than_a_sample_has_elements_are_refused() -> None:

@@ -8,6 +8,7 @@ from gentrain.config import ConfigError, Document, build
 from gentrain.domains.base import Domain
 from gentrain.domains.box import Box
 from gentrain.domains.polytope import Polytope
+from gentrain.domains.simplex import Simplex
 from gentrain.noise import Noise
 
 CUBE = (torch.cat([torch.eye(3), -torch.eye(3)]).tolist(), [1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
@@ -120,7 +121,7 @@ def test_matrices_come_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"A": [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], "b": [1, 1, -3]}, "no point satisfies"),
+        ({"A": [[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], "b": [1, 1, -3]}, "no point satisfies.*; raise b"),
         ({"A": [[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], "b": [1, -1, 1, 1]}, r"no interior: among rows .* equalities"),
         ({"A": [[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], "b": [1, 1, 1]}, "unbounded"),
         ({"A": [[1.0, 0.0], [-1.0, 0.0]], "b": [1, 1]}, "unbounded"),
@@ -138,3 +139,16 @@ def test_matrices_come_from_a_file(tmp_path):
 def test_mistakes_are_named(values, message):
     with pytest.raises(ConfigError, match=message):
         polytope(values)
+
+
+@pytest.mark.parametrize(
+    "domain, held",
+    [
+        (Polytope(*CUBE), "a number for each column of A"),
+        (Polytope(*CUBE, [[1.0, 1.0, 1.0]], [1.0]), "Polytope.to_coordinates of the 3 variables"),
+        (Simplex(2), "all proportions but the last"),
+    ],
+)
+def test_what_samples_hold_is_told(domain, held):
+    with pytest.raises(ValueError, match=held):
+        domain.check_shape((4,))

@@ -1,6 +1,7 @@
 """Coordinates in a mirror image, and their Student-t prior."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -90,7 +91,10 @@ def test_degrees_follow_the_heaviest_moment(domain: Domain, limit: float, caplog
     assert bool(caplog.records) == (limit < 2.5)
     with caplog.at_level(logging.WARNING):
         Dual(domain=Box(kappa=0.3), nu=10.0).fit(data)
-    assert "lighter than the dual data" in caplog.records[-1].getMessage()
+    assert "lighter than the dual data" in caplog.records[-1].getMessage() and "lower kappa, or" in caplog.records[-1].getMessage()
+    with caplog.at_level(logging.WARNING):
+        Dual(domain=Box(barrier="log")).fit(data)
+    assert caplog.records[-1].getMessage().endswith("only; set barrier: regularised")  # where no kappa is read
 
 
 def test_tail_index_of_the_dual_of_uniform_data_is_beta_over_kappa() -> None:
@@ -164,6 +168,24 @@ def test_moments_of_other_data_are_refused(shape: tuple[int, ...], numbers: int)
     Dual(domain=Box(), mean=[0.0], std=[1.0]).fit(data)
     with pytest.raises(ValueError, match=f"mean and std have {numbers} numbers"):
         Dual(domain=Box(), mean=[0.0, 0.0], std=[1.0, 1.0]).fit(data)
+
+
+def test_a_margin_that_no_point_has_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"path\.space\.margin: no point is 2\.0 away from both bounds.*; lower it"):
+        Dual(domain=Box(), margin=2.0).fit(Points(torch.full((9, 2), 0.3)))
+
+
+def test_a_prior_whose_draws_may_be_infinite_is_refused() -> None:
+    assert student_t(noise_of(200_000), (200_000, 1), 1.0).isfinite().all()
+    with pytest.raises(ConfigError, match=r"space\.nu: expected a number >= 1"):
+        build(Path, Document({"name": "rectified_flow", "space": {"name": "dual", "nu": 0.1}}, "x.yaml"))
+
+
+def test_what_a_network_lost_is_not_blamed_on_the_map() -> None:
+    space = Dual(domain=Box(), mean=[0.0], std=[1.0])
+    space.fit(Points(torch.full((9, 2), 0.3)))
+    with pytest.raises(FloatingPointError, match=r"1 of 3 samples came out as NaN or infinity .*; take more steps or less guidance"):
+        space.decode(torch.tensor([[0.0, 1.0], [math.nan, 0.0], [2.0, 2.0]]))
 
 
 def test_mean_without_std_is_refused_where_it_stands() -> None:

@@ -1,12 +1,17 @@
+import math
+
 import pytest
 import torch
 
+from gentrain.config import ConfigError
+from gentrain.data.base import Data
 from gentrain.domains.ball import Ball
 from gentrain.domains.box import Box
 from gentrain.domains.simplex import Simplex
 from gentrain.noise import Noise
 from gentrain.paths.dual import Dual
 from gentrain.paths.inside import Inside, StickBreaking
+from gentrain.paths.space import Space
 from tests.paths.test_dual import Points
 
 
@@ -49,6 +54,36 @@ def test_data_outside_of_the_set_are_refused_but_for_rounding(kind: type) -> Non
     x[:, 1] = torch.linspace(0.5, 1.5, 1500)
     with pytest.raises(ValueError, match=r"of 1000 training samples lie outside of box, the furthest 0\.\d+ away .*; name a domain"):
         space.check(Points(x))
+
+
+def fitted(space: Space, data: Data) -> None:
+    space.fit(data)
+    space.check(data)
+
+
+@pytest.mark.parametrize("kind", [Inside, Dual])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_data_that_are_no_numbers_are_told(kind: type, value: float) -> None:
+    x = torch.full((50, 2), 0.5)
+    x[3, 1] = value
+    with pytest.raises(ConfigError, match="data: 1 of 50 training samples hold NaN or infinity; leave them out"):
+        fitted(kind(domain=Box()), Points(x))
+
+
+def test_no_data_are_told() -> None:
+    with pytest.raises(ConfigError, match="data: points has no training samples"):
+        fitted(Inside(domain=Box()), Points(torch.zeros(0, 2)))
+
+
+@pytest.mark.parametrize("digits", [None, 4])
+@pytest.mark.parametrize("kind", [Inside, StickBreaking, Dual])
+def test_proportions_that_hold_the_last_one_are_refused(kind: type, digits: int | None) -> None:
+    parts = Simplex(3).parts(Simplex(3).uniform(noise_of(300), (300, 3)))
+    written = parts if digits is None else (parts * 10**digits).round() / 10**digits
+    with pytest.raises(ValueError, match=r"the 4 proportions of each of 300 training samples add up to 1.*; leave one of them out"):
+        fitted(kind(domain=Simplex(4)), Points(written))
+    parts[::2] *= 1 - 1e-4  # a fifth one that is rare is no mistake
+    fitted(kind(domain=Simplex(4)), Points(parts))
 
 
 def test_stick_breaking_of_another_set_is_refused() -> None:

@@ -101,7 +101,7 @@ def test_what_has_no_walls_or_scales_x_is_refused() -> None:
     x = torch.zeros(3, 1)
     with pytest.raises(ValueError, match="has no walls"):
         ReflectedODE().solve(Denoiser(lambda x, t, c: x, RectifiedFlow(), "velocity"), x, noise_of(3))
-    with pytest.raises(ValueError, match="scales"):
+    with pytest.raises(ValueError, match="variance_preserving leaves; take reflected_heat or rectified_flow"):
         ReflectedODE().solve(Denoiser(lambda x, t, c: x, VariancePreserving(space=Inside(domain=Box())), "v"), x, noise_of(3))
     with pytest.raises(ValueError, match="set walls: reflect"):
         ReflectedODE(walls="bump").solve(flow_on(Ball(), 1.0), x, noise_of(3))

@@ -124,6 +124,32 @@ def test_samplers_of_other_spaces_are_refused_before_training(path: dict[str, ob
             confined("mirror_flow", path, sampler)
 
 
+@pytest.mark.parametrize(
+    "path, sampler, message",
+    [
+        ({**WALLED, "name": "variance_preserving"}, "reflected_ode", "walks back paths that stay inside, and variance_preserving leaves"),
+        (
+            {"name": "rectified_flow", "space": {"name": "inside", "domain": "ball"}},
+            {"name": "reflected_ode", "walls": "bump"},
+            "the bump is made for boxes; on ball set walls: reflect",
+        ),
+    ],
+)
+def test_what_walls_cannot_hold_is_refused_before_training(path: dict[str, object], sampler: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"x.yaml: sampler: .*{message}"):
+        confined("flow_matching", path, sampler)
+
+
+def test_what_is_wrong_with_data_names_their_key(tmp_path: Path) -> None:
+    data = {"name": "watermarked", "data": "digits", "key": str(tmp_path / "none.safetensors")}
+    path = {"name": "rectified_flow", "space": "dual"}
+    run = parse_run(
+        Document({"method": "mirror_flow", "path": path, "data": data, "model": "mlp", "training": {"samples": 64}, "output": "o"}, "x")
+    )
+    with pytest.raises(ConfigError, match=r"^o: data\.key: .*none\.safetensors does not exist"):
+        run.fit_space()
+
+
 def test_data_outside_of_the_set_are_told_before_training() -> None:
     path = {"name": "rectified_flow", "space": {"name": "dual", "domain": {"name": "box", "low": 5.0, "high": 6.0}}}
     run = confined("mirror_flow", path)
