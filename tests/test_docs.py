@@ -51,18 +51,23 @@ def blocks(*languages: str) -> list[object]:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repository's root, the variables that pages read, and the data set of one's own that a page speaks of."""
+    """The repository's root, the variables that pages read, and the data sets of one's own that pages speak of."""
 
     @dataclasses.dataclass
     class MyBucket(Data):
         token: str = option("", "how to get in")
 
+    @dataclasses.dataclass
+    class Soil(Data):
+        path: str = option("", "a table")
+
     monkeypatch.chdir(ROOT)
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     Data.available()
-    MyBucket.registered_name = "my_bucket"
-    monkeypatch.setitem(Data._registry, "my_bucket", MyBucket)
+    for name, stand_in in {"my_bucket": MyBucket, "soil": Soil}.items():
+        stand_in.registered_name = name
+        monkeypatch.setitem(Data._registry, name, stand_in)
 
 
 def check_configuration(text: str, directory: Path) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gentrain.config import ConfigError
+from gentrain.data.digits import Digits
 from gentrain.data.watermarked import load_key
+from gentrain.domains.simplex import Simplex
 from gentrain.recipes.base import load_recipe, run_recipe
 from gentrain.recipes.likelihood import Likelihood
+from gentrain.recipes.watermark import WatermarkCheck
 from gentrain.training.run import open_run
 
 RUN: dict[str, Any] = {
@@ -113,3 +120,38 @@ def test_samples_are_the_same_with_and_without_the_measured_numbers(tmp_path: Pa
     assert (x.abs() < 1).all() and x.std() > 0.2
     space = open_run(out / "model").path.space
     assert space.mean is not None and len(space.mean) == 2 and torch.tensor(space.std).min() > 0.5
+
+
+@pytest.mark.timeout(180)
+def test_the_table_of_the_documents_is_trained_on_as_a_plugin(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "constrained.md").read_text()
+    plugin, settings = (block for block in re.findall(r"```(?:python|yaml)\n(.*?)```", page, re.DOTALL) if "soil" in block)
+    (tmp_path / "soil.py").write_text(plugin)
+    (tmp_path / "soil.yaml").write_text(settings)
+    parts = torch.distributions.Dirichlet(torch.tensor([5.0, 3.0, 1.0])).sample((200,))
+    rows = "\n".join(",".join(f"{100 * part:.1f}" for part in row) for row in parts.tolist())
+    (tmp_path / "soil.csv").write_text("sand,silt,clay\n" + rows)
+    gentrain = Path(sys.executable).with_name("gentrain")
+    for command in ("train soil.yaml training.samples=512", "sample runs/soil count=50"):
+        done = subprocess.run(
+            [gentrain, *command.split()],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=85,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    x = load_file(tmp_path / "runs" / "soil" / "generated" / "samples.safetensors")["x"]
+    assert x.shape == (50, 2) and Simplex(2).contains(x).all()
+
+
+def test_a_key_of_other_images_is_told(tmp_path: Path) -> None:
+    stages = {"key": {"name": "watermark_key", "data": "digits", "rows": 24}}
+    key = run(tmp_path, stages) / "key" / "key.safetensors"
+    (tmp_path / "drawn").mkdir()
+    save_file({"x": torch.zeros(3, 3, 24, 24)}, tmp_path / "drawn" / "samples.safetensors")
+    check = WatermarkCheck(key=str(key), samples={"drawn": str(tmp_path / "drawn")}, data=Digits(), rate=1e-3)
+    with pytest.raises(ConfigError, match=r"^key: .*of 64 elements, got samples of shape \(3, 24, 24\); take a key"):
+        check.execute(tmp_path / "check")
