@@ -87,9 +87,15 @@ class CoreFlux(Data):
 
     def split(self, name: str) -> TensorItems:
         check_split(name)
-        count = self.held_out if name == "held_out" else self.train
-        x = self.domain.uniform(Noise(derive(self.seed, name), torch.arange(count)), (count, *self.shape))
-        return TensorItems(x, self._bins.label(self.growth_rate(x)))
+        if name not in self._drawn:  # hit-and-run takes seconds, and a run asks several times
+            count = self.held_out if name == "held_out" else self.train
+            x = self.domain.uniform(Noise(derive(self.seed, name), torch.arange(count)), (count, *self.shape))
+            self._drawn[name] = TensorItems(x, self._bins.label(self.growth_rate(x)))
+        return self._drawn[name]
+
+    @cached_property
+    def _drawn(self) -> dict[str, TensorItems]:
+        return {}
 
     @property
     def _bins(self) -> Bins:
