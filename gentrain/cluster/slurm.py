@@ -156,8 +156,9 @@ class Slurm(Allocation):
             if text is not None and not re.fullmatch(r"[\w.,:@+-]+", text):
                 raise ConfigError(f"expected a name, got {text!r}", key=key)
         for text in self.options:
-            if not text.startswith("--") or not text.isprintable():
-                raise ConfigError(f"expected an option of sbatch such as --qos=high, got {text!r}", key="options")
+            # sbatch takes quotes out of a line, also within words, before it looks for options in it.
+            if not text.isprintable() or not re.fullmatch(r"--[a-z0-9-]*([= ].*)?", text) or re.search(r" [\"'\\]*-", text):
+                raise ConfigError(f"expected an option of sbatch such as --qos=high, one an entry, got {text!r}", key="options")
             if text.startswith("--exp"):
                 message = f"{text!r} would send other variables than those in `secrets`; name them there, or in `environment`"
                 raise ConfigError(message, key="options")
@@ -167,6 +168,10 @@ class Slurm(Allocation):
                 remedy = f"set {_OURS[clash]} instead" if _OURS[clash] else "leave it out"
                 raise ConfigError(f"{text!r} would undo what gentrain tells sbatch; {remedy}", key="options")
         if self.time_limit_min is not None and self.signal_s >= 60 * self.time_limit_min:
+        if self.storage is not None:
+            raise ConfigError("a run has one directory on all nodes and here; leave it out, and set `output`", key="storage")
+        if self.venv is not None and not os.path.isabs(self.venv):
+            raise ConfigError(f"expected an absolute directory, got {self.venv!r}; write it out, `~` too", key="venv")
             message = (
                 f"{self.signal_s} s before the end of {self.time_limit_min} min is no time to train; lower it, or raise time_limit_min"
             )
@@ -174,7 +179,7 @@ class Slurm(Allocation):
 
     def variants(self) -> list[list[str]]:
         try:
-            return [] if self.array == "trials" else [shlex.split(overrides) for overrides in self.array]
+            entries = [] if self.array == "trials" else [shlex.split(overrides) for overrides in self.array]
         except ValueError as error:
             raise ConfigError(f"{error}; quote an entry as a shell wants it", key="cluster.submit.array") from error
 
@@ -187,11 +192,14 @@ class Slurm(Allocation):
         lines = [
             "#!/usr/bin/env bash",
             *(f"#SBATCH {option}" for option in self._options(submission)),
-            "set -euo pipefail",
+            "set -eo pipefail",
             "unset SLURM_EXPORT_ENV",
             *self.setup,
             f"export PATH={shlex.quote(f'{venv}/bin')}:$PATH OMP_NUM_THREADS={submission.cpus_per_worker}",
             *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        if any(override.partition("=")[0] == "output" for entry in entries for override in entry):
+            raise ConfigError("each entry has a directory of its own below `output`; leave that out", key="cluster.submit.array")
+        return entries
             " ".join(f"{name}={value}" for name, value in values.items()),
             f"start_limit_s={self.start_limit_s} interface={shlex.quote(submission.interface or '')} step=({shlex.join(step)})",
             f"command=({shlex.join(submission.command)})",
@@ -205,6 +213,7 @@ class Slurm(Allocation):
         tasks = [f"_{number}" for number in range(self._count(submission))] or [""]
         mark = secrets.token_hex(8)
         return {"mark": mark, "name": submission.name, "folder": str(submission.files.resolve()), "tasks": tasks}
+            "set -u",  # profiles and scripts of modules do not bear it
 
     def submit(self, submission: Submission, handle: Handle) -> Handle:
         refuse_missing(submission.secrets)
@@ -255,7 +264,7 @@ class Slurm(Allocation):
                 raise
 
     def _check(self, submission: Submission) -> None:
-        if any(not letter.isprintable() or letter in " %\"'\\" for letter in submission.output):
+        if any(not letter.isprintable() or letter in " %#\"'\\" for letter in submission.output):
             raise ConfigError(f"SLURM cannot write a log below {submission.output!r}; use plain names", key="output")
         if self.array == "trials" and not submission.trials:
             raise ConfigError("nothing says what varies; add a section `sweep:`, or list overrides", key="cluster.submit.array")

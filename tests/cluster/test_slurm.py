@@ -92,6 +92,13 @@ def test_what_the_shell_reads_is_quoted() -> None:
     assert printed.stdout.splitlines() == [nasty, "gentrain", "train", nasty, f"note={nasty}", "output=/shared/runs/rings/0"]
 
 
+def test_what_a_cluster_has_for_setup_may_use_variables_that_are_not_there(tmp_path: Path) -> None:
+    """Profiles, and what activates modules and environments, do; the script's own lines may not."""
+    done, _ = _ended(tmp_path, "exit 0", ['echo "[$NOT_THERE_3]"'])
+    assert done.returncode == 0 and "[]" in done.stdout
+    assert _script(setup=["module load cuda"]).partition("module load cuda\n")[2].startswith("set -u\n")
+
+
 def test_each_node_gets_its_accelerators_threads_and_interface() -> None:
     lines = _script(replace(SUBMISSION, interface="ib0")).splitlines()
     assert "export PATH=/shared/venv/bin:$PATH OMP_NUM_THREADS=4" in lines  # those of a worker
@@ -210,6 +217,18 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
         ({"options": ["--qos=high", "--clusters=b"]}, {}, "'--clusters=b' would undo"),
         ({"options": ["--get-user-env"]}, {}, "would undo"),
         ({"options": ["--"]}, {}, "would undo"),
+        ({"options": ["--qos=high --export=ALL"]}, {}, "one an entry, got '--qos=high --export=ALL'"),
+        ({"options": ['--qos=high "--export=ALL"']}, {}, "one an entry"),
+        ({"options": ["--qos high -p gpu"]}, {}, "one an entry"),
+        ({"options": ['--"export"=ALL']}, {}, "expected an option of sbatch"),  # which takes the quotes out
+        ({"options": ["--ex\\port=ALL"]}, {}, "expected an option of sbatch"),
+        ({"venv": "~/venv"}, {}, "venv: expected an absolute directory, got '~/venv'"),
+        (
+            {"storage": "/elsewhere"},
+            {},
+            "storage: a run has one directory on all nodes and here",
+        ),  # what is written here would not be there
+        ({"array": ["seed=1", "seed=2 output=/x"]}, {}, "array: each entry has a directory of its own below `output`"),
         ({}, {"grace_s": 60.5}, "cluster.grace_s: workers may take 60.5 s for a checkpoint, SLURM kills the job 120 s after"),
         ({"signal_s": 100}, {"grace_s": 60}, "lower it to 40 s or less, or raise cluster.submit.signal_s"),
         ({"signal_s": 50}, {"grace_s": 0.5}, "after it has asked; raise cluster.submit.signal_s"),
@@ -222,6 +241,7 @@ def test_a_token_is_made_in_the_job_and_secrets_are_named_only(monkeypatch: pyte
         ({}, {"workers": (5, 5)}, "5 workers do not fit on 2 nodes with room for 2 each"),
         ({}, {"output": "/a b"}, "cannot write a log below"),
         ({}, {"output": "/%j"}, "cannot write a log below"),
+        ({}, {"output": "/a#b"}, "cannot write a log below"),  # the rest would be a comment
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -229,7 +249,16 @@ def test_what_cannot_work_is_refused(settings: dict[str, Any], changes: dict[str
         _script(replace(SUBMISSION, **changes), **settings)
 
 
-@pytest.mark.parametrize("options", [["--mem=0"], ["--mem-per-cpu=4G"], ["--time-min=10"], ["--nodelist=a,b", "--exclusive", "--no-kill"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mem=0"],
+        ["--mem-per-cpu=4G"],
+        ["--nice=-5", '--comment="a b"', "--qos high"],
+        ["--time-min=10"],
+        ["--nodelist=a,b", "--exclusive", "--no-kill"],
+    ],
+)
 def test_what_gentrain_does_not_tell_sbatch_can_be_told(options: list[str]) -> None:
     assert _directives(_script(replace(SUBMISSION, grace_s=60), options=options))[-len(options) :] == options
 
