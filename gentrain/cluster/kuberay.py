@@ -70,6 +70,14 @@ class KubeRay(Allocation):
         return {"config.yaml": submission.config, "manifest.yaml": yaml.dump_all(objects, Dumper=_Plain, sort_keys=False, width=140)}
 
     def expected(self, submission: Submission) -> Handle:
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._/:@-]+", self.image):
+            raise ConfigError(f"expected an image such as registry.example/gentrain:1, got {self.image!r}", key="image")
+        for key in ("namespace", "claim", "secret", "queue", "operator_namespace"):
+            name = getattr(self, key)
+            if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name):
+                raise ConfigError(f"{name!r} is no name in Kubernetes: small letters, digits, `-` and `.`", key=key)
+
         return {"name": _name(submission), "kind": "raycluster" if self.interactive else "rayjob"}
 
     def submit(self, submission: Submission, handle: Handle) -> Handle:
@@ -180,6 +188,8 @@ class KubeRay(Allocation):
         values = yaml.safe_load(submission.config)
         runs = [run for stage in values.get("stages", {}).values() if isinstance(run := stage.get("run"), dict)]
         for part in runs or [values]:
+        if self.storage is not None and any(PurePosixPath(path).is_relative_to(self.storage) for path in (MOUNT, "/dev/shm")):
+            raise ConfigError(f"{self.storage} would hide what a pod has there; choose another directory", key="cluster.submit.storage")
             if self.storage is None and is_local((part.get("training") or {}).get("checkpoints") or ""):
                 message = "pods lose what they write; set `claim` and `storage`, or training.checkpoints to a bucket"
                 raise ConfigError(message, key="cluster.submit.claim")
@@ -308,7 +318,7 @@ class KubeRay(Allocation):
         }
         return [
             {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
-            *({"name": key, "value": value} for key, value in values.items()),
+            *({"name": key, "value": value.replace("$", "$$")} for key, value in values.items()),  # Kubernetes expands $(NAME)
             *({"name": key, "valueFrom": {"secretKeyRef": {"name": self.secret, "key": key}}} for key in submission.secrets),
         ]
 

@@ -181,6 +181,13 @@ def test_secrets_are_named_and_their_values_are_nowhere(monkeypatch: pytest.Monk
     assert environment["HF_HOME"]["value"] == "/shared/cache"
 
 
+def test_a_value_arrives_as_it_is() -> None:
+    """Kubernetes puts variables in place of $(NAME), and one $ in place of two."""
+    sent = replace(SUBMISSION, environment={"WORDS": "$(POD_IP) $$ $HOME"})
+    environment = {each["name"]: each.get("value") for each in _pods(_objects(_place(), sent))[1]["containers"][0]["env"]}
+    assert environment["WORDS"] == "$$(POD_IP) $$$$ $$HOME"
+
+
 def test_what_is_cut_off_starts_again_and_goes_on() -> None:
     objects = _objects(_place(restarts=5))
     spec = objects["RayJob"]["spec"]
@@ -244,6 +251,14 @@ def test_names_are_what_kubernetes_allows() -> None:
         ({"grace_s": 60}, {"grace_s": 60.0}, "cluster.grace_s: workers may take 60 s for a checkpoint, and a pod"),
         ({}, {"config": "plugins: [/home/me/own.py]\n"}, "a pod has no files of this machine"),
         ({}, {"config": "stages: {a: {run: {plugins: [/home/me/own.py]}}, b: {}}\n"}, "a pod has no files of this machine"),
+        ({"image": ""}, {}, "image: expected an image such as registry.example/gentrain:1, got ''"),
+        ({"image": "gentrain :1"}, {}, "image: expected an image"),
+        ({"claim": "My_Runs"}, {}, "claim: 'My_Runs' is no name in Kubernetes"),
+        ({"namespace": "a b"}, {}, "namespace: 'a b' is no name in Kubernetes"),
+        ({"secret": "-x"}, {}, "secret: '-x' is no name in Kubernetes"),
+        ({"queue": ""}, {}, "queue: '' is no name in Kubernetes"),
+        ({"storage": "/"}, {}, "storage: / would hide what a pod has there"),
+        ({"storage": "/dev/shm"}, {}, "storage: /dev/shm would hide what a pod has there"),
     ],
 )
 def test_what_cannot_work_is_refused(settings: dict[str, Any], changes: dict[str, Any], message: str) -> None:
