@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +17,10 @@ from gentrain import cli
 
 if TYPE_CHECKING:
     from gentrain.cluster.places import Place, Submission
+    from gentrain.document import Document
     from gentrain.training.run import RunConfig
+
+log = logging.getLogger(__name__)
 
 Submitted = Annotated[str | None, typer.Argument(help="Name or directory of a submitted run; left out: all that are in runs/")]
 
@@ -27,15 +33,37 @@ def submit(
 
     Example: gentrain submit configs/quickstart.yaml cluster.submit=ray cluster.submit.address=http://127.0.0.1:8265
     """
+    import gentrain.recipes.base  # noqa: F401 -- which resolves ${output:STAGE}
+    from gentrain.config import load
+
+    document = load(config, overrides or (), {"output": f"runs/{config.stem}"})
+    with _told_where(document):
+        return _submit(document, config, overrides, dry_run)
+
+
+@contextmanager
+def _told_where(document: Document) -> Iterator[None]:
+    """A ConfigError that names a key names the file that sets it, too."""
+    from gentrain.config import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        if error.source is not None or not error.key:
+            raise
+        raise document.error(error.key, error.message) from error
+
+
+def _submit(document: Document, config: Path, overrides: list[str] | None, dry_run: bool) -> int:
     from gentrain.catalogue import plan_tables
     from gentrain.cluster.places import Allocation
     from gentrain.cluster.submissions import called, output_at, place_of, send, submission_of
     from gentrain.cluster.sweeps import load_sweep
-    from gentrain.config import load
     from gentrain.document import reads_environment
+    from gentrain.training.beginning import refuse_wrong_start
+    from gentrain.training.object_storage import is_local
     from gentrain.training.remedies import refuse_url
 
-    document = load(config, overrides or (), {"output": f"runs/{config.stem}"})
     place, directory = place_of(document), document.values["output"]
     if not isinstance(directory, str) or reads_environment(directory):
         raise document.error("output", "what is submitted is found again by its directory; write that out")
@@ -61,6 +89,10 @@ def submit(
     cli.console.print(*tables, sep="\n")
     if isinstance(place, Allocation):
         cli._say(f"{place.registered_name}: {place.described()}")
+    if command == "train" and not place.variants():
+        for run in runs.values():
+            if run.training.checkpoints is None or is_local(run.training.checkpoints):  # of a bucket, the job itself looks
+                refuse_wrong_start(run, ())
     send(place, submission)
     cli._say(f"submitted: {submission.name} to {place.registered_name}; its directory there is {submission.output}")
     if submission.secrets:
@@ -134,8 +166,12 @@ def logs(run: str, follow: Annotated[bool, typer.Option("--follow", "-f", help="
     from gentrain.cluster.submissions import find
 
     place, record = find(run)
+    empty = True
     for line in place.logs(record["handle"], follow):
         cli._say(line)
+        empty = False
+    if empty:
+        log.warning("%s has printed nothing; it is %s", run, place.status(record["handle"]).value)
     return 0
 
 
@@ -170,6 +206,10 @@ def resume(run: str) -> int:
     place, record = find(run)
     if state_before(place, record) is State.SUCCEEDED:
         raise ConfigError(f"{run} has succeeded: nothing is left to do; to train it for longer, submit it again with more training.samples")
-    send(place, record["submission"])
-    cli._say(f"submitted again: {record['submission'].name} to {place.registered_name}\nlogs: gentrain logs {run} -f")
+    submission = record["submission"]
+    if place.storage is None and not (os.path.exists(submission.output) and os.path.samefile(submission.output, submission.directory)):
+        remedy = f"move it back, or submit it with output={submission.directory}"
+        raise ConfigError(f"{run} was submitted as {submission.output} and would begin anew there; {remedy}", key="output")
+    send(place, submission)
+    cli._say(f"submitted again: {submission.name} to {place.registered_name}\nlogs: gentrain logs {run} -f")
     return 0

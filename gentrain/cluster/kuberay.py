@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import PositiveInt
+from typing_extensions import TypedDict
 
 from gentrain.cluster.kubectl import Kubectl
 from gentrain.cluster.kuberay_pods import ASK, LEAVE_HEAD, MOUNT, before_its_end, leave_worker, probes, run_script
@@ -43,10 +44,17 @@ class _Plain(yaml.SafeDumper):
 _Plain.add_representer(str, _Plain.represent_str)
 
 
+class _Handle(TypedDict):
+    name: str
+    kind: Literal["rayjob", "raycluster"]
+
+
 @register("kuberay")
 @dataclass(kw_only=True)
 class KubeRay(Allocation):
     """A RayJob: `nodes` pods that train, and a head that only holds them together."""
+
+    handle: ClassVar[Any] = _Handle
 
     image: str = option(help="image with gentrain, best by digest")
     namespace: str = option("default", "namespace")
@@ -62,14 +70,6 @@ class KubeRay(Allocation):
     operator_namespace: str = option("kuberay-system", "namespace of the KubeRay operator, which may ask the head")
     grace_s: PositiveInt = option(120, "for a checkpoint when pods are taken away", unit="s")
 
-    def render(self, submission: Submission) -> dict[str, str]:
-        self._check(submission)
-        name = _name(submission)
-        resource = self._cluster_resource(submission) if self.interactive else self._job(submission)
-        objects = [self._config_map(submission), self._network_policy(name), resource]
-        return {"config.yaml": submission.config, "manifest.yaml": yaml.dump_all(objects, Dumper=_Plain, sort_keys=False, width=140)}
-
-    def expected(self, submission: Submission) -> Handle:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._/:@-]+", self.image):
             raise ConfigError(f"expected an image such as registry.example/gentrain:1, got {self.image!r}", key="image")
@@ -78,6 +78,14 @@ class KubeRay(Allocation):
             if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name):
                 raise ConfigError(f"{name!r} is no name in Kubernetes: small letters, digits, `-` and `.`", key=key)
 
+    def render(self, submission: Submission) -> dict[str, str]:
+        self._check(submission)
+        name = _name(submission)
+        resource = self._cluster_resource(submission) if self.interactive else self._job(submission)
+        objects = [self._config_map(submission), self._network_policy(name), resource]
+        return {"config.yaml": submission.config, "manifest.yaml": yaml.dump_all(objects, Dumper=_Plain, sort_keys=False, width=140)}
+
+    def expected(self, submission: Submission) -> Handle:
         return {"name": _name(submission), "kind": "raycluster" if self.interactive else "rayjob"}
 
     def submit(self, submission: Submission, handle: Handle) -> Handle:
@@ -180,6 +188,8 @@ class KubeRay(Allocation):
             raise ConfigError(message, key="cluster.submit.secret")
         if (self.claim is None) != (self.storage is None):
             raise ConfigError("`claim` and `storage` belong together: the claim is mounted there", key="cluster.submit.claim")
+        if self.storage is not None and any(PurePosixPath(path).is_relative_to(self.storage) for path in (MOUNT, "/dev/shm")):
+            raise ConfigError(f"{self.storage} would hide what a pod has there; choose another directory", key="cluster.submit.storage")
         if not submission.under_ray and not self.interactive:
             raise ConfigError("the head does not train; set cluster.place to ray", key="cluster.place")
         if self.storage is None and submission.under_ray:
@@ -188,8 +198,6 @@ class KubeRay(Allocation):
         values = yaml.safe_load(submission.config)
         runs = [run for stage in values.get("stages", {}).values() if isinstance(run := stage.get("run"), dict)]
         for part in runs or [values]:
-        if self.storage is not None and any(PurePosixPath(path).is_relative_to(self.storage) for path in (MOUNT, "/dev/shm")):
-            raise ConfigError(f"{self.storage} would hide what a pod has there; choose another directory", key="cluster.submit.storage")
             if self.storage is None and is_local((part.get("training") or {}).get("checkpoints") or ""):
                 message = "pods lose what they write; set `claim` and `storage`, or training.checkpoints to a bucket"
                 raise ConfigError(message, key="cluster.submit.claim")

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, NotRequired
 
 import psutil
+from typing_extensions import TypedDict
 
 from gentrain.cluster.places import Handle, Place, PlaceError, State, Submission, refuse_missing
 from gentrain.cluster.stopping import STOPPED
@@ -23,10 +25,20 @@ from gentrain.config import ConfigError, register
 _KEEPER = 'trap : INT TERM HUP USR1; "$@"; echo $? > "$0.tmp" && mv "$0.tmp" "$0"'
 
 
+class _Handle(TypedDict):
+    host: str
+    log: str
+    status: str
+    pid: NotRequired[int]  # and `started`, the time in s: left out until the process is there
+    started: NotRequired[float]
+
+
 @register("local")
 @dataclass
 class Local(Place):
     """A detached process on this machine, with a log file and its exit status in the run's directory."""
+
+    handle: ClassVar[Any] = _Handle
 
     def __post_init__(self) -> None:
         if self.storage is not None:
@@ -41,12 +53,17 @@ class Local(Place):
         return {"config.yaml": submission.config, "job.sh": "\n".join(["#!/bin/sh", *exports, command]) + "\n"}
 
     def expected(self, submission: Submission) -> Handle:
-        number = len(list(submission.files.glob("*.log"))) + 1
+        taken = [int(path.stem) for path in submission.files.glob("*.*") if path.suffix in (".log", ".status") and path.stem.isdecimal()]
+        number = max(taken, default=0) + 1
         log, status = (str(submission.files.resolve() / f"{number}{suffix}") for suffix in (".log", ".status"))
         return {"host": socket.gethostname(), "log": log, "status": status}
 
     def submit(self, submission: Submission, handle: Handle) -> Handle:
         refuse_missing(submission.secrets)
+        for process, line in _keepers():
+            if Path(line[3]).parent == Path(handle["status"]).parent:  # two would write into one directory
+                remedy = f"end it first: kill -s TERM -- -{process.pid}"
+                raise ConfigError(f"an earlier job of this directory still runs, though its record is gone; {remedy}", key="output")
         job = ["/bin/sh", str(submission.files.resolve() / "job.sh")]
         with Path(handle["log"]).open("xb") as output:
             process = subprocess.Popen(
@@ -65,7 +82,10 @@ class Local(Place):
         return {0: State.SUCCEEDED, STOPPED: State.STOPPED, early: State.STOPPED}.get(status, State.FAILED)
 
     def logs(self, handle: Handle, follow: bool) -> Iterator[str]:
-        with Path(handle["log"]).open(errors="replace") as file:
+        path = Path(handle["log"])
+        if not path.exists():
+            raise PlaceError(f"there is no {path}: its job has not begun, or the file was removed; see gentrain status")
+        with path.open(errors="replace") as file:
             begun = ""
             while True:
                 over = not follow or _keeper(handle) is None  # asked before reading: what is written last is read, too
@@ -92,13 +112,20 @@ def _keeping(handle: Handle) -> list[str]:
     return ["/bin/sh", "-c", _KEEPER, handle["status"]]
 
 
+def _keepers() -> Iterator[tuple[psutil.Process, list[str]]]:
+    """Every process of this machine that keeps a job, with its command line."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if line[:3] == ["/bin/sh", "-c", _KEEPER] and len(line) > 3:
+            yield process, line
+
+
 def _keeper(handle: Handle) -> psutil.Process | None:
     """The process of a handle if it still runs, and not another one that has got its number since."""
     if handle["host"] != socket.gethostname():
         raise PlaceError(f"it was submitted on {handle['host']}, and only that machine knows of it; ask there")
     if "pid" not in handle:  # who submitted it died before it could write the number down
-        kept = (process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[:4] == _keeping(handle))
-        return next(kept, None)
+        return next((process for process, line in _keepers() if line[:4] == _keeping(handle)), None)
     try:
         process = psutil.Process(handle["pid"])
         alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - handle["started"]) < 0.1

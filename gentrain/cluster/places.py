@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -66,6 +66,8 @@ class Place(Component, kind="place"):
 
     No method may put the value of a secret into a text, an argument, a handle or a file.
     """
+
+    handle: ClassVar[Any] = Handle  # what a handle of this place holds, as a type
 
     environment: dict[str, str] = option(dict, "variables of the job and their values; not for secrets, which are named in `secrets`")
     secrets: list[str] = option(list, "names of variables that the job needs and whose values no file may hold")

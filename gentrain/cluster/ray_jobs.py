@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from typing_extensions import TypedDict
 
 from gentrain.cluster.attempts import short
 from gentrain.cluster.packages import contents, zipped
@@ -39,10 +40,16 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STATES = {"PENDING": State.PENDING, "RUNNING": State.RUNNING, "SUCCEEDED": State.SUCCEEDED, "STOPPED": State.STOPPED}
 
 
+class _Handle(TypedDict):
+    id: str
+
+
 @register("ray")
 @dataclass
 class RayJobs(Place):
     """A job of a running Ray cluster. Its token comes from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."""
+
+    handle: ClassVar[Any] = _Handle
 
     address: str = option("http://127.0.0.1:8265", "of the cluster's dashboard")
     working_directory: str | None = option(

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import PositiveInt
+from typing_extensions import TypedDict
 
 from gentrain.cluster.places import Allocation, Handle, PlaceError, State, Submission, refuse_missing
 from gentrain.cluster.room import refuse_cramped
@@ -134,10 +135,24 @@ exit "$status"
 """
 
 
+class _Numbered(TypedDict):
+    job: str
+    logs: list[str]
+
+
+class _Sent(TypedDict):
+    mark: str
+    name: str
+    folder: str
+    tasks: list[str]
+
+
 @register("slurm")
 @dataclass
 class Slurm(Allocation):
     """A job of SLURM. The file system is shared: `output` has the same name on all nodes, and here."""
+
+    handle: ClassVar[Any] = _Numbered | _Sent
 
     partition: str | None = option(None, "partition; left out: SLURM's default")
     account: str | None = option(None, "account; left out: SLURM's default")
@@ -152,6 +167,10 @@ class Slurm(Allocation):
     at_once: PositiveInt | None = option(None, "tasks of the array that run at the same time; left out: any number")
 
     def __post_init__(self) -> None:
+        if self.storage is not None:
+            raise ConfigError("a run has one directory on all nodes and here; leave it out, and set `output`", key="storage")
+        if self.venv is not None and not os.path.isabs(self.venv):
+            raise ConfigError(f"expected an absolute directory, got {self.venv!r}; write it out, `~` too", key="venv")
         for key, text in (("partition", self.partition), ("account", self.account)):
             if text is not None and not re.fullmatch(r"[\w.,:@+-]+", text):
                 raise ConfigError(f"expected a name, got {text!r}", key=key)
@@ -168,10 +187,6 @@ class Slurm(Allocation):
                 remedy = f"set {_OURS[clash]} instead" if _OURS[clash] else "leave it out"
                 raise ConfigError(f"{text!r} would undo what gentrain tells sbatch; {remedy}", key="options")
         if self.time_limit_min is not None and self.signal_s >= 60 * self.time_limit_min:
-        if self.storage is not None:
-            raise ConfigError("a run has one directory on all nodes and here; leave it out, and set `output`", key="storage")
-        if self.venv is not None and not os.path.isabs(self.venv):
-            raise ConfigError(f"expected an absolute directory, got {self.venv!r}; write it out, `~` too", key="venv")
             message = (
                 f"{self.signal_s} s before the end of {self.time_limit_min} min is no time to train; lower it, or raise time_limit_min"
             )
@@ -182,6 +197,9 @@ class Slurm(Allocation):
             entries = [] if self.array == "trials" else [shlex.split(overrides) for overrides in self.array]
         except ValueError as error:
             raise ConfigError(f"{error}; quote an entry as a shell wants it", key="cluster.submit.array") from error
+        if any(override.partition("=")[0] == "output" for entry in entries for override in entry):
+            raise ConfigError("each entry has a directory of its own below `output`; leave that out", key="cluster.submit.array")
+        return entries
 
     def render(self, submission: Submission) -> dict[str, str]:
         self._check(submission)
@@ -195,11 +213,9 @@ class Slurm(Allocation):
             "set -eo pipefail",
             "unset SLURM_EXPORT_ENV",
             *self.setup,
+            "set -u",  # profiles and scripts of modules do not bear it
             f"export PATH={shlex.quote(f'{venv}/bin')}:$PATH OMP_NUM_THREADS={submission.cpus_per_worker}",
             *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-        if any(override.partition("=")[0] == "output" for entry in entries for override in entry):
-            raise ConfigError("each entry has a directory of its own below `output`; leave that out", key="cluster.submit.array")
-        return entries
             " ".join(f"{name}={value}" for name, value in values.items()),
             f"start_limit_s={self.start_limit_s} interface={shlex.quote(submission.interface or '')} step=({shlex.join(step)})",
             f"command=({shlex.join(submission.command)})",
@@ -213,7 +229,6 @@ class Slurm(Allocation):
         tasks = [f"_{number}" for number in range(self._count(submission))] or [""]
         mark = secrets.token_hex(8)
         return {"mark": mark, "name": submission.name, "folder": str(submission.files.resolve()), "tasks": tasks}
-            "set -u",  # profiles and scripts of modules do not bear it
 
     def submit(self, submission: Submission, handle: Handle) -> Handle:
         refuse_missing(submission.secrets)

@@ -180,12 +180,16 @@ def read(directory: Path) -> tuple[Place, Record]:
     try:
         refuse_foreign(path)
         record = _RECORD.validate_json(path.read_bytes())
+        place = build(_Section, Document({"submit": record["place"]}, str(path))).submit
+        record["handle"] = TypeAdapter(place.handle).validate_python(record["handle"])
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
     except (OSError, ValidationError) as error:
-        raise ConfigError("damaged; submit the run again", source=str(path)) from error
+        # It may stand for a job that still runs: nothing but a person can tell, and nothing is submitted over it.
+        text = "damaged; make sure that no job of this run is left where it was sent, remove the file, then submit the run again"
+        raise ConfigError(text, source=str(path)) from error
     record["submission"] = replace(record["submission"], directory=directory.absolute())  # wherever it has been moved to since
-    return build(_Section, Document({"submit": record["place"]}, str(path))).submit, record
+    return place, record
 
 
 def state_before(place: Place, record: Record) -> State:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -170,6 +172,27 @@ def test_how_a_local_job_ended(stub: Submission, folder: Path) -> None:
     assert PLACE.status(handle) is State.STOPPED
 
 
+def test_a_job_whose_directory_was_removed_is_not_joined_by_another(stub: Submission) -> None:
+    handle = send(PLACE, stub)
+    _await_output(handle)
+    shutil.rmtree(stub.directory)
+    with pytest.raises(ConfigError, match=f"still runs, though its record is gone; end it first: kill -s TERM -- -{handle['pid']}"):
+        send(PLACE, stub)
+    os.killpg(handle["pid"], signal.SIGTERM)
+    psutil.Process(handle["pid"]).wait(20)
+    assert PLACE.status(send(PLACE, stub)) is State.RUNNING
+
+
+def test_no_job_takes_the_log_or_the_status_of_another(stub: Submission, folder: Path) -> None:
+    stub.files.mkdir(parents=True)
+    for name in ("2.log", "3.status", "10.log", "config.yaml"):  # others were removed by hand
+        (stub.files / name).touch()
+    handle = PLACE.expected(stub)
+    assert Path(handle["log"]).name == "11.log" and Path(handle["status"]).name == "11.status"
+    with pytest.raises(PlaceError, match=r"there is no .*11\.log: its job has not begun, or the file was removed"):
+        next(PLACE.logs(handle, follow=True))
+
+
 def test_a_process_that_has_got_the_number_since_is_left_alone(stub: Submission) -> None:
     with subprocess.Popen(["/bin/sh", "-c", "sleep 60 & wait"]) as other:
         handle = {"host": socket.gethostname(), "pid": other.pid, "started": psutil.Process(other.pid).create_time() - 5, "status": "none"}
@@ -200,6 +223,15 @@ def test_a_record_that_is_damaged_or_foreign_is_refused(stub: Submission, folder
     for damaged in ("", "{}", whole[:100], whole.replace('"name": "local"', '"name": "elsewhere"'), '{"place": ' * 5_000):
         record.write_text(damaged)
         with pytest.raises(ConfigError, match=r"submission\.json"):
+            find("toy")
+    for damaged in (
+        whole.replace('"host"', '"hots"'),
+        re.sub('"pid": [0-9]+', '"pid": "x"', whole),
+        whole.replace('"status": "/', '"status": ["/"], "a": "'),
+    ):
+        assert damaged != whole
+        record.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"submission\.json: damaged; make sure that no job of this run is left .*, remove the file"):
             find("toy")
     record.unlink()
     record.symlink_to("/etc/passwd")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from gentrain import cli
 from gentrain.cluster.submissions import RECORD
 from tests.reliability.leftovers import sessions_ended
 
+PYTHON = sys.executable
 Command = Callable[..., tuple[int, str]]
 TOY = """
 method: flow_matching
@@ -93,6 +96,73 @@ def test_a_record_that_is_damaged_does_not_hide_the_others(gentrain: Command, fo
     status, printed = gentrain("status")
     assert status == 0 and "runs/broken/submission.json: damaged" in printed and "│ toy " in printed
     assert gentrain("status", "broken")[0] == 2
+
+
+def test_a_damaged_record_is_not_written_over_and_says_what_to_do(gentrain: Command) -> None:
+    """It may stand for a job that still runs."""
+    Path("runs/toy").mkdir(parents=True)
+    record = Path("runs/toy", RECORD)
+    record.write_text("{")
+    for command in (["submit", "../toy.yaml", "output=runs/toy"], ["resume", "toy"], ["stop", "toy"], ["logs", "toy"]):
+        status, printed = gentrain(*command)
+        assert status == 2 and "remove the file, then submit the run again" in " ".join(printed.split()) and record.read_text() == "{"
+    record.unlink()
+    assert gentrain("submit", "../toy.yaml", "output=runs/toy")[0] == 0
+
+
+def test_a_directory_that_was_moved_is_not_begun_anew_where_it_was(gentrain: Command, folder: Path) -> None:
+    assert gentrain("submit", "../toy.yaml", "output=runs/toy")[0] == 0
+    _until(gentrain, "toy", "running")
+    assert gentrain("stop", "toy")[0] == 0
+    _until(gentrain, "toy", "stopped")
+    here = folder / "here/runs"
+    (here / "toy").rename(here / "moved")
+    status, printed = gentrain("resume", "moved")
+    assert status == 2 and f"moved was submitted as {here}/toy and would begin anew there; move it back, or" in printed
+    assert f"submit it with output={here}/moved" in printed and not (here / "toy").exists()
+    (here / "moved").rename(here / "toy")
+    Path("elsewhere").symlink_to("runs")
+    assert gentrain("resume", "elsewhere/toy")[0] == 0  # the same directory by another name
+
+
+@pytest.mark.parametrize(
+    "override, message", [("seed=3", "output: .* holds a run with another seed"), ("training.samples=32", "has seen 64 samples already")]
+)
+def test_what_a_directory_cannot_go_on_with_is_told_before_it_is_sent(gentrain: Command, override: str, message: str) -> None:
+    """Not by a job that has waited in a queue, nor does it take the place of what `resume` would send."""
+    assert gentrain("train", "../toy.yaml", "output=runs/toy")[0] == 0
+    assert gentrain("submit", "../toy.yaml", "output=runs/toy")[0] == 0
+    _until(gentrain, "toy", "running")
+    assert gentrain("stop", "toy")[0] == 0
+    _until(gentrain, "toy", "stopped")
+    record = Path("runs/toy", RECORD).read_bytes()
+    status, printed = gentrain("submit", "../toy.yaml", "output=runs/toy", override)
+    assert status == 2 and re.search(message, printed), printed
+    assert Path("runs/toy", RECORD).read_bytes() == record and "seed: 0" in Path("runs/toy/submission/config.yaml").read_text()
+    assert gentrain("submit", "../toy.yaml", "output=runs/toy", "training.samples=128")[0] == 0
+
+
+def test_what_has_printed_nothing_says_how_it_is(gentrain: Command, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "python").write_text("#!/bin/sh\nexit 0\n")
+    assert gentrain("submit", "../toy.yaml", "output=runs/toy")[0] == 0
+    _until(gentrain, "toy", "succeeded")
+    assert gentrain("logs", "toy")[0] == 0 and caplog.messages[-1] == "toy has printed nothing; it is succeeded"
+
+
+@pytest.mark.parametrize("where", ["toy.yaml", "command line"])
+def test_a_mistake_that_a_place_finds_is_told_with_its_file(gentrain: Command, folder: Path, where: str) -> None:
+    submit = "{name: slurm, nodes: 2}"
+    if where == "toy.yaml":
+        (folder / "toy.yaml").write_text(f"{TOY}cluster: {{submit: {submit}}}\n")
+    status, printed = gentrain("submit", "../toy.yaml", "--dry-run", *([f"cluster.submit={submit}"] if where == "command line" else []))
+    assert status == 2 and f"{where}: cluster.submit.nodes: 2 nodes for a run in one process; set cluster.place to ray" in printed
+
+
+def test_a_recipe_is_read_by_a_process_that_has_read_nothing_else() -> None:
+    root = Path(__file__).parents[2]
+    command = [PYTHON, "-m", "gentrain.cli", "submit", "configs/quickstart.yaml", "--dry-run"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "-m gentrain.cli run " in done.stdout, done.stderr
 
 
 def test_a_dry_run_prints_what_would_be_run_and_writes_nothing(gentrain: Command, folder: Path) -> None:
