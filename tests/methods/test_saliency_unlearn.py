@@ -20,7 +20,8 @@ from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.recipes.saliency import Saliency
-from gentrain.training.roles import _hold_the_rest, build_network, load_weights
+from gentrain.training.learning import hold_the_rest
+from gentrain.training.roles import build_network, load_weights
 from gentrain.training.run import RunConfig, parse_run
 from tests.methods.toy import TinyNetwork, batch_of, noise_of
 
@@ -163,4 +164,4 @@ def test_what_would_move_other_weights_is_refused(root: Path, more: dict[str, An
     save_file({"x": torch.ones(2, dtype=torch.uint8)}, root / "other" / MASK)
     run = unlearning(root, "refused", **more)
     with pytest.raises(ConfigError, match=said):
-        _hold_the_rest(run, "model", build_network(run, "model"))
+        hold_the_rest(run, "model", build_network(run, "model"))
