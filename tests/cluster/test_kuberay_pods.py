@@ -49,8 +49,8 @@ class Pod:
         self.environment = os.environ | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "RECORD": str(folder), "POD_IP": "10.0.0.7"}
 
     def here(self, script: str) -> str:
-        for path in ("/tmp/", "/proc/", "/etc/gentrain"):
-            script = script.replace(path, f"{self.folder}/" if path.endswith("/") else str(self.folder))
+        for path in ("/tmp/gentrain.pid", "/tmp/gentrain.stop", "/proc/[0-9]*", "/etc/gentrain"):  # whole: Python itself may lie in /tmp
+            script = script.replace(path, f"{self.folder}/{Path(path).name}" if Path(path).name != "gentrain" else str(self.folder))
         return script
 
     def start(self, script: str, **environment: str) -> subprocess.Popen[str]:
