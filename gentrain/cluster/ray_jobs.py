@@ -218,7 +218,7 @@ class RayJobs(Place):
     def _so_far(self, identity: str) -> Iterator[str]:
         with self._client() as client:
             text = client.get_job_logs(identity)
-        yield from text.splitlines()
+        yield from text.removesuffix("\n").split("\n") if text else ()  # as `_tail` counts them
 
     def _tail(self, identity: str) -> Iterator[str]:
         """Lines as they come. Raises _Disconnected."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -285,6 +286,24 @@ def test_a_cluster_that_is_away_is_waited_for_while_its_log_is_followed(monkeypa
     with pytest.raises(PlaceError, match="no Ray cluster answers"):
         list(RayJobs().logs({"id": "toy"}, follow=True))
     assert not slept
+
+
+def test_lines_of_a_log_so_far_are_those_that_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted: other signs that Python takes for the end of a line would tell some twice."""
+    texts = ["", "a\n", "a\x0cb\u2028c\n\nd", "\n"]
+
+    @contextlib.contextmanager
+    def client(place: RayJobs) -> Iterator[Any]:
+        yield SimpleNamespace(get_job_logs=lambda identity: texts[int(identity)], tail_job_logs=lambda identity: tail(texts[int(identity)]))
+
+    async def tail(text: str) -> AsyncIterator[str]:
+        for start in range(0, len(text), 2):
+            yield text[start : start + 2]
+
+    monkeypatch.setattr(RayJobs, "_client", client)
+    lines = [list(RayJobs()._so_far(str(number))) for number in range(len(texts))]
+    assert lines == [[], ["a"], ["a\x0cb\u2028c", "", "d"], [""]]
+    assert lines == [list(RayJobs()._tail(str(number))) for number in range(len(texts))]
 
 
 @pytest.mark.parametrize(
