@@ -58,7 +58,7 @@ def errors_about(key: str, otherwise: str = "") -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(error.message, key=join(key, error.key)) from error
+        raise ConfigError(error.message, source=error.source, key=join(key, error.key)) from error
     except ValueError as error:
         raise ConfigError(str(error), key=otherwise or key) from error
 

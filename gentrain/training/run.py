@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gentrain.config import ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
+from gentrain.config import ConfigError, Document, build, errors_about, load, load_plugins, option, to_dict, to_yaml
 from gentrain.data.base import Data
 from gentrain.doctor import environment
 from gentrain.methods.base import Method, Trained
@@ -251,22 +251,16 @@ class RunConfig:
     def fit_space(self) -> None:
         """Completes the data set and the path's space with what they take from the items. Raises ConfigError."""
         with self._errors_here():
-            self._about("data", self.data.fit)
+            with errors_about("", otherwise="data"):
+                self.data.fit()
             self.method.fit()
-            self._about("path.space", lambda: self.path.space.fit(self.data))
+            with errors_about("", otherwise="path.space"):
+                self.path.space.fit(self.data)
 
     def check_space(self) -> None:
         """After `fit_space`, before training: raises ConfigError when the data lie outside of the set that the path is confined to."""
-        with self._errors_here():
-            self._about("path.space", lambda: self.path.space.check(self.data))
-
-    @staticmethod
-    def _about(key: str, question: Callable[[], None]) -> None:
-        """A ValueError is about `key`; a ConfigError names its own."""
-        try:
-            question()
-        except ValueError as error:
-            raise ConfigError(str(error), key=key) from error
+        with self._errors_here(), errors_about("", otherwise="path.space"):
+            self.path.space.check(self.data)
 
     @contextmanager
     def _errors_here(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from gentrain.cluster import kubectl as module
 from gentrain.cluster.kuberay import KubeRay
 from gentrain.cluster.places import PlaceError, State
+from tests.cluster.test_kuberay import stand_in
 
 # Call n of `logs` prints log.n, or log, and ends with the status in log.n.status. `get` fails while there is a file `away`.
 _KUBECTL = """#!/bin/bash
@@ -49,12 +49,7 @@ class Pods:
 
 @pytest.fixture
 def pods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pods:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "kubectl").write_text(_KUBECTL)
-    (tmp_path / "bin" / "kubectl").chmod(0o755)
-    (tmp_path / "pods").write_text("pod/a\n")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("RECORD", str(tmp_path))
+    stand_in(tmp_path, monkeypatch, _KUBECTL, "pod/a")
     found = Pods(tmp_path, [State.RUNNING])
     monkeypatch.setattr(KubeRay, "status", lambda self, handle: found.state())
 

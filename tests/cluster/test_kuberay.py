@@ -281,14 +281,19 @@ exit "$(cat "$RECORD/status" 2>/dev/null || echo 0)"
 """
 
 
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str, pod: str) -> None:
+    """Puts the script in kubectl's place; it finds the folder as RECORD, and the name of a pod there."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "kubectl").write_text(script)
+    (folder / "bin" / "kubectl").chmod(0o755)
+    (folder / "pods").write_text(f"{pod}\n")
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(folder))
+
+
 @pytest.fixture
 def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "kubectl").write_text(_KUBECTL)
-    (tmp_path / "bin" / "kubectl").chmod(0o755)
-    (tmp_path / "pods").write_text("pod/head-0\n")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("RECORD", str(tmp_path))
+    stand_in(tmp_path, monkeypatch, _KUBECTL, "pod/head-0")
     monkeypatch.setenv("BUCKET_TOKEN", CANARY)
     yield tmp_path
     assert CANARY not in (tmp_path / "argv").read_text()
