@@ -488,3 +488,17 @@ def test_field_metadata_is_kept_for_the_listing() -> None:
     field = Circle.__dataclass_fields__["radius"]
     assert dict(field.metadata) == {"help": "of the circle", "unit": "m", "source": ""}
     assert config.option.__doc__
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ConfigError("wrong", source="file.yaml", key="shape"), "file.yaml: data.shape: wrong"),
+        (ConfigError("wrong"), "data: wrong"),
+        (ValueError("wrong"), "path: wrong"),
+    ],
+)
+def test_an_error_about_a_part_names_its_key_and_keeps_its_file(error: Exception, said: str) -> None:
+    with pytest.raises(ConfigError) as caught, config.errors_about("data", otherwise="path"):
+        raise error
+    assert str(caught.value) == said
