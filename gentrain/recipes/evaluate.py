@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import PositiveInt, TypeAdapter
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,14 +20,17 @@ from gentrain.data.loader import Loader
 from gentrain.metrics.accuracy import class_accuracy
 from gentrain.metrics.base import Metric
 from gentrain.metrics.distances import distance_metric, energy_distance, frechet_distance, kernel_metric, sliced_wasserstein
+from gentrain.metrics.features import Features
 from gentrain.metrics.neighbours import neighbour_metrics
 from gentrain.models.adapters import digest_of
 from gentrain.recipes.base import Stage
 from gentrain.recipes.controls import condition_error
-from gentrain.recipes.features import apply_network, cached_features
+from gentrain.recipes.features import FeatureSource, apply_network
 from gentrain.recipes.generate import INFO, SAMPLES
 from gentrain.training.roles import load_network, load_weights
 from gentrain.training.run import open_run
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
 NEIGHBOURS = 5  # balls reach up to this one
@@ -37,15 +41,18 @@ NEIGHBOURS = 5  # balls reach up to this one
 class Evaluate(Stage):
     """Compares sets of samples with held-out data: metrics.json.
 
-    With a judge (a trained classifier run): class accuracy, and of its penultimate features the Frechet and the kernel distance, precision,
-    recall, density and coverage; its own accuracy on the held-out data comes last. Without one: sliced Wasserstein and energy distance,
-    precision, recall, density and coverage of the samples themselves. Of samples that were drawn for controls also the condition error.
+    With a judge (a trained classifier run): class accuracy, and its own accuracy on the held-out data, which comes last. Of `features`, or
+    of the judge's penultimate ones: the Frechet and the kernel distance, precision, recall, density and coverage. With neither: sliced
+    Wasserstein and energy distance, precision, recall, density and coverage of the samples themselves. Of samples that were drawn for
+    controls also the condition error.
     """
 
     samples: dict[str, str] = option(help="name -> directory of a generate stage")
-    judge: str | None = option(None, "run of the method `classifier`; null = compare the samples themselves")
+    judge: str | None = option(None, "run of the method `classifier`; null = no class accuracy")
+    features: Features | None = option(None, "network whose features are compared; null = the judge, without one the samples themselves")
     data: Data | None = option(None, "what to compare with; null = the judge's data")
     reference: PositiveInt = option(10_000, "held-out items to compare with, at most", unit="samples")
+    actors: NonNegativeInt = option(0, "size of the Ray fleet that reads features; 0 = in this process, without Ray")
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -53,13 +60,18 @@ class Evaluate(Stage):
         if self.judge is None and self.data is None:
             raise ConfigError("without a judge `data` is needed, to know what to compare the samples with", key="data")
 
+    def settings(self) -> dict[str, Any]:
+        values = super().settings()
+        del values["actors"]
+        return values
+
     def execute(self, directory: Path) -> None:
         data = self.data or open_run(str(self.judge)).data
         held_out = read_held_out(data, self.reference)
         judge = load_judge(self.judge, self.data)[0] if self.judge is not None else None
-        metrics = self._with_judge(judge, held_out) if judge is not None else self._without_judge(held_out)
+        metrics = self._without_features(held_out) if judge is None and self.features is None else self._with_features(judge, held_out)
         metrics += [metric for name, place in self.samples.items() for metric in condition_error(name, place, judge)]
-        settings = {key: value for key, value in to_dict(self).items() if key in ("judge", "samples")}
+        settings = {key: value for key, value in to_dict(self).items() if key in ("judge", "features", "samples")}
         settings |= {"reference": f"{len(held_out['x'])} held-out items"}
         settings |= {"weights": {name: digest for name, place in self.samples.items() if (digest := weights_of(place)) is not None}}
         write_metrics(directory, [self._told(metric) for metric in metrics], settings)
@@ -72,27 +84,47 @@ class Evaluate(Stage):
                 return replace(metric, definition=f"{metric.definition}; drawn with {drawn}")
         return metric
 
-    def _with_judge(self, judge: Any, held_out: dict[str, Tensor]) -> list[Metric]:
+    def _with_features(self, judge: Any, held_out: dict[str, Tensor]) -> list[Metric]:
         metrics = []
-        real = cached_features(str(self.judge), judge, held_out["x"])
-        of = f"of the judge's {real.shape[1]} penultimate features"
+        if self.features is not None:
+            self._refuse_shape(held_out["x"].shape[1:])
+        try:
+            source = FeatureSource(self.judge, self.features, self.actors)
+        except ValueError as error:
+            raise ConfigError(str(error), key="features") from error
+        real = source.read_once(held_out["x"])
+        kind, whose = (self.features, self.features.told) if self.features is not None else (Features, "the judge's")
+        of = f"of {whose} {real.shape[1]} features"
         for name, samples in read_samples(self.samples, held_out["x"].shape[1:]):
-            if (samples["label"] >= 0).any():  # they were drawn of some class
+            if judge is not None and (samples["label"] >= 0).any():  # they were drawn of some class
                 metrics.append(class_accuracy(apply_network(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
-            features = apply_network(judge.features, samples["x"])
-            if min(len(features), len(real)) <= real.shape[1]:
-                raise ConfigError(
-                    f"{len(features)} samples and {len(real)} held-out items are too few for the Frechet distance of {real.shape[1]} "
-                    f"features: it takes more than that of each; draw count={5 * real.shape[1]} or more",
-                    key=f"samples.{name}",
-                )
-            metrics.append(distance_metric(f"Frechet distance, {name}", frechet_distance, features, real, of))
-            metrics.append(kernel_metric(f"kernel distance, {name}", features, real, of))
+            features = source.read(samples["x"])
+            if min(len(features), len(real)) > real.shape[1]:
+                metrics.append(distance_metric(f"{kind.frechet}, {name}", frechet_distance, features, real, of))
+            else:
+                self._too_few(name, len(features), *real.shape)
+            metrics.append(kernel_metric(f"{kind.kernel}, {name}", features, real, of))
             metrics += neighbour_metrics(features, real, name, of, NEIGHBOURS)
+        if judge is None:
+            return metrics
         read = apply_network(judge, held_out["x"]).argmax(1)
         return [*metrics, class_accuracy(read, held_out["label"], "accuracy of the judge on held-out data")]
 
-    def _without_judge(self, held_out: dict[str, Tensor]) -> list[Metric]:
+    def _refuse_shape(self, shape: torch.Size) -> None:
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise ConfigError(f"it reads images with 1 or 3 channels, these samples have the shape {list(shape)}", key="features")
+
+    def _too_few(self, name: str, drawn: int, held_out: int, entries: int) -> None:
+        """Raises ConfigError of a judge; pretrained networks may have more features than there are held-out items."""
+        told = (
+            f"{drawn} samples and {held_out} held-out items are too few for the Frechet distance of {entries} features: "
+            "it takes more than that of each"
+        )
+        if self.features is None:
+            raise ConfigError(f"{told}; draw count={5 * entries} or more", key=f"samples.{name}")
+        log.warning("left out, %s: %s", name, told)
+
+    def _without_features(self, held_out: dict[str, Tensor]) -> list[Metric]:
         real, metrics = held_out["x"].flatten(1), []
         for name, samples in read_samples(self.samples, held_out["x"].shape[1:]):
             x = samples["x"].flatten(1)

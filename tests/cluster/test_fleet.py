@@ -8,14 +8,19 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from gentrain.cluster import session
 from gentrain.cluster.fleet import room, spread
 from gentrain.config import Document, build, load_plugins
+from gentrain.data.digits import Digits
 from gentrain.data.latents import MANIFEST
+from gentrain.metrics.features import ImageEncoder
 from gentrain.recipes.encode import Encode
+from gentrain.recipes.features import FeatureSource
 from tests.models.pipelines import stable_diffusion
+from tests.models.readers import vit
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -67,6 +72,12 @@ def test_results_come_in_order_and_what_a_worker_raises_is_raised() -> None:
         with pytest.raises(ZeroDivisionError, match=r"^Fraction\(1, 0\)$"):
             list(spread(Fraction, (1, 0), "__mul__", calls, actors, "halves"))
         assert list(spread(Fraction, (1, 0), "__mul__", [], actors, "halves")) == []
+
+
+def test_features_are_the_same_whoever_reads_them(tmp_path: Path) -> None:
+    encoder, x = ImageEncoder(str(vit(tmp_path / "vit"))), Digits().split("train").x[:1_100]
+    alone, fleet = (FeatureSource(None, encoder, actors).read(x) for actors in (0, 2))
+    assert alone.shape == (1_100, 16) and torch.equal(alone, fleet)
 
 
 @pytest.mark.parametrize("resources, actors, expected", [
