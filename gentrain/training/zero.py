@@ -226,6 +226,7 @@ def _initialize(config: dict[str, Any], module: nn.Module, optimizer: torch.opti
     import deepspeed
     import deepspeed.ops
 
+    _import_muon()
     # torch renamed two collectives that DeepSpeed calls: one line per step otherwise.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -233,6 +234,17 @@ def _initialize(config: dict[str, Any], module: nn.Module, optimizer: torch.opti
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def _import_muon() -> None:
+    """Every engine imports DeepSpeed's Muon, to ask whether it is used; its decorators would take torch's compiler along, for seconds."""
+    from deepspeed.runtime import compiler
+
+    compiled, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compiled
 
 
 class _DeepSpeedMixin(RoleEngine):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,23 @@ def test_sums_over_all_parameters_of_several_groups_are_refused() -> None:
     engine.partitions *= 2
     with pytest.raises(ConfigError, match=r"optimizer: .*role 'model' in 2 groups.*set engine\.zero_stage to 0"):
         engine._check_sums()
+
+
+def test_an_engine_starts_without_torchs_compiler() -> None:
+    """Which DeepSpeed's Muon would import, seconds of every run's start."""
+    code = """
+import sys
+from torch import nn
+from gentrain.training.optimizers import AdamW
+from gentrain.training.world import join, leave
+from gentrain.training.zero import DeepSpeedEngine
+for stage in (1, 3):
+    engine = DeepSpeedEngine(zero_stage=stage).build("model", nn.Linear(2, 2), AdamW(), join())
+assert "deepspeed.runtime.zero.muon.original_muon" in sys.modules
+print([name for name in ("torch._inductor.compile_fx", "torch._inductor.lowering") if name in sys.modules])
+leave()
+from deepspeed.runtime import compiler
+print(compiler.compile.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.splitlines()[-2:] == ["[]", "deepspeed.runtime.compiler"]
