@@ -5,7 +5,8 @@
 
 State is every tensor that the process can reach between two steps, once per storage, less those of before the run was built; gradients
 are what there is more as a step begins. Activations are what the saved-tensor hooks of autograd count, once per storage and weights aside,
-as the loss of a real step ends.
+as the loss of a real step ends. Peaks are what is there more at the most while a role learns, in whatever operation of a real update makes
+it; on a CPU the host's part of an offloaded step is among it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import socket
 import tempfile
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,7 @@ from rich.table import Table
 
 from gentrain.methods.base import Clock, Update
 from gentrain.noise import Noise
-from gentrain.training.activations import SavedTensors, storage_of
+from gentrain.training.activations import LiveTensors, SavedTensors, storage_of
 from gentrain.training.batches import batches, encoded
 from gentrain.training.memory import Memory, memory_of
 from gentrain.training.roles import Roles
@@ -45,16 +47,21 @@ ENGINES = {
         for precision in ("fp32", "bf16")
         for stage in (1, 2, 3)
     },
+    **{
+        f"ZeRO {stage}, bf16, offloaded": f"{{name: deepspeed, zero_stage: {stage}, precision: bf16, offload_optimizer: true}}"
+        for stage in (1, 2, 3)
+    },
 }
 
 
 @dataclass
 class Found:
-    """Bytes on one rank. gradients, saved: role -> of its dearest update."""
+    """Bytes on one rank. gradients, saved, peak: role -> of its dearest update."""
 
     resting: int
     gradients: dict[str, int]
     saved: dict[str, int]
+    peak: dict[str, int]
 
 
 def reachable() -> dict[int, int]:
@@ -80,26 +87,29 @@ def measure(world: World, run: RunConfig, steps: int = 2) -> Found:
     roles = Roles(run, world)
     gradients: dict[str, int] = {}
     saved: dict[str, int] = {}
+    peak: dict[str, int] = {}
     for step, micro_batches in enumerate(read):
         looked_at = step == steps - 1  # with the optimisers' state
         for update in run.method.updates(clock):
             assert isinstance(update, Update)
             role, there = update.role, reachable() if looked_at else {}
             passes = [(loss, batch) for loss in update.losses for batch in micro_batches]
-            with roles.stepping(role) as nets:
-                for place, (loss, rows) in enumerate(passes):
-                    batch = encoded(rows, run.data, roles.codec, run.seed, world.device)
-                    with SavedTensors({*there, *map(storage_of, batch.values())}) as hooks:
-                        value = loss(nets, batch, Noise(place, batch["index"])).value
-                        saved[role] = max(saved.get(role, 0), hooks.bytes()) if looked_at else 0
-                    roles.engines[role].backward(value, last=place == len(passes) - 1)
-                    del batch, value
-            gradients[role] = sum(reachable().values()) - sum(there.values()) if looked_at else 0
-            roles.engines[role].step(1e-4)
+            with LiveTensors(set(there)) if looked_at else nullcontext() as made:
+                with roles.stepping(role) as nets:
+                    for place, (loss, rows) in enumerate(passes):
+                        batch = encoded(rows, run.data, roles.codec, run.seed, world.device)
+                        with SavedTensors({*there, *map(storage_of, batch.values())}) as hooks:
+                            value = loss(nets, batch, Noise(place, batch["index"])).value
+                            saved[role] = max(saved.get(role, 0), hooks.bytes()) if looked_at else 0
+                        roles.engines[role].backward(value, last=place == len(passes) - 1)
+                        del batch, value
+                gradients[role] = sum(reachable().values()) - sum(there.values()) if looked_at else 0
+                roles.engines[role].step(1e-4)
+            peak[role] = max(peak.get(role, 0), made.peak if made is not None else 0)
             if roles.engines[role].ema is not None:
                 roles.engines[role].update_ema(0.9)
     resting = sum(size for storage, size in reachable().items() if storage not in before)
-    return Found(resting, gradients, saved)
+    return Found(resting, gradients, saved, peak)
 
 
 def compare(world: World, configurations: dict[str, list[str]], root: str) -> dict[str, Found]:
@@ -136,18 +146,27 @@ def spawned(*arguments: Any) -> list[dict[str, Found]]:
 
 def report(title: str, planned: dict[str, Memory], found: list[dict[str, Found]]) -> None:
     """Planned bytes against the most on any rank, in MiB."""
-    table = Table("", "state", "planned", "off by", "gradients", "planned", "activations", "planned", "off by", title=title)
+    columns = ("state", "planned", "off by", "gradients", "planned", "activations", "planned", "off by", "peak", "planned", "off by")
+    table = Table("", *columns, title=title)
     for name, memory in planned.items():
         part = next(part for part in memory.parts if part.held is not None)
         assert part.held is not None and part.activations is not None
-        state = max(each[name].resting for each in found)
-        gradients = max(each[name].gradients["model"] for each in found)
-        saved, expected = max(each[name].saved["model"] for each in found), part.activations.saved + part.gathered
-        mib = [f"{value / 2**20:.1f}" for value in (state, memory.resting, gradients, part.held.gradients, saved, expected)]
+        resting = max(each[name].resting for each in found)
+        gradients, saved, peak = (max(getattr(each[name], what)["model"] for each in found) for what in ("gradients", "saved", "peak"))
+        there, expected = memory.resting + memory.host, part.activations.saved + part.gathered
         table.add_row(
-            name, *mib[:2], f"{100 * (memory.resting / state - 1):+.3f} %", *mib[2:], f"{100 * (expected / saved - 1):+.2f} %"
+            name, *_compared(resting, there, 3), _mib(gradients), _mib(part.held.gradients), *_compared(saved, expected, 2),
+            *_compared(peak, part.learning, 0),
         )  # fmt: skip
-    Console(width=130).print(table)
+    Console(width=150).print(table)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+def _compared(found: int, planned: int, digits: int) -> tuple[str, str, str]:
+    return _mib(found), _mib(planned), f"{100 * (planned / found - 1):+.{digits}f} %"
 
 
 def main(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gentrain.export import METRICS, appearing, cell, refuse_present
 from gentrain.models.adapters import Adapted, OnBase
 from gentrain.models.families.base import Family
+from gentrain.models.families.source import SNAPSHOT
 from gentrain.models.pretrained import PretrainedNetwork
 from gentrain.paths.base import convert_time
 from gentrain.paths.variance_preserving import VariancePreserving
@@ -32,13 +33,13 @@ pipeline = DiffusionPipeline.from_pretrained("{name}")"""
 
 _LORA_USE = """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{origin}")
+pipeline = DiffusionPipeline.from_pretrained({origin})
 pipeline.load_lora_weights("{name}")  # needs peft"""
 
 _CONTROL_USE = """from diffusers import ControlNetModel, {cls}
 
 controlnet = ControlNetModel.from_pretrained("{name}")
-pipeline = {cls}.from_pretrained("{origin}", controlnet=controlnet)"""
+pipeline = {cls}.from_pretrained({origin}, controlnet=controlnet)"""
 
 _LCM_USE = """
 from diffusers import LCMScheduler
@@ -84,7 +85,7 @@ images = pipeline(prompt, sigmas={sigmas}, guidance_scale=1).images  # the guida
 _PEFT_USE = """from diffusers import DiffusionPipeline
 from peft import PeftModel
 
-pipeline = DiffusionPipeline.from_pretrained("{origin}")
+pipeline = DiffusionPipeline.from_pretrained({origin})
 pipeline.{denoiser} = PeftModel.from_pretrained(pipeline.{denoiser}, "{name}")"""
 
 _CARD = (
@@ -226,7 +227,7 @@ def _write_peft(directory: Path, state: dict[str, Tensor], settings: dict[str, A
 
     directory.mkdir(parents=True)
     save_file({f"base_model.model.{name}": value for name, value in state.items()}, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "base_model_name_or_path": family.source.directory, "bias": "none", "inference_mode": True, **settings}
+    config = {"peft_type": "LORA", "base_model_name_or_path": family.source.name, "bias": "none", "inference_mode": True, **settings}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -243,7 +244,10 @@ def _write_card(
     import diffusers
     from huggingface_hub import ModelCard, ModelCardData
 
-    origin = family.source.directory
+    origin, loaded = family.source.name, family.source.call
+    use = use.format(name=name, origin=loaded, denoiser=family.denoiser)
+    if loaded in use and loaded.startswith(SNAPSHOT):
+        use = f"from huggingface_hub import {SNAPSHOT}\n{use}"
     task = "text-to-image" if family.takes_text else "unconditional-image-generation"
     card = ModelCard.from_template(
         ModelCardData(library_name="diffusers", pipeline_tag=task, tags=["gentrain"]),
@@ -255,7 +259,7 @@ def _write_card(
         pipeline=family.source.index["_class_name"],
         gentrain=version("gentrain"),
         diffusers=diffusers.__version__,
-        use=use.format(name=name, origin=origin, denoiser=family.denoiser),
+        use=use,
         licence=licence,
         method=config.get("method", {}).get("name", "not recorded"),
         path=config.get("path", {}).get("name", "not recorded"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from gentrain.config import ConfigError
 from gentrain.noise import Noise, derive
 from gentrain.recipes.export import Export
-from gentrain.recipes.generate import GRID, SAMPLES, Generate
+from gentrain.recipes.generate import GRID, INFO, SAMPLES, Generate
 from gentrain.samplers.ddim import DDIM
 from gentrain.training.loop import train
 from gentrain.training.roles import load_network
@@ -75,11 +75,10 @@ def test_a_pipeline_is_trained_resumed_exported_and_draws_the_same_images(
     tmp_path: Path, family: str, adapter: dict[str, Any] | None
 ) -> None:
     whole = trained(settings(tmp_path, family, "whole", adapter=adapter))
-    if adapter or family == "stable_diffusion":
-        halves = settings(tmp_path, family, "halves", adapter=adapter)
-        trained(halves, stop_at=1)
-        trained(halves)
-        assert records(whole) == records(tmp_path / "halves") and difference(state_of(whole), state_of(tmp_path / "halves")) == 0
+    halves = settings(tmp_path, family, "halves", adapter=adapter)
+    trained(halves, stop_at=1)
+    trained(halves)
+    assert records(whole) == records(tmp_path / "halves") and difference(state_of(whole), state_of(tmp_path / "halves")) == 0
 
     denoiser, run = load_network(whole)
     weights = denoiser.network.merged() if adapter else denoiser.network.state_dict()  # type: ignore[attr-defined]
@@ -147,6 +146,20 @@ def test_samples_are_images_of_the_prompts_that_are_asked_for(tmp_path: Path) ->
         condition = codec.condition(torch.tensor([0, 1, 0]), ["cat", "zoo"])
         again = codec.decode(DDIM(steps=2, guidance=2.0).sample(denoiser, (3, *codec.shape), noise, condition))
     assert torch.equal(x, again)
+    away = Generate(run=str(run), count=3, prompts=["cat", "zoo"], negative_prompt="dog", sampler=DDIM(steps=2, guidance=2.0))
+    away.execute(tmp_path / "away")
+    opened.model.null_prompt = "dog"  # type: ignore[attr-defined]
+    (tmp_path / "told").mkdir()
+    save_config(opened)
+    drawn = load_file(tmp_path / "away" / SAMPLES)["x"]
+    stage.execute(tmp_path / "told")
+    assert torch.equal(drawn, load_file(tmp_path / "told" / SAMPLES)["x"]) and (drawn - x).abs().max() > 1e-3
+    assert json.loads((tmp_path / "away" / INFO).read_text())["negative_prompt"] == "dog"
+    with pytest.raises(ConfigError, match=r"negative_prompt: the sampler draws without guidance"):
+        Generate(run=str(run), prompts=["cat"], negative_prompt="dog").execute(tmp_path / "none")
+    classes = trained(settings(tmp_path, "dit", "classes", adapter=ADAPTER))
+    with pytest.raises(ConfigError, match=r"negative_prompt: this run's network takes classes"):
+        Generate(run=str(classes), negative_prompt="dog", sampler=DDIM(guidance=2.0)).execute(tmp_path / "none")
     with pytest.raises(ConfigError, match="prompts: prompts stand in place of labels"):
         Generate(run=str(run), prompts=["cat"], labels=[0])
 

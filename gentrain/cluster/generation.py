@@ -25,9 +25,9 @@ CHUNK = 100  # samples drawn together. Fixed: results must not depend on how the
 class Generator:
     """Holds a run's generator and draws chunks of its samples. One lives in each actor of a fleet."""
 
-    def __init__(self, directory: str, sampler: dict[str, Any], seed: int):
+    def __init__(self, directory: str, sampler: dict[str, Any], seed: int, negative_prompt: str | None):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.denoiser, self.run = load_network(directory)
+        self.denoiser, self.run = load_network(directory, negative_prompt)
         self.denoiser.network.to(self.device)
         self.codec = self.run.codec().to(self.device)
         # By its settings, not as an object: its class may be of a plugin, which only opening the run has imported here.
@@ -57,6 +57,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     controls: Tensor | None = None,
     decoded: bool = True,
+    negative_prompt: str | None = None,
 ) -> Tensor:
     """Draws one sample per label from the newest checkpoint of a run. Sample i depends on (seed, i, its label), not on `actors`.
 
@@ -64,8 +65,8 @@ def generate(
         labels: [N] int64 classes, or places in `prompts` where these are given; -1 = the null class.
         controls: [N, ...], of a generator that is given one.
         actors: size of the Ray fleet, at most one per core of the cluster; 0 = in this process, without Ray.
-
         decoded: to data; False = as the network draws them, latents or tokens say.
+        negative_prompt: of a network that takes prompts: what guidance leads away from; None = the null prompt.
 
     Returns:
         [N, ...] float32; int64 of tokens.
@@ -80,5 +81,5 @@ def generate(
     parts = [slice(first, first + CHUNK) for first in range(0, len(labels), CHUNK)]
     # clones: a slice would carry the whole storage to every actor
     chunks = [(part.start, labels[part].clone(), prompts, None if controls is None else controls[part].clone(), decoded) for part in parts]
-    arguments = (str(Path(directory).resolve()), to_dict(sampler), seed)
+    arguments = (str(Path(directory).resolve()), to_dict(sampler), seed, negative_prompt)
     return torch.cat(list(spread(Generator, arguments, "draw", chunks, actors, "samples, in hundreds")))

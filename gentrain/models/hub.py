@@ -16,7 +16,7 @@ def files_of(folder: str = "", variant: str | None = None) -> tuple[tuple[str, .
     """Patterns, and patterns of what is left out all the same, of what from_pretrained reads of a folder: from safetensors only."""
     within = f"{folder}/" if folder else ""
     tensors = "*.safetensors" if variant is None else f"*.{variant}*.safetensors"
-    return tuple(within + each for each in (*_TEXTS, tensors)), ("*.*.safetensors",) if variant is None else ()
+    return tuple(within + each for each in (*_TEXTS, tensors)), (f"{within}*.*.safetensors",) if variant is None else ()
 
 
 @cache

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gentrain.models.denoiser import Prediction
 
 _ENCODED_AT_ONCE = 16  # prompts
+_DAMAGED = "its file is damaged, or is of a precision that cannot hold them: download it anew, or take another `variant`"
 _KEPT = 4096  # prompts, on the host: 1 GB of Stable Diffusion 1.5's
 
 
@@ -44,6 +45,7 @@ class Pretrained(Model):
 
     directory: str = option(help="the pipeline: a directory, or a repository on the hub")
     revision: str | None = option(None, "branch, tag or commit of the repository; null = main")
+    subfolder: str | None = option(None, "of the directory or repository, where the pipeline lies in one, such as models/base; null = none")
     variant: str | None = option(None, "of the weights' files, such as fp16; they become float32 either way")
     prompt: str = option("{}", "template of the prompts; {} is the caption, or the name of the class")
     null_prompt: str = option("", "what stands for no condition, in training and in guidance")
@@ -65,11 +67,16 @@ class Pretrained(Model):
 
     @property
     def to_come(self) -> bool:
-        return self.awaited and not FilePath(self.directory).exists()
+        return self.awaited and not FilePath(self.place).exists()
+
+    @property
+    def place(self) -> str:
+        """For messages, and a path where the pipeline is local."""
+        return self.directory if self.subfolder is None else f"{self.directory}/{self.subfolder}"
 
     @cached_property
     def family(self) -> Family:
-        return family_of(Source(self.directory, self.revision, self.variant), self.guidance_input)
+        return family_of(Source(self.directory, self.revision, self.variant, self.subfolder), self.guidance_input)
 
     @cached_property
     def encoder_digest(self) -> str:
@@ -83,9 +90,9 @@ class Pretrained(Model):
         """A `PretrainedNetwork`. Raises ValueError when the shape is not that of its latents or there are more classes than it knows."""
         family = self.family
         if len(shape) != 3 or shape[0] != family.channels:
-            raise ValueError(f"the network of {self.directory} takes latents [{family.channels}, H, W], not samples of shape {shape}")
+            raise ValueError(f"the network of {self.place} takes latents [{family.channels}, H, W], not samples of shape {shape}")
         if not family.takes_text and num_classes > family.num_classes:
-            raise ValueError(f"the network of {self.directory} knows {family.num_classes} classes, the data have {num_classes}")
+            raise ValueError(f"the network of {self.place} knows {family.num_classes} classes, the data have {num_classes}")
         if torch.get_default_device().type == "meta":
             texts = family.text_shapes() if family.takes_text else {}
             return PretrainedNetwork(family, family.source.skeleton(family.denoiser), texts)
@@ -114,7 +121,7 @@ class Pretrained(Model):
         if different := [key for key in mine if mine[key] != theirs[key]]:
             key = different[0]
             raise ValueError(
-                f"{self.directory} and {other.directory} differ in {key} ({mine[key]} and {theirs[key]}), and their networks in what "
+                f"{self.place} and {other.place} differ in {key} ({mine[key]} and {theirs[key]}), and their networks in what "
                 "they read; name pipelines of one kind"
             )
 
@@ -215,14 +222,14 @@ class PretrainedCodec(Codec):
         if self.family.takes_text and data.captions:
             self.names = data.captions
         if not self.family.takes_text and data.captions and not data.class_names:
-            raise ValueError(f"the pipeline in {model.directory} takes classes, and the data have prompts; name data with classes")
+            raise ValueError(f"the pipeline in {model.place} takes classes, and the data have prompts; name data with classes")
         if isinstance(data, Latents):
             data.require(model.encoder_digest)
             self.decoded_shape = (3, *(side * self.family.factor for side in self.shape[1:]))
             return
         factor, grain = self.family.factor, self.family.grain
         if len(self.shape) != 3 or self.shape[0] != 3:
-            raise ValueError(f"the pipeline in {model.directory} is for colour images (3, H, W), the data have shape {self.shape}")
+            raise ValueError(f"the pipeline in {model.place} is for colour images (3, H, W), the data have shape {self.shape}")
         for _, height, width in self.shapes:
             if height % grain or width % grain:
                 raise ValueError(f"images of {height}x{width} pixels are not divisible by {grain}, as its latents need; resize them")
@@ -244,6 +251,8 @@ class PretrainedCodec(Codec):
     @cached_property
     def _vae(self) -> nn.Module:
         vae: nn.Module = self.family.source.load("vae")
+        if broken := next((name for name, p in vae.named_parameters() if not p.isfinite().all()), None):
+            raise ValueError(f"the autoencoder of {self.model.place} has weights that are not finite ({broken}); {_DAMAGED}")
         return vae.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -277,7 +286,7 @@ class PretrainedCodec(Codec):
         with torch.no_grad():
             mean, deviation = self.family.posterior(self._vae, images)
         if not (mean.isfinite().all() and deviation.isfinite().all()):
-            raise ValueError(f"the autoencoder of {self.model.directory} gives latents that are not finite; its weights are damaged")
+            raise ValueError(f"the autoencoder of {self.model.place} gives latents that are not finite; {_DAMAGED}")
         return mean, deviation
 
     def decode(self, x: Tensor) -> Tensor:

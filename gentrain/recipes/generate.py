@@ -41,6 +41,7 @@ class Generate(Stage):
     count: PositiveInt = option(1_000, "samples", unit="samples")
     labels: list[NonNegativeInt] | None = option(None, "classes to draw in turn; null = all of them")
     prompts: list[str] | None = option(None, "what to draw in turn, for a network that takes prompts; null = the labels")
+    negative_prompt: str | None = option(None, "what guidance leads away from; null = the null_prompt of the run's model")
     sampler: Sampler | None = option(None, "null = the run's")
     seed: NonNegativeInt = option(0, "of the noise; sample i is the same whatever the count and the number of actors")
     decoded: bool = option(
@@ -68,6 +69,8 @@ class Generate(Stage):
         codec = run.codec()
         if self.prompts is not None and not codec.takes_prompts:
             raise ConfigError("this run's network takes classes, not prompts; name labels instead", key="prompts")
+        if self.negative_prompt is not None and not codec.takes_prompts:
+            raise ConfigError("this run's network takes classes, not prompts; leave it out", key="negative_prompt")
         classes = len(self.prompts if self.prompts is not None else codec.names)
         asked = self.labels if self.labels is not None else list(range(classes)) or [-1]
         if classes and max(asked) >= classes:
@@ -78,10 +81,12 @@ class Generate(Stage):
             raise ConfigError(
                 "this run's samples have the classes of the held-out items whose controls they take; leave it out", key="labels"
             )
+        if self.negative_prompt is not None and getattr(sampler, "guidance", 1.0) == 1.0:
+            raise ConfigError("the sampler draws without guidance, which alone reads it; set sampler.guidance", key="negative_prompt")
         found, controls = controls_of(run, labels)
         labels = found if self.prompts is None else labels
         weights = digest_of(load_weights(self.run))  # before: of a run that trains on, they are told to be of former weights at worst
-        x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts, controls, self.decoded)
+        x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts, controls, self.decoded, self.negative_prompt)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / INFO).unlink(missing_ok=True)  # whatever is killed here, it never tells of other samples
         save_file({"x": x, "label": labels} | ({} if controls is None else {CONTROL: controls}), directory / SAMPLES)
@@ -91,6 +96,7 @@ class Generate(Stage):
             save_grid(images[: self.grid], directory / GRID, self.columns)
         info = {"run": to_dict(self)["run"], "count": self.count, "seed": self.seed, "sampler": to_dict(sampler)}
         info["names"] = list(self.prompts if self.prompts is not None else codec.names)  # what the labels stand for
+        info["negative_prompt"] = self.negative_prompt
         info["drawn"], info["other_law"] = sampler.told, sampler.other_law
         info["weights"] = weights  # training refuses samples of other weights than its reference has
         (directory / INFO).write_text(json.dumps(info, indent=1))

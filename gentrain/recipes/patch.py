@@ -72,12 +72,12 @@ class Patch(Stage):
         save_grid(torch.cat([before, patched, after]), directory / GRID, len(self.prompts))
         digest = family.source.digest((family.denoiser,))
         told = {
-            "version": self.version, "adapter": adapter, "pipeline": family.source.directory, "component": family.denoiser,
+            "version": self.version, "adapter": adapter, "pipeline": family.source.name, "component": family.denoiser,
             "sha256": digest, "check": {"prompts": self.prompts, "seed": self.seed, "changed": changed, "rolled_back": restored},
         }  # fmt: skip
         (directory / PATCH).write_text(json.dumps(told, indent=1))
         section = _CARD.format(
-            version=self.version, denoiser=family.denoiser, origin=family.source.directory, digest=digest[:12], name=directory.name,
+            version=self.version, denoiser=family.denoiser, origin=family.source.name, digest=digest[:12], name=directory.name,
             adapter=adapter, count=len(self.prompts), changed=changed,
         )  # fmt: skip
         card = directory / CARD

@@ -390,14 +390,18 @@ def _load_above(run: RunConfig, role: str) -> OnBase:
     return module
 
 
-def load_network(directory: str | Path) -> tuple[Any, RunConfig]:
+def load_network(directory: str | Path, null_prompt: str | None = None) -> tuple[Any, RunConfig]:
     """A run's generator as a Denoiser or a TokenModel (a bare network of a method without one), in evaluation mode; its configuration.
+
+    null_prompt: what stands for no condition, of a network that takes prompts; None = as in the run.
 
     Raises ConfigError when the run has no checkpoint, CheckpointError when that is damaged.
     """
     run = open_run(directory)
     names = [name for name, role in run.method.roles.items() if isinstance(role, Trained)]
     role = run.method.generator or names[0]
+    if null_prompt is not None:
+        run.model_of(role).null_prompt = null_prompt  # type: ignore[attr-defined]
     weights = load_weights(str(directory)) if run.part_of(role) is None or run.storage.latest() is None else None
     if weights is None:
         module: nn.Module = _load_above(run, role)

@@ -199,12 +199,12 @@ PIPELINES: dict[str, Callable[..., Path]] = {
 }
 
 
-def call(pipeline: Any, side: int, steps: int, guidance: float) -> Any:
+def call(pipeline: Any, side: int, steps: int, guidance: float, **more: Any) -> Any:
     """Draws PROMPTS, or classes 0 and 1, with a pipeline: [2, side, side, 3] in [0, 1], from the same latents each time."""
     pipeline.set_progress_bar_config(disable=True)
     known = inspect.signature(pipeline.__call__).parameters
     what: dict[str, Any] = {"class_labels": [0, 1]} if "class_labels" in known else {"prompt": PROMPTS, "height": side, "width": side}
-    what |= {key: False for key in ("clean_caption", "use_resolution_binning") if key in known}
+    what |= {key: False for key in ("clean_caption", "use_resolution_binning") if key in known} | more
     generator = torch.manual_seed(3)
     return pipeline(**what, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="np").images
 

@@ -40,9 +40,9 @@ class Opened:
     denoiser: Denoiser
 
 
-def opened(directory: Path) -> Opened:
+def opened(directory: Path, **settings: Any) -> Opened:
     data = build(Data, Document(images(directory.parent / "images", SIDES.get(directory.name, SIDE)), "test"))  # type: ignore[type-abstract]
-    model = Pretrained(str(directory))
+    model = Pretrained(str(directory), **settings)
     codec = model.codec(data)
     network = model.build(codec.shape, len(data.class_names)).eval()
     pipeline = DiffusionPipeline.from_pretrained(directory)
@@ -65,7 +65,7 @@ class Step:
     after: Tensor
 
 
-def steps_of(opened: Opened, guidance: float) -> tuple[list[Step], Tensor]:
+def steps_of(opened: Opened, guidance: float, **more: Any) -> tuple[list[Step], Tensor]:
     """The steps that the pipeline takes for PROMPTS, and the images [B, 3, H, W] in [0, 1] that it comes to."""
     pipeline, steps, side = opened.pipeline, [], SIDES.get(opened.directory.name, SIDE)
     inner = pipeline.scheduler.step
@@ -81,7 +81,7 @@ def steps_of(opened: Opened, guidance: float) -> tuple[list[Step], Tensor]:
 
     pipeline.scheduler.step = step
     try:
-        made = call(pipeline, side, STEPS, guidance)
+        made = call(pipeline, side, STEPS, guidance, **more)
     finally:
         pipeline.scheduler.step = inner
     return steps, torch.as_tensor(made).permute(0, 3, 1, 2)
@@ -96,27 +96,42 @@ def test_predictions_take_the_steps_of_the_pipelines_own_scheduler(family: Opene
     """Prompts, guidance with the empty prompt, times, latents: what the pipeline computes from its first latents to its image."""
     family.model.family.guidance_input = GUIDANCE
     steps, made = steps_of(family, GUIDANCE)
-    guidance = 1.0 if family.model.family.registered_name == "flux" else GUIDANCE  # of which it is an input
-    path, denoiser = family.denoiser.path, family.denoiser
     assert len(steps) == STEPS and steps[0].x.shape[1:] == family.codec.shape
+    check_steps(family, steps)
     with torch.no_grad():
-        for step, following in zip(steps, [*steps[1:], None]):
-            t = torch.full((2,), step.t / 1000 if isinstance(path, RectifiedFlow) else step.t)
-            x0 = guided_x0(denoiser, step.x, t, condition_of(family), guidance)
-            alpha, sigma = path.alpha(t[:1]), path.sigma(t[:1])
-            eps = (step.x - alpha * x0) / sigma
-            if isinstance(path, RectifiedFlow):
-                to = following.t / 1000 if following else 0.0
-                after = step.x + (to - t[0]) * (eps - x0)
-            else:
-                product = family.pipeline.scheduler.alphas_cumprod
-                to = step.t - 1000 // STEPS
-                bar = product[int(to)] if to >= 0 else family.pipeline.scheduler.final_alpha_cumprod
-                after = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
-                torch.testing.assert_close(alpha[0] ** 2, product[int(step.t)].float(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(after, step.after, rtol=1e-3, atol=2e-4)
         decoded = family.codec.decode(steps[-1].after)
     torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), made, rtol=1e-4, atol=1e-4)
+
+
+def check_steps(opened: Opened, steps: list[Step]) -> None:
+    """They are those that the Denoiser's predictions give."""
+    guidance = 1.0 if opened.model.family.registered_name == "flux" else GUIDANCE  # of which it is an input
+    path, scheduler = opened.denoiser.path, opened.pipeline.scheduler
+    for step, following in zip(steps, [*steps[1:], None]):
+        t = torch.full((2,), step.t / 1000 if isinstance(path, RectifiedFlow) else step.t)
+        with torch.no_grad():
+            x0 = guided_x0(opened.denoiser, step.x, t, condition_of(opened), guidance)
+        alpha, sigma = path.alpha(t[:1]), path.sigma(t[:1])
+        eps = (step.x - alpha * x0) / sigma
+        if isinstance(path, RectifiedFlow):
+            to = following.t / 1000 if following else 0.0
+            after = step.x + (to - t[0]) * (eps - x0)
+        else:
+            product = scheduler.alphas_cumprod
+            to = step.t - 1000 // STEPS
+            bar = product[int(to)] if to >= 0 else scheduler.final_alpha_cumprod
+            after = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
+            torch.testing.assert_close(alpha[0] ** 2, product[int(step.t)].float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(after, step.after, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("flux", "dit")])  # which have none
+def test_a_negative_prompt_is_what_stands_for_no_condition(tmp_path: Path, name: str) -> None:
+    made = opened(PIPELINES[name](tmp_path / name), null_prompt="zoo")
+    steps, _ = steps_of(made, GUIDANCE, negative_prompt=["zoo", "zoo"])
+    check_steps(made, steps)
+    without, _ = steps_of(made, GUIDANCE)
+    assert (without[0].after - steps[0].after).abs().max() > 1e-3  # ten times what would pass
 
 
 def test_sdxl_is_told_the_height_of_an_image_before_its_width(tmp_path: Path) -> None:
@@ -267,6 +282,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing component": (lambda d: _index(d, text_encoder=[None, None]), "has no text_encoder, only .*unet"),
     "other autoencoder": (lambda d: _config(d, "vae", latent_channels=16), "makes latents of 16 channels, its unet takes 4; .*pipelines"),
     "missing files": (lambda d: _without(d, "vae"), "vae/config.json cannot be read"),
+    "other network": (lambda d: _index(d, unet=["diffusers", "DiTTransformer2DModel"]), "unet is a DiTTransformer2DModel, not a UNet2D"),
+    "other texts": (lambda d: _config(d, "text_encoder", hidden_size=24), "make texts 24 wide, its unet takes 16; .*two pipelines"),
     "foreign class": (lambda d: _index(d, unet=["mine", "UNet"]), "unet .* is mine.UNet, no class of this version"),
 }  # fmt: skip
 
@@ -278,6 +295,18 @@ def test_a_damaged_pipeline_is_told_as_the_configuration_loads(tmp_path: Path, m
     damage(directory)
     with pytest.raises(ConfigError, match=rf"model: .*{said}"):
         run_of(_run(directory))
+
+
+@pytest.mark.parametrize(
+    "name, component, width",
+    [("stable_diffusion_xl", "text_encoder_2", "hidden_size"), ("stable_diffusion_3", "text_encoder_3", "d_model"),
+     ("flux", "text_encoder_2", "d_model"), ("pixart_sigma", "text_encoder", "d_model"), ("sana", "text_encoder", "hidden_size")],
+)  # fmt: skip
+def test_text_encoders_of_another_pipeline_are_told(tmp_path: Path, name: str, component: str, width: str) -> None:
+    directory = PIPELINES[name](tmp_path / name)
+    _config(directory, component, **{width: 24})
+    with pytest.raises(ValueError, match=r"the text encoders in .* make texts \d+ wide, its .* takes \d+; they are parts of two pipelines"):
+        Pretrained(str(directory))
 
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:

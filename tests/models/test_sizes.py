@@ -63,6 +63,23 @@ def test_cross_attention_alone_is_a_twentieth_of_stable_diffusion(root: Path) ->
     assert learn == 2 * 768 * (320 * (2 + 3) + 640 * (2 + 3) + 1280 * (2 + 1 + 3)) and 0.02 < learn / whole < 0.03
 
 
+@pytest.mark.parametrize("make", [stable_diffusion_xl, stable_diffusion_3, flux])
+def test_state_of_published_sizes(root: Path, make: Callable[[Path], None]) -> None:
+    """8 processes at ZeRO 2 in bf16: whole, and an adapter of rank 16 on a network below in half precision."""
+    engine = {"engine": {"name": "deepspeed", "zero_stage": 2, "precision": "bf16"}, "optimizer": {"name": "adamw", "lr": 1e-5}}
+    whole, adapted = run(root, make, **engine), run(root, make, **engine, adapter={"rank": 16})
+    for each, below in ((whole, 0), (adapted, 1)):
+        parts = {part.name: part for part in memory_of(each).parts}
+        total, learn = count_parameters(each, "model")
+        model = parts["model"]
+        assert model.held is not None and model.activations is not None and model.activations.assumed == ""
+        # weights in half precision, masters, moments and average in float32, shared out over the processes
+        assert model.held.weights + model.held.optimizer + model.held.average == pytest.approx(2 * learn + 16 * learn / 8, rel=0.01)
+        assert sum(part.weights for name, part in parts.items() if name.startswith("below")) == 2 * total * below
+        codec = {name: sum(4 * p.numel() for p in each.parameters()) for name, each in whole.codec().skeletons().items()}
+        assert {name: parts[name].weights for name in codec} == codec and len(codec) == {flux: 3, stable_diffusion_3: 4}.get(make, 3)
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_plan_of_the_size_of_stable_diffusion(root: Path, offload: bool) -> None:
     """8 processes at ZeRO 2 in bf16, one image of 512 x 512 pixels each."""

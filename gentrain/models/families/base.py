@@ -24,7 +24,7 @@ class Family(Component, kind="family"):
 
     Attributes:
         pipelines: names of diffusers' classes, as model_index.json has them.
-        denoiser: the component that learns.
+        denoiser: the component that learns. network: its class, of diffusers.
         takes_text: its conditions are prompts; else classes, of which `num_classes` tells the number.
         text_components: what turns prompts into conditions; optional_components: what helps them where the pipeline has it.
         guidance_input: what a network that reads the guidance weight is told.
@@ -34,6 +34,7 @@ class Family(Component, kind="family"):
 
     pipelines: ClassVar[tuple[str, ...]]
     denoiser: ClassVar[str] = "transformer"
+    network: ClassVar[str]
     takes_text: ClassVar[bool] = True
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     optional_components: ClassVar[tuple[str, ...]] = ()
@@ -46,10 +47,20 @@ class Family(Component, kind="family"):
         self.vae_config = source.read("vae/config.json")
         for component in (self.denoiser, "vae", "scheduler", *(self.text_components if self.takes_text else ())):
             source.component_class(component)
+        if (found := source.component_class(self.denoiser).__name__) != self.network:
+            raise ValueError(
+                f"{source.name} is a {self.pipelines[0]} whose {self.denoiser} is a {found}, not a {self.network}; name another"
+            )
         if self.channels != self.denoiser_channels:
             raise ValueError(
-                f"the autoencoder in {source.directory} makes latents of {self.channels} channels, its {self.denoiser} takes "
+                f"the autoencoder in {source.name} makes latents of {self.channels} channels, its {self.denoiser} takes "
                 f"{self.denoiser_channels}; they are parts of two pipelines"
+            )
+        given, taken = self.widths() if self.takes_text else (0, 0)
+        if given != taken:
+            raise ValueError(
+                f"the text encoders in {source.name} make texts {given} wide, its {self.denoiser} takes {taken}; they are parts of two "
+                "pipelines"
             )
 
     def law(self) -> tuple[Path, Prediction]:
@@ -130,6 +141,10 @@ class Family(Component, kind="family"):
         """Of one row without condition, for which `prompt` stands."""
         return self.texts(pipeline, [prompt], device)
 
+    def widths(self) -> tuple[int, int]:
+        """Of a token of text: what the text encoders give, and what the denoiser takes."""
+        raise NotImplementedError
+
     def text_shapes(self) -> Texts:
         """`texts` of one prompt as tensors without numbers (on the meta device): what the configurations say of them."""
         raise NotImplementedError
@@ -152,4 +167,4 @@ def family_of(source: Source, guidance_input: float = 1.0) -> Family:
         if name in family.pipelines:
             return family(source, guidance_input)
     known = ", ".join(pipeline for family in Family.available().values() for pipeline in family.pipelines)
-    raise ValueError(f"{source.directory} is a {name}, a pipeline of no family that is known here; known: {known}")
+    raise ValueError(f"{source.name} is a {name}, a pipeline of no family that is known here; known: {known}")

@@ -13,6 +13,7 @@ class DiT(Family):
     """DiTTransformer2DModel on 4 channels of latents; of its 8 output channels the last 4, the learned variance, are left aside."""
 
     pipelines = ("DiTPipeline",)
+    network = "DiTTransformer2DModel"
     takes_text = False
 
     @property

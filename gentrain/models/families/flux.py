@@ -24,6 +24,7 @@ class Flux(Family):
     """
 
     pipelines = ("FluxPipeline",)
+    network = "FluxTransformer2DModel"
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
 
     @property
@@ -55,6 +56,9 @@ class Flux(Family):
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         prompt, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=device)
         return {"prompt": prompt, "pooled": pooled}
+
+    def widths(self) -> tuple[int, int]:
+        return self.source.read("text_encoder_2/config.json")["d_model"], self.config["joint_attention_dim"]
 
     def text_shapes(self) -> Texts:
         prompt = torch.empty(1, _T5_TOKENS, self.config["joint_attention_dim"], device="meta")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from gentrain.paths.base import Path
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+# Those whose steps were compared with a Denoiser's; others may change the betas by keys of their own.
+_KNOWN = frozenset({
+    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler",
+    "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+})  # fmt: skip
 _SIGMA_DATA = 1.0  # latents are scaled to about unit variance
 
 
@@ -21,7 +30,11 @@ def law_of(scheduler: type, config: dict[str, Any]) -> tuple[Path, Prediction]:
 
     Raises ValueError for a scheduler that means neither a variance preserving path nor a rectified flow.
     """
-    complete = dict(scheduler.from_config(config).config)  # type: ignore[attr-defined]  # with the class' own defaults
+    if scheduler.__name__ not in _KNOWN:
+        known = ", ".join(sorted(_KNOWN))
+        raise ValueError(f"the pipeline's scheduler {scheduler.__name__} means no path that is known here; known: {known}")
+    taken = inspect.signature(scheduler).parameters.items()
+    complete = {name: value.default for name, value in taken if value.default is not inspect.Parameter.empty} | config
     if scheduler.__name__.startswith("FlowMatch"):
         return RectifiedFlow(shift=complete.get("shift") or 1.0, sigma_data=_SIGMA_DATA), "velocity"
     if complete.get("prediction_type") == "flow_prediction":

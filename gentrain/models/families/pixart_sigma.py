@@ -19,6 +19,7 @@ class PixArtSigma(Family):
     """PixArtTransformer2DModel with T5; of its 8 output channels the last 4, the learned variance, are left aside."""
 
     pipelines = ("PixArtSigmaPipeline",)
+    network = "PixArtTransformer2DModel"
 
     def predict(self, network: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         output: Tensor = network(
@@ -34,6 +35,9 @@ class PixArtSigma(Family):
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         prompt, mask, _, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, device=device)
         return {"prompt": prompt, "mask": mask}
+
+    def widths(self) -> tuple[int, int]:
+        return self.source.read("text_encoder/config.json")["d_model"], self.config["caption_channels"]
 
     def text_shapes(self) -> Texts:
         prompt = torch.empty(1, _TOKENS, self.config["caption_channels"], device="meta")

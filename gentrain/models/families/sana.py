@@ -23,6 +23,7 @@ class Sana(Family):
     """
 
     pipelines = ("SanaPipeline",)
+    network = "SanaTransformer2DModel"
 
     @property
     def factor(self) -> int:
@@ -53,6 +54,9 @@ class Sana(Family):
             list(prompts), do_classifier_free_guidance=False, device=device, complex_human_instruction=instruction
         )
         return {"prompt": prompt, "mask": mask}
+
+    def widths(self) -> tuple[int, int]:
+        return self.source.read("text_encoder/config.json")["hidden_size"], self.config["caption_channels"]
 
     def text_shapes(self) -> Texts:
         prompt = torch.empty(1, _TOKENS, self.config["caption_channels"], device="meta")

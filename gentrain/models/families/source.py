@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ import torch
 from gentrain.models.hub import fetched, files_of
 
 INDEX = "model_index.json"
-_REMEDY = "name a directory that save_pretrained of a diffusers pipeline wrote, or a repository on the hub"
+_REMEDY = (
+    "name a directory that save_pretrained of a diffusers pipeline wrote, or a repository on the hub, and in `subfolder` the folder of it "
+    "where the pipeline lies in one"
+)
+_SHOWN = 5  # folders in a message
+SNAPSHOT = "snapshot_download"  # of huggingface_hub
 _LIBRARIES = ("diffusers", "transformers")  # whose classes are loaded; a repository's own code never is
 _to_come: ContextVar[tuple[Path, ...]] = ContextVar("directories that the recipe being read will write", default=())
 _WEIGHTLESS = ("tokenizer", "scheduler", "feature_extractor", "image_processor")  # ends or begins the name of what has no weights
@@ -30,59 +36,93 @@ class Source:
     Args:
         directory: local, or the name of a repository on the hub.
         revision: of the repository; None = its main branch. variant: of the files, such as "fp16"; None = the plain ones.
+        subfolder: of the directory or repository, in which the pipeline lies, with slashes; None = the pipeline is all of it.
 
     Every function raises ValueError, which names the file and the remedy.
     """
 
-    def __init__(self, directory: str, revision: str | None = None, variant: str | None = None):
-        self.directory, self.revision, self.variant = directory, revision, variant
+    def __init__(self, directory: str, revision: str | None = None, variant: str | None = None, subfolder: str | None = None):
+        self.directory, self.revision, self.variant, self.subfolder = directory, revision, variant, subfolder
+        if subfolder is not None and (PurePosixPath(subfolder).is_absolute() or {"..", "."} & {*subfolder.split("/")} or not subfolder):
+            raise ValueError(f"subfolder {subfolder!r} is no folder in {directory}; write its path from there, such as models/base")
         if self.is_local and revision is not None:
             raise ValueError(f"{directory} is a directory, which has no revisions; leave out `revision`")
+        if self.is_local and not self._root.is_dir():
+            raise ValueError(f"{directory} has no folder {subfolder}, which `subfolder` names; {self._pipelines_within()}")
         if not self.is_local and Path(directory).exists():
             raise ValueError(f"{directory} is a file; convert it with from_single_file and save_pretrained of diffusers; {_REMEDY}")
-        if not self.is_local and directory.startswith((".", "/")):
+        if not self.is_local and (directory.startswith((".", "/")) or directory.count("/") > 1):
             raise ValueError(f"there is no directory {directory}; {_REMEDY}")
+
+    @property
+    def name(self) -> str:
+        """For messages, and a path where it is local."""
+        return self.directory if self.subfolder is None else f"{self.directory}/{self.subfolder}"
+
+    @property
+    def call(self) -> str:
+        """Python: the arguments with which from_pretrained of a pipeline loads it; it may begin with SNAPSHOT."""
+        revision = "" if self.revision is None else f", revision={json.dumps(self.revision)}"
+        if self.is_local or self.subfolder is None:
+            return f"{json.dumps(self.name, ensure_ascii=False)}{revision}"
+        repository, patterns = json.dumps(self.directory), json.dumps(f"{glob.escape(self.subfolder)}/*")
+        return f"{SNAPSHOT}({repository}{revision}, allow_patterns={patterns}) + {json.dumps(f'/{self.subfolder}')}"
 
     @property
     def is_local(self) -> bool:
         return Path(self.directory).is_dir()
+
+    @property
+    def _root(self) -> Path:
+        """Of a local one."""
+        return Path(self.directory, self.subfolder or "")
+
+    def _pipelines_within(self) -> str:
+        found = sorted(str(path.parent.relative_to(self.directory)) for path in Path(self.directory).glob(f"*/**/{INDEX}"))
+        return f"pipelines lie in {', '.join(found[:_SHOWN])}" if found else _REMEDY
 
     @cached_property
     def index(self) -> dict[str, Any]:
         """model_index.json."""
         index = self.read(INDEX)
         if not isinstance(index.get("_class_name"), str):
-            raise ValueError(f"{self.directory}/{INDEX} names no pipeline of diffusers itself (_class_name: {index.get('_class_name')!r})")
+            raise ValueError(f"{self.name}/{INDEX} names no pipeline of diffusers itself (_class_name: {index.get('_class_name')!r})")
         return index
 
     def read(self, file: str) -> dict[str, Any]:
         """A JSON file of the pipeline, such as unet/config.json."""
         try:
-            content = json.loads(self._local(file).read_text(encoding="utf-8"))
+            content = json.loads((self._folder((file,)) / file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.directory}/{file} cannot be read ({_brief(error)}); {_REMEDY}") from error
+            remedy = f"{self._pipelines_within()}; set `subfolder`" if file == INDEX and self.is_local and not self.subfolder else _REMEDY
+            raise ValueError(f"{self.name}/{file} cannot be read ({_brief(error)}); {remedy}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{self.directory}/{file} holds no mapping; download the pipeline anew")
+            raise ValueError(f"{self.name}/{file} holds no mapping; download the pipeline anew")
         return content
 
-    def _local(self, file: str) -> Path:
+    def _folder(self, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
+        """Where the pipeline lies on this machine, after those of its files that match, `without` aside, were fetched from the hub."""
         if self.is_local:
-            return Path(self.directory, file)
-        return fetched(self.directory, self.revision, (file,)) / file
+            return self._root
+        within = "" if self.subfolder is None else f"{glob.escape(self.subfolder)}/"
+        wanted, unwanted = (tuple(f"{within}{pattern}" for pattern in each) for each in (patterns, without))
+        return fetched(self.directory, self.revision, wanted, unwanted) / (self.subfolder or "")
 
     def digest(self, components: Sequence[str]) -> str:
         """SHA-256 that tells these components from others: of their files, or of the repository's commit."""
         digest = hashlib.sha256()
+        root = self._folder((INDEX,))
         if not self.is_local:
-            digest.update(f"{self.directory} {self._local(INDEX).parent.name} {self.variant}".encode())
+            commit = root.parents[len(PurePosixPath(self.subfolder).parts) - 1] if self.subfolder else root
+            digest.update(f"{self.name} {commit.name} {self.variant}".encode())
             return digest.hexdigest()
-        for file in sorted(path for component in components for path in Path(self.directory, component).rglob("*") if path.is_file()):
+        for file in sorted(path for component in components for path in (root / component).rglob("*") if path.is_file()):
             with file.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()
             if file.name == "config.json" and "_name_or_path" in (config := json.loads(file.read_text(encoding="utf-8"))):
                 del config["_name_or_path"]  # where it was loaded from: diffusers adds it as it saves a copy
                 found = hashlib.sha256(f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode()).hexdigest()
-            digest.update(f"{file.relative_to(self.directory)} {found}\n".encode())
+            digest.update(f"{file.relative_to(root)} {found}\n".encode())
         return digest.hexdigest()
 
     def component_class(self, component: str) -> Any:
@@ -90,11 +130,11 @@ class Source:
         library, name = (*(self.index.get(component) or ()), None, None)[:2]
         if library is None or name is None:
             present = ", ".join(key for key, value in self.index.items() if isinstance(value, list) and value[0])
-            raise ValueError(f"the pipeline in {self.directory} has no {component}, only {present}; complete it, or name another")
+            raise ValueError(f"the pipeline in {self.name} has no {component}, only {present}; complete it, or name another")
         cls = getattr(import_module(library), name, None) if library in _LIBRARIES else None
         if not hasattr(cls, "from_pretrained"):
             known = " or ".join(_LIBRARIES)
-            raise ValueError(f"{component} of the pipeline in {self.directory} is {library}.{name}, no class of this version of {known}")
+            raise ValueError(f"{component} of the pipeline in {self.name} is {library}.{name}, no class of this version of {known}")
         return cls
 
     def load(self, component: str) -> Any:
@@ -102,11 +142,10 @@ class Source:
         weights = {} if any(word in component for word in _WEIGHTLESS) else {
             "dtype": torch.float32, "use_safetensors": True, "variant": self.variant,
         }  # fmt: skip
-        with torch.device("cpu"), _telling(f"{component} of the pipeline in {self.directory}"):
+        with torch.device("cpu"), _telling(f"{component} of the pipeline in {self.name}"):
             cls = self.component_class(component)
-            if not self.is_local:
-                fetched(self.directory, self.revision, *files_of(component, self.variant))
-            return cls.from_pretrained(self.directory, subfolder=component, revision=self.revision, local_files_only=True, **weights)
+            folder = self._folder(*files_of(component, self.variant))
+            return cls.from_pretrained(folder, subfolder=component, local_files_only=True, **weights)
 
     def skeleton(self, component: str) -> Any:
         """The component as its configuration says, without its weights: of use on the meta device."""
@@ -119,12 +158,19 @@ class Source:
 
         cls = getattr(diffusers, self.index["_class_name"])
         needed = [key for key, value in self.index.items() if isinstance(value, list) and value[0] and key not in components]
-        if missing := [key for key in needed if self.is_local and not Path(self.directory, key).is_dir()]:
-            raise ValueError(f"{self.directory} has no folder {missing[0]}, which its {INDEX} names; download the pipeline anew")
-        with torch.device("cpu"), _quiet(), _telling(f"the pipeline in {self.directory}"):
-            return cls.from_pretrained(
-                self.directory, revision=self.revision, variant=self.variant, dtype=torch.float32, use_safetensors=True, **components
-            )
+        with torch.device("cpu"), _quiet(), _telling(f"the pipeline in {self.name}"):
+            folder = self._parts(needed, self.variant)
+            if self.variant is not None:  # diffusers takes the plain files of components that have no others
+                folder = self._parts([key for key in needed if not any((folder / key).glob(f"*.{self.variant}*"))], None)
+        if missing := [key for key in needed if not (folder / key).is_dir()]:
+            raise ValueError(f"{self.name} has no folder {missing[0]}, which its {INDEX} names; download the pipeline anew")
+        with torch.device("cpu"), _quiet(), _telling(f"the pipeline in {self.name}"):
+            return cls.from_pretrained(folder, variant=self.variant, dtype=torch.float32, use_safetensors=True, **components)
+
+    def _parts(self, components: Sequence[str], variant: str | None) -> Path:
+        """`_folder` with these components."""
+        found = [files_of(component, variant) for component in components]
+        return self._folder([INDEX, *(each for wanted, _ in found for each in wanted)], [each for _, left in found for each in left])
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ class StableDiffusion(Family):
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    network = "UNet2DConditionModel"
     denoiser = "unet"
     time_embedding = "time_embedding"
 
@@ -41,6 +42,10 @@ class StableDiffusion(Family):
 
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         return {"prompt": pipeline.encode_prompt(list(prompts), device, 1, False)[0]}
+
+    def widths(self) -> tuple[int, int]:
+        encoders = [name for name in self.text_components if name.startswith("text_encoder")]
+        return sum(self.source.read(f"{name}/config.json")["hidden_size"] for name in encoders), self.config["cross_attention_dim"]
 
     def text_shapes(self) -> Texts:
         return {"prompt": torch.empty(1, self._tokens("text_encoder"), self.config["cross_attention_dim"], device="meta")}

@@ -19,6 +19,7 @@ class StableDiffusion3(Family):
     """SD3Transformer2DModel, a rectified flow on 16 channels of latents; two CLIP text encoders and T5, which may be missing."""
 
     pipelines = ("StableDiffusion3Pipeline",)
+    network = "SD3Transformer2DModel"
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     optional_components = ("tokenizer_3", "text_encoder_3")
 
@@ -39,6 +40,11 @@ class StableDiffusion3(Family):
     def texts(self, pipeline: Any, prompts: Sequence[str], device: torch.device) -> Texts:
         prompt, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, None, device=device, do_classifier_free_guidance=False)
         return {"prompt": prompt, "pooled": pooled}
+
+    def widths(self) -> tuple[int, int]:
+        taken: int = self.config["joint_attention_dim"]
+        has_t5 = (self.source.index.get("text_encoder_3") or [None])[0] is not None
+        return self.source.read("text_encoder_3/config.json")["d_model"] if has_t5 else taken, taken
 
     def text_shapes(self) -> Texts:
         tokens = self._tokens("text_encoder") + _T5_TOKENS  # zeros where there is no T5
