@@ -102,7 +102,7 @@ class DeepSpeedEngine(Engine):
     def held(self, parameters: list[nn.Parameter], optimizer: Optimizer, ranks: int, passes: int) -> Held:
         if self.zero_stage == 0:
             weights, state = replicated(parameters, optimizer)
-            copies = min(weights, 4 * _BUCKET) if ranks > 1 else 0
+            copies = min(weights, 4 * _BUCKET)  # flat, whatever the number of ranks
             return Held(weights, state, average=weights, buffers=0, gradients=weights, passing=copies)
         groups = [group["params"] for group in decay_groups(parameters)]
         return self._held_stage_3(groups, optimizer, ranks) if self.zero_stage == 3 else self._held_flat(groups, optimizer, ranks, passes)
@@ -121,8 +121,10 @@ class DeepSpeedEngine(Engine):
                 start += p.numel()
             pieces.append(piece)
         kept, bucket = max(own), size * self._reduced_at_once(total)
+        most = max(p.numel() for group in groups for p in group)
+        norm = 8 * most  # of each gradient, in float64
         if self.offload_optimizer:
-            largest = size * max(p.numel() for group in groups for p in group)  # room for a gradient on its way, here and there
+            largest = size * most  # room for a gradient on its way, here and there
             sums = kept if self.zero_stage == 2 and passes > 1 else 0  # of the passes before
             return Held(
                 weights=size * ranks * sum(pieces),
@@ -131,6 +133,7 @@ class DeepSpeedEngine(Engine):
                 buffers=largest,
                 gradients=0,
                 passing=bucket if self.zero_stage == 2 else bucket + size * total,
+                stepping=bucket + norm,
                 host=(8 + size) * sum(pieces) + largest + sums,  # masters, their gradients, and what is to become weights
             )
         arriving = bucket + (kept if passes > 1 else 0) if self.zero_stage == 2 else bucket + size * total - kept
@@ -141,7 +144,7 @@ class DeepSpeedEngine(Engine):
             buffers=0,
             gradients=kept,
             passing=arriving,
-            stepping=4 * max(pieces),  # the piece's gradients in float32
+            stepping=max(_as_float32(size) * max(pieces), norm),
         )
 
     def _held_stage_3(self, groups: list[list[nn.Parameter]], optimizer: Optimizer, ranks: int) -> Held:
@@ -156,8 +159,9 @@ class DeepSpeedEngine(Engine):
             average=4 * pieces,
             buffers=size * (self._reduced_at_once(total) + (pieces if here else 0)),
             gradients=0,
-            passing=size * max(p.numel() for p in parameters),
-            stepping=4 * min(pieces, _SUB_GROUP) if here else 0,
+            # one as it comes, and the bucket's once more, in the order of the ranks
+            passing=size * (max(p.numel() for p in parameters) + self._reduced_at_once(total)),
+            stepping=_as_float32(size) * min(pieces, _SUB_GROUP) if here else 0,
             host=None if here else (8 + size) * pieces,  # masters, their gradients, and the place of those as they come
         )
 
@@ -198,6 +202,11 @@ def _has(settings: Mapping[str, Any], key: str) -> bool:
 def _merged(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     both = {**config, **settings}
     return {k: {**config[k], **v} if isinstance(v, Mapping) and isinstance(config.get(k), Mapping) else v for k, v in both.items()}
+
+
+def _as_float32(size: int) -> int:
+    """Bytes per gradient of `size` bytes that is made flat, and then float32 where it is not."""
+    return 4 if size == 4 else 4 + size
 
 
 def sharded_bytes(parameters: list[nn.Parameter], itemsize: int, ranks: int) -> int:
