@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,6 +18,7 @@ from gentrain.noise import Noise, derive
 from gentrain.recipes.export import Export
 from gentrain.recipes.generate import GRID, INFO, SAMPLES, Generate
 from gentrain.samplers.ddim import DDIM
+from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import train
 from gentrain.training.roles import load_network
 from gentrain.training.run import save_config
@@ -109,6 +110,23 @@ def test_an_adapter_alone_draws_as_the_merged_pipeline_does(tmp_path: Path, fami
         pipeline.load_lora_weights(adapter)
     assert not torch.allclose(drawn(pipeline, side), before, atol=1e-3)
     torch.testing.assert_close(drawn(pipeline, side), drawn(merged, side), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_is_refused_on_another_pipeline(tmp_path: Path) -> None:
+    """As it goes on, as it is drawn from, and as it is exported in either form."""
+    values = settings(tmp_path, "stable_diffusion", "run", adapter=ADAPTER)
+    run = trained(values)
+    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tmp_path / "stable_diffusion" / "unet")).save_pretrained(
+        tmp_path / "stable_diffusion" / "unet"
+    )
+    said = r"role .model. learnt .* was trained on other weights than those below it now"
+    with pytest.raises(CheckpointError, match=said):
+        trained(values | {"training": values["training"] | {"samples": 12}})
+    with pytest.raises(CheckpointError, match=said):
+        Generate(run=str(run), count=1, prompts=["cat"]).execute(tmp_path / "drawn")
+    for form in ("pipeline", "adapter"):
+        with pytest.raises(CheckpointError, match=said):
+            Export(run=str(run), form=form).write(tmp_path / form)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family, file", [("stable_diffusion", "pytorch_lora_weights.safetensors"), ("dit", "adapter_model.safetensors")])
