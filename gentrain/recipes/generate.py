@@ -81,7 +81,7 @@ class Generate(Stage):
             raise ConfigError(
                 "this run's samples have the classes of the held-out items whose controls they take; leave it out", key="labels"
             )
-        if self.negative_prompt is not None and getattr(sampler, "guidance", 1.0) == 1.0:
+        if self.negative_prompt is not None and sampler.guidance == 1:
             raise ConfigError("the sampler draws without guidance, which alone reads it; set sampler.guidance", key="negative_prompt")
         found, controls = controls_of(run, labels)
         labels = found if self.prompts is None else labels
