@@ -78,7 +78,8 @@ class Source:
         return Path(self.directory, self.subfolder or "")
 
     def _pipelines_within(self) -> str:
-        found = sorted(str(path.parent.relative_to(self.directory)) for path in Path(self.directory).glob(f"*/**/{INDEX}"))
+        near = (path for depth in ("*", "*/*") for path in Path(self.directory).glob(f"{depth}/{INDEX}"))  # no further: it may be a disk
+        found = sorted(path.parent.relative_to(self.directory).as_posix() for path in near)
         return f"pipelines lie in {', '.join(found[:_SHOWN])}" if found else _REMEDY
 
     @cached_property
