@@ -132,6 +132,6 @@ class TorchEngine(Engine):
         weights, state = replicated(parameters, optimizer)
         if ranks == 1:
             return Held(weights, state, average=weights, buffers=0, gradients=weights, passing=0)
-        # Each step leaves its gradients in the buckets; those of the passes before lie beside them until they leave.
-        waiting = weights if passes > 1 else min(weights, max(_BUCKET, *(4 * p.numel() for p in parameters)))
-        return Held(weights, state, average=weights, buffers=weights, gradients=0, passing=waiting)
+        # Each step leaves its gradients in the buckets; those of the passes before, and of buckets that have not left, lie beside them. In
+        # the worst order that is all of them: the middle of a UNet comes last in its parameters, and waits for all before it.
+        return Held(weights, state, average=weights, buffers=weights, gradients=0, passing=weights)

@@ -123,6 +123,8 @@ class DeepSpeedEngine(Engine):
         kept, bucket = max(own), size * self._reduced_at_once(total)
         most = max(p.numel() for group in groups for p in group)
         norm = 8 * most  # of each gradient, in float64
+        copy = bucket if ranks > 1 else 0  # flat, as it is reduced: when the backward has ended, or amid it where not all gradients fit in
+        amid = copy if bucket < size * total else 0
         if self.offload_optimizer:
             largest = size * most  # room for a gradient on its way, here and there
             sums = kept if self.zero_stage == 2 and passes > 1 else 0  # of the passes before
@@ -132,8 +134,8 @@ class DeepSpeedEngine(Engine):
                 average=4 * sum(pieces),
                 buffers=largest,
                 gradients=0,
-                passing=bucket if self.zero_stage == 2 else bucket + size * total,
-                stepping=bucket + norm,
+                passing=amid + (bucket if self.zero_stage == 2 else bucket + size * total),
+                stepping=bucket + max(norm, copy),
                 host=(8 + size) * sum(pieces) + largest + sums,  # masters, their gradients, and what is to become weights
             )
         arriving = bucket + (kept if passes > 1 else 0) if self.zero_stage == 2 else bucket + size * total - kept
@@ -143,8 +145,8 @@ class DeepSpeedEngine(Engine):
             average=4 * sum(pieces),
             buffers=0,
             gradients=kept,
-            passing=arriving,
-            stepping=max(_as_float32(size) * max(pieces), norm),
+            passing=arriving + amid,
+            stepping=max(_as_float32(size) * max(pieces), norm, bucket + copy - (kept if passes == 1 else 0)),
         )
 
     def _held_stage_3(self, groups: list[list[nn.Parameter]], optimizer: Optimizer, ranks: int) -> Held:

@@ -31,3 +31,5 @@ def test_plans_tell_what_two_ranks_hold() -> None:
                 assert part.held.gradients == pytest.approx(gradients, rel=0.01, abs=NORMS if part.host else 100), (name, part.name)
                 saved = max(rank[name].saved[part.name] for rank in ranks)
                 assert part.activations.saved + part.gathered == pytest.approx(saved, rel=0.15), (name, part.name)
+                if "zero3" not in name:  # where gloo makes room for what it reduces once more
+                    assert max(rank[name].peak[part.name] for rank in ranks) <= 1.001 * part.learning, (name, part.name)

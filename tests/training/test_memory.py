@@ -155,7 +155,18 @@ def test_an_optimiser_on_the_host_is_offered() -> None:
 
 
 def test_more_passes_keep_gradients_beside_those_that_leave() -> None:
-    engine = run_of(settings("torch")).engine
-    parameters = [nn.Parameter(torch.empty(4096, 4096, device="meta"))]
+    engine = run_of(settings("zero2")).engine
+    parameters = [nn.Parameter(torch.empty(4096, 4096, device="meta"))]  # of which each rank keeps the whole gradient
     one, two = (engine.held(parameters, AdamW(), 2, passes) for passes in (1, 2))
-    assert one == replace(two, passing=one.passing) and two.passing == 4 * 4096**2
+    size = 4 * 4096**2
+    assert one == replace(two, passing=one.passing, stepping=one.stepping) and two.passing - one.passing == size
+    assert (
+        one.gradients + one.stepping == 2 * size == two.stepping
+    )  # the bucket, and the bucket flat; before gradients are kept, and beside them
+
+
+def test_a_bucket_that_leaves_amid_the_backward_is_made_flat_beside_activations() -> None:
+    engine = run_of(settings("zero2-bf16")).engine
+    small, large = ([nn.Parameter(torch.empty(size, device="meta"))] for size in (400_000_000, 600_000_000))
+    assert engine.held(small, AdamW(), 2, 1).passing == 2 * 400_000_000
+    assert engine.held(large, AdamW(), 2, 1).passing == 2 * 2 * 500_000_000
