@@ -160,9 +160,8 @@ def test_more_passes_keep_gradients_beside_those_that_leave() -> None:
     one, two = (engine.held(parameters, AdamW(), 2, passes) for passes in (1, 2))
     size = 4 * 4096**2
     assert one == replace(two, passing=one.passing, stepping=one.stepping) and two.passing - one.passing == size
-    assert (
-        one.gradients + one.stepping == 2 * size == two.stepping
-    )  # the bucket, and the bucket flat; before gradients are kept, and beside them
+    # the bucket, and the bucket flat: before gradients are kept, and beside those that are
+    assert one.gradients + one.stepping == 2 * size == two.stepping
 
 
 def test_a_bucket_that_leaves_amid_the_backward_is_made_flat_beside_activations() -> None:
