@@ -96,7 +96,7 @@ def flow_log_density(
 
     def at(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         time = x.new_full((len(x),), t)
-        return _with_divergence(lambda y: denoiser.velocity(y, time, condition), x, noise, probes)
+        return with_divergence(lambda y: denoiser.velocity(y, time, condition), x, noise, probes)
 
     h = 1 / steps
     for step in range(steps):
@@ -108,7 +108,7 @@ def flow_log_density(
     return log_density - _log_volume(path.box, x)
 
 
-def _with_divergence(field: Callable[[Tensor], Tensor], x: Tensor, noise: Noise, probes: int) -> tuple[Tensor, Tensor]:
+def with_divergence(field: Callable[[Tensor], Tensor], x: Tensor, noise: Noise, probes: int) -> tuple[Tensor, Tensor]:
     """The field at x and its divergence [B]."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from gentrain.config import ConfigError
 from gentrain.data.digits import Digits
 from gentrain.data.watermarked import load_key
 from gentrain.domains.simplex import Simplex
+from gentrain.metrics import free_likelihood
 from gentrain.recipes.base import load_recipe, run_recipe
 from gentrain.recipes.likelihood import Likelihood
 from gentrain.recipes.watermark import WatermarkCheck
@@ -98,10 +100,32 @@ def test_likelihood_of_a_reflected_diffusion(tmp_path: Path) -> None:
     assert 0 < found["bits per dim, probability flow"] < 8
 
 
-def test_likelihood_of_another_method_is_refused(tmp_path: Path) -> None:
-    out = run(tmp_path, {"model": {"name": "train", "run": RUN | {"method": "flow_matching", "data": "digits"}}})
-    with pytest.raises(ConfigError, match="is neither a run of reflected_diffusion nor one on tokens"):
-        Likelihood(run=str(out / "model")).execute(tmp_path / "bits")
+def test_likelihood_of_a_flow_and_of_what_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = RUN | {"method": "flow_matching", "data": "digits"}
+    mirror = RUN | {"method": "mirror_flow", "model": "mlp", "data": "checkerboard"}
+    mirror["path"] = {"name": "rectified_flow", "space": {"name": "dual", "domain": {"name": "box", "low": -1.0, "high": 1.0}}}
+    out = run(
+        tmp_path,
+        {
+            "model": {"name": "train", "run": flow},
+            "bits": {"name": "likelihood", "run": "${output:model}", "count": 120, "levels": 17, "draws": 4, "steps": 3},
+            "densities": {"name": "likelihood", "run": "${output:model}", "count": 20, "draws": 4},
+            "mirror": {"name": "train", "run": mirror},
+            "judge": {"name": "train", "run": RUN | {"method": "classifier", "model": "cnn", "data": "digits"}},
+        },
+    )
+    found = metrics_of(out / "bits")
+    assert set(found) == {"bits per dim, variational bound", "bits per dim, probability flow"}
+    assert 0.5 < found["bits per dim, variational bound"] < 40 and math.isfinite(found["bits per dim, probability flow"])
+    assert json.loads((out / "bits" / "metrics.json").read_text())["settings"]["items"] == 120
+    assert list(metrics_of(out / "densities")) == ["bits per dim, variational bound"]
+    monkeypatch.setattr(free_likelihood, "flow_log_density", lambda denoiser, x, *_: torch.zeros(len(x), dtype=torch.float64))
+    metrics, _ = Likelihood(str(out / "model"), count=20, levels=17, draws=1, steps=1).measure()
+    assert metrics[1].value == pytest.approx(math.log2(17 / 2), rel=1e-5)  # a density of 1 on cells of width 2 / 17
+    for name, message in (("mirror", "in the space dual"), ("judge", "which generates nothing")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            Likelihood(run=str(out / name)).execute(tmp_path / "bits")
+        assert caught.value.key == "run"
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
