@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class Generate(Stage):
     """Draws samples from a run: samples.safetensors (x [N, ...], label [N]), info.json and, of images, grid.png.
 
     A generator that is given a control other than the class takes those of the held-out items in turn, with their labels; the file has
-    them as "control", and the grid a row of them above each row of samples where they are images of the same size.
+    them as "control", and the grid a row of them above each row of samples where they are images of the same size. What an attempt that
+    was stopped or killed has drawn is kept, in hundreds, and not drawn again.
     """
 
     run: str = option(help="the run to draw from")
@@ -86,8 +88,10 @@ class Generate(Stage):
         found, controls = controls_of(run, labels)
         labels = found if self.prompts is None else labels
         weights = digest_of(load_weights(self.run))  # before: of a run that trains on, they are told to be of former weights at worst
-        x = generate(self.run, sampler, labels, self.seed, self.actors, self.prompts, controls, self.decoded, self.negative_prompt)
-        directory.mkdir(parents=True, exist_ok=True)
+        kept = directory / "chunks"
+        x = generate(
+            self.run, sampler, labels, self.seed, self.actors, self.prompts, controls, self.decoded, self.negative_prompt, (kept, weights)
+        )
         (directory / INFO).unlink(missing_ok=True)  # whatever is killed here, it never tells of other samples
         save_file({"x": x, "label": labels} | ({} if controls is None else {CONTROL: controls}), directory / SAMPLES)
         if self.decoded and x.ndim == 4 and x.shape[1] in (1, 3):
@@ -100,3 +104,4 @@ class Generate(Stage):
         info["drawn"], info["other_law"] = sampler.told, sampler.other_law
         info["weights"] = weights  # training refuses samples of other weights than its reference has
         (directory / INFO).write_text(json.dumps(info, indent=1))
+        shutil.rmtree(kept)
