@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gentrain.config import Component
 from gentrain.data.base import Data
-from gentrain.data.pool import Pool
+from gentrain.data.pool import KnownLikelihood, Pool
 from gentrain.extractors.base import Extractor
 from gentrain.models.base import Codec, Condition, Model
 from gentrain.models.denoiser import Prediction
@@ -215,6 +215,10 @@ class Method(Component, kind="method"):
     def pools(self) -> dict[str, Pool]:
         """Samples that each step reads beside the data, as many: name -> pool; the batch has them as "<name>/x" and "<name>/label"."""
         return {}
+
+    def known_likelihood(self) -> KnownLikelihood | None:
+        """What a role said of the tokens of the data and the pools; their rows have it as "log_prob" and "null_log_prob" [B, T]."""
+        return None
 
     def diverged(self, record: Mapping[str, float]) -> str | None:
         """Why the run must end, if so, with the remedy: told each line of metrics, the same on every rank."""

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 
-from gentrain.config import option, register
+from gentrain.config import ConfigError, option, register
+from gentrain.data.pool import KnownLikelihood
 from gentrain.methods.base import Batch, Nets, condition_of
-from gentrain.methods.ddo import Ratio, SelfPlay, kept_rows
+from gentrain.methods.ddo import ON_THE_FLY, Ratio, SelfPlay, kept_rows
 from gentrain.methods.maximum_likelihood import dropped
 from gentrain.noise import Noise
 from gentrain.samplers.autoregressive import Autoregressive
@@ -35,14 +36,29 @@ class TokenDDO(SelfPlay):
     alpha: NonNegativeFloat = option(10.0, "weight of the reference's samples", source="arXiv:2503.01103: 10 to 100 for VAR")
     sampler: Sampler = option(Autoregressive, "draws from the reference on the fly")
 
+    known: str | None = option(
+        None, "directory of a stage `reference_likelihood`, which has asked the reference once of all rows; null = each step asks it"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.known is not None and self.pool == ON_THE_FLY:
+            raise ConfigError("of samples drawn in each step nothing is known before; name a pool, or leave it out", key="known")
+
+    def known_likelihood(self) -> KnownLikelihood | None:
+        return None if self.known is None else KnownLikelihood(self.known, "reference", "method.known")
+
     def own_sampler(self) -> Sampler:
         return Autoregressive()
 
     def ratio(self, nets: Nets, batch: Batch, noise: Noise) -> Ratio:
         x, condition = batch["x"], dropped(batch, noise, self.label_dropout)
-        with torch.no_grad():
-            reference = nets.reference.token_log_prob(x, condition)
         log_prob = nets.model.token_log_prob(x, condition)
-        kept = kept_rows(condition_of(batch), condition, reference)
+        kept = kept_rows(condition_of(batch), condition, log_prob)
+        if "log_prob" in batch:
+            reference = torch.where(kept[:, None], batch["log_prob"], batch["null_log_prob"]).to(log_prob.dtype)
+        else:
+            with torch.no_grad():
+                reference = nets.reference.token_log_prob(x, condition)
         log_ratio = (log_prob - reference).sum(1)  # the sums are nearly equal: their difference would lose it
         return Ratio(log_ratio, -log_prob.detach().mean(1), -reference.mean(1), kept)

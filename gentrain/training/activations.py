@@ -239,6 +239,9 @@ def measure(run: RunConfig, rows: int) -> Measured:
     codec: Any = run.codec()
     skeletons = {} if DEVIATION in batch else codec.skeletons()  # of a cache nothing is encoded
     batch = codec.shaped(batch)
+    for name in run.method.pools():  # as many rows of each
+        seen = {key: value for key, value in batch.items() if key in ("x", "label") or key.startswith("condition/")}
+        batch |= {f"{name}/{key}": value for key, value in seen.items()}
     sizes = {name: sum(4 * p.numel() for p in module.parameters()) for name, module in skeletons.items()}
     networks = Networks(run)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]):
@@ -313,12 +316,9 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _first_batch(run: RunConfig, rows: int) -> Batch:
-    """Rows of the data set, for their keys, shapes and types, and as many of each pool."""
+    """Rows of the data set, for their keys, shapes and types."""
     try:
         batch: Batch = next(iter(Loader(run.data.split("train"), run.seed, rows, 0, 1)))[0]
     except (OSError, ValueError) as error:
         raise ConfigError(str(error), source=run.output, key="data") from error
-    batch = run.data.augment(batch, Noise(0, batch["index"]))
-    for name in run.method.pools():
-        batch |= {f"{name}/{key}": batch[key] for key in ("x", "label") if key in batch}
-    return batch
+    return run.data.augment(batch, Noise(0, batch["index"]))

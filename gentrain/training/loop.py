@@ -96,7 +96,8 @@ class Trainer:
         """Trains until the samples are seen or any rank is asked to stop; either way a checkpoint is published."""
         run = self.run
         outcome, owed = Outcome.FINISHED, False
-        steps = batches(run, self.world, self.roles.digests, self.clock.samples)
+        drawn = run.method.pools()
+        steps = batches(run, self.world, self.roles.codec, self.roles.digests, self.clock.samples)
         while self.clock.samples < self.clock.total:
             if self.roles.group.any(should_stop()):
                 outcome = Outcome.STOPPED
@@ -104,7 +105,7 @@ class Trainer:
             begun = time.monotonic()
             portions = next(steps)
             self.waited_s = time.monotonic() - begun
-            self._step([encoded(batch, run.data, self.roles.codec, run.seed, self.world.device) for batch in portions])
+            self._step([encoded(batch, run.data, self.roles.codec, run.seed, self.world.device, drawn) for batch in portions])
             self._watchdog.expect(SLOW)  # grids and checkpoints
             self._judge_step()
             self.step_s = time.monotonic() - begun

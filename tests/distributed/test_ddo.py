@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gentrain.recipes.generate import Generate
 from gentrain.training.run import save_config
-from tests.distributed.cases import Job, records, run_of, train_all, values
+from tests.distributed.cases import Job, records, run_of, state_of, train_all, values
 from tests.distributed.three_ways import (
     assert_a_resumed_run_is_the_uninterrupted_one,
     assert_two_ranks_give_the_curve_of_one,
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(480)]
 
 ALPHA = 2.0
 ROUNDS: dict[str, dict[str, Any]] = {"pool": {}, "on_the_fly": {"sampler": {"name": "heun", "steps": 3}}}
-KINDS = (*ROUNDS, "dpo")
+KINDS = (*ROUNDS, "dpo", "lora")  # the last is of the pool, with an adapter: its reference is the network with that turned off
 
 
 def prepare(root: Path) -> None:
@@ -42,11 +42,14 @@ def prepare(root: Path) -> None:
 
 def settings_of(root: Path, name: str, kind: str, engine: Any) -> dict[str, Any]:
     """The network has dropout, of which the method must make no use."""
-    pool = str(root / "fakes") if kind == "pool" else "on_the_fly"
-    method = {"name": "ddo", "pool": pool, "alpha": ALPHA, "beta": 5.0, **ROUNDS[kind]} if kind in ROUNDS else {"name": "diffusion_dpo"}
+    pool = "on_the_fly" if kind == "on_the_fly" else str(root / "fakes")
+    method: dict[str, Any] = {"name": "ddo", "pool": pool, "alpha": ALPHA, "beta": 5.0, **ROUNDS.get(kind, {})}
+    method = {"name": "diffusion_dpo"} if kind == "dpo" else method
     settings = values(root / f"{name}-{kind}", {**method, "label_dropout": 0.2}, engine)
     if kind == "dpo":
         settings["data"] = {"name": "preferences", "file": str(root / "pairs.safetensors"), "classes": ["a", "b", "c"], "held_out": 5}
+    if kind == "lora":
+        settings["adapter"] = {"rank": 3, "alpha": 6.0, "targets": ["linear"]}
     return settings | {"roles": {"reference": {"weights": str(root / "base")}}, "model": {"name": "dropout_mlp", "dropout": 0.5}}
 
 
@@ -66,13 +69,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("round", ROUNDS)
+@pytest.mark.parametrize("round", [*ROUNDS, "lora"])
 def test_a_round_begins_as_its_reference_with_dropout_off(root: Path, round: str) -> None:
     first = records(root / f"alone-{round}")[0]
     assert (first["log_ratio_square"], first["discriminator_accuracy"]) == (0, 0.5)
     assert first["model_loss"] == first["reference_loss"]
     assert math.log(2) < first["loss/model"] < (1 + ALPHA) * math.log(2)  # rows without label are not pushed away
     assert records(root / f"alone-{round}")[-1]["log_ratio_square"] > 0
+
+
+def test_an_adapter_alone_learns_above_its_reference(root: Path) -> None:
+    learnt = {name for name in state_of(root / "alone-lora") if name.startswith("model.")}
+    assert learnt and all("lora" in name for name in learnt if "weights" in name or "ema" in name)
 
 
 def test_preferences_begin_undecided(root: Path) -> None:

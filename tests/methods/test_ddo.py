@@ -295,6 +295,19 @@ def test_the_model_learns_to_tell_data_from_fakes() -> None:
     assert all(torch.equal(before[key], value) for key, value in group.reference.network.state_dict().items())
 
 
+def test_what_is_logged_is_of_both_halves() -> None:
+    group, batch = nets(VarianceExploding(), "edm"), with_fakes(64)
+    asked = method(label_dropout=0.0, times=LogNormal())
+    logs, noise = asked.loss(group, batch, noise_of(64)).logs, noise_of(64)
+    real, fake = (asked.ratio(group, rows, noise).log_ratio for rows in (batch, {"x": batch["fake/x"], "label": batch["fake/label"]}))
+    assert logs["log_ratio_square"].item() == pytest.approx((real.square().mean() + fake.square().mean()).item() / 2, rel=1e-5)
+    assert logs["log_ratio_data"].item() == pytest.approx(real.mean().item(), rel=1e-5)
+    assert logs["log_ratio_fake"].item() == pytest.approx(fake.mean().item(), rel=1e-5)
+    right = ((real > 0).double().mean() + (fake < 0).double().mean()) / 2
+    assert logs["discriminator_accuracy"].item() == pytest.approx(right.item(), rel=1e-5)
+    assert not any(value.requires_grad for value in logs.values())
+
+
 def test_the_guard_speaks_above_twice_the_loss_of_the_reference() -> None:
     sound = {"model_loss": 1.99, "reference_loss": 1.0}
     assert method().diverged(sound) is None and method().diverged({}) is None
@@ -342,6 +355,7 @@ def test_samples_of_something_else_are_refused(tmp_path: FilePath, changes: dict
         ({"x": torch.zeros(6, 3)}, r"expected finite torch\.float32 samples \[2\]"),
         ({"x": torch.full((6, 2), float("nan"))}, "expected finite"),
         ({"label": torch.full((6,), 3)}, "the data have 3 classes"),
+        ({"label": torch.full((6,), -2)}, "labels from -2"),
         ({"label": torch.zeros(5, dtype=torch.int64)}, "with an int64 label each"),
     ],
 )
@@ -389,6 +403,11 @@ def test_mistakes_are_told_as_the_configuration_loads(change: dict[str, Any], ke
     with pytest.raises(ConfigError, match=message) as caught:
         parse_run(Document(settings(beta=5) | change, "test"))
     assert caught.value.key == key
+
+
+def test_a_small_beta_is_right_where_a_weighting_makes_the_log_ratio_large() -> None:
+    run = parse_run(Document(settings(beta=0.05, weighting="edm"), "test"))
+    assert isinstance(run.method, DDO) and run.method.beta == 0.05
 
 
 def test_beta_is_read_from_a_calibration(tmp_path: FilePath) -> None:
