@@ -146,6 +146,14 @@ def plan_tables(runs: Mapping[str, RunConfig], limit: int | None) -> list[Table 
     return found
 
 
+def stages_table(stages: Mapping[str, Stage]) -> Table:
+    """What each stage of a recipe computes on: one after the other, so that a fleet never waits for what a trainer holds."""
+    table = Table("stage", "kind", "computes on", title="one after the other, each when the one before has given back what it held")
+    for name, stage in stages.items():
+        table.add_row(name, stage.registered_name, stage.held)
+    return table
+
+
 def memory_report(name: str, run: RunConfig, limit: int | None) -> list[Table | str]:
     """What one process of the run needs, role by role, what it would need otherwise, and whether `limit` bytes are enough.
 

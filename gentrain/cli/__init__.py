@@ -27,6 +27,7 @@ from typer.core import TyperGroup
 from gentrain.cli.console import Console
 
 if TYPE_CHECKING:
+    from gentrain.training.cluster import Cluster
     from gentrain.training.run import RunConfig
 
 
@@ -151,7 +152,6 @@ def run(recipe: Path, overrides: Overrides = None) -> int:
     from gentrain.cluster.session import session
     from gentrain.recipes.base import Stopped, load_recipe, run_recipe
     from gentrain.recipes.evaluate import METRICS
-    from gentrain.recipes.train import Train
     from gentrain.report import write_report
     from gentrain.training.lock import hold
 
@@ -169,7 +169,7 @@ def run(recipe: Path, overrides: Overrides = None) -> int:
         _say(f"report: {write_report(loaded.directory)}")
         return 0
 
-    return _supervised(body, [stage.run for stage in loaded.stages.values() if isinstance(stage, Train)], loaded.directory)
+    return _supervised(body, [each.trained.cluster for each in loaded.stages.values() if each.trained and each.under_ray], loaded.directory)
 
 
 @app.command()
@@ -197,7 +197,7 @@ def train(config: Path, overrides: Overrides = None) -> int:
         _say(f"trained: {loaded.directory}")
         return 0
 
-    return _supervised(body, [loaded], loaded.directory)
+    return _supervised(body, [loaded.cluster] if loaded.cluster.place == "ray" else [], loaded.directory)
 
 
 @app.command()
@@ -298,16 +298,18 @@ def plan(
 
     Example: gentrain plan configs/quickstart.yaml --memory 24
     """
-    from gentrain.catalogue import plan_tables
+    from gentrain.catalogue import plan_tables, stages_table
     from gentrain.cluster.submissions import place_of
     from gentrain.config import load, to_yaml
+    from gentrain.recipes.base import RecipeConfig
 
     loaded, runs = _loaded(config, overrides)
     place_of(load(config, overrides or (), {"output": f"runs/{config.stem}"}))
     limit = _device_memory() if memory is None else int(memory * 2**30)
     found = plan_tables(runs, limit)  # before anything is printed: building the networks shows whether they fit the data
     _say(to_yaml(loaded))
-    console.print(*found, sep="\n", highlight=False)
+    held = [stages_table(loaded.stages)] if isinstance(loaded, RecipeConfig) else []
+    console.print(*held, *found, sep="\n", highlight=False)
     return 0
 
 
@@ -359,12 +361,11 @@ def doctor() -> int:
     return FAILED if any(check.status == "fail" for check in found) else 0
 
 
-def _supervised(body: Callable[[], int], runs: list[RunConfig], directory: Path) -> int:
-    """The exit status of `body`; where Ray trains, in a process of its own, which is started again when the head takes it along."""
+def _supervised(body: Callable[[], int], clusters: list[Cluster], directory: Path) -> int:
+    """The exit status of `body`; where Ray trains on these, in a process of its own, started again when the head takes it along."""
     from gentrain.cluster.session import ClusterLost
     from gentrain.cluster.supervise import supervise
 
-    clusters = [run.cluster for run in runs if run.cluster.place == "ray"]
     if not clusters:
         return body()
     most_patient = max(clusters, key=lambda cluster: cluster.max_attempts)
@@ -375,7 +376,6 @@ def _loaded(config: Path, overrides: list[str] | None) -> tuple[Any, dict[str, R
     """A run, a recipe or (in plain values) a sweep, and the runs in it by their names: of a sweep, the first trial. Raises ConfigError."""
     from gentrain.cluster.sweeps import is_sweep, load_sweep
     from gentrain.recipes.base import is_recipe, load_recipe
-    from gentrain.recipes.train import Train
     from gentrain.training.run import load_run
 
     if is_sweep(config, overrides or ()):
@@ -385,7 +385,7 @@ def _loaded(config: Path, overrides: list[str] | None) -> tuple[Any, dict[str, R
         run = load_run(config, overrides or ())
         return run, {config.stem: run}
     recipe = load_recipe(config, overrides or ())
-    return recipe, {name: stage.run for name, stage in recipe.stages.items() if isinstance(stage, Train)}
+    return recipe, {name: stage.trained for name, stage in recipe.stages.items() if stage.trained is not None}
 
 
 def _stage(schema: type[Any], values: dict[str, Any], overrides: list[str] | None) -> Any:

@@ -60,6 +60,7 @@ def _submit(document: Document, config: Path, overrides: list[str] | None, dry_r
     from gentrain.cluster.submissions import called, output_at, place_of, send, submission_of
     from gentrain.cluster.sweeps import load_sweep
     from gentrain.document import reads_environment
+    from gentrain.recipes.base import RecipeConfig
     from gentrain.training.beginning import refuse_wrong_start
     from gentrain.training.object_storage import is_local
     from gentrain.training.remedies import refuse_url
@@ -79,7 +80,8 @@ def _submit(document: Document, config: Path, overrides: list[str] | None, dry_r
 
     def submission_with(runs: dict[str, RunConfig]) -> Submission:
         clusters, trials = [run.cluster for run in runs.values()], len(swept.trials) if swept is not None else 0
-        return submission_of(place, command, directory, cli._plain(loaded), clusters, trials)
+        tuned = swept is not None or (isinstance(loaded, RecipeConfig) and any(stage.under_ray for stage in loaded.stages.values()))
+        return submission_of(place, command, directory, cli._plain(loaded), clusters, trials, tuned)
 
     submission = _first_of_array(place, config, there, submission_with) or submission_with(runs)
     if dry_run:

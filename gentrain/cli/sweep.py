@@ -70,7 +70,7 @@ def _one(loaded: LoadedSweep, number: int, config: Path, overrides: list[str] | 
             return cli._stopped("sweep", config, [*(overrides or ()), f"--trial={number}"])
         return cli.FAILED if status == "failed" else 0
 
-    return cli._supervised(body, [trial.run], trial.run.directory)
+    return cli._supervised(body, [trial.run.cluster] if trial.run.cluster.place == "ray" else [], trial.run.directory)
 
 
 def _print(journal: Journal, directory: Path) -> None:

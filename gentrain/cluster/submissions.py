@@ -78,7 +78,13 @@ def output_at(place: Place, output: str) -> str:
 
 
 def submission_of(
-    place: Place, command: str, directory: str, config: Mapping[str, Any], clusters: Sequence[Cluster], trials: int = 0
+    place: Place,
+    command: str,
+    directory: str,
+    config: Mapping[str, Any],
+    clusters: Sequence[Cluster],
+    trials: int = 0,
+    tuned: bool = False,
 ) -> Submission:
     """What is sent to the place.
 
@@ -87,7 +93,7 @@ def submission_of(
         directory: of the run as this machine names it.
         config: the resolved configuration, in plain values; its `output` is the directory as the place names it.
         clusters: of the runs that it trains.
-        trials: of a sweep, how many.
+        trials: of a sweep, how many. tuned: whether it, or a stage of a recipe, trains under Ray Tune.
 
     Raises ConfigError when the directory's name is none for a job.
     """
@@ -106,7 +112,7 @@ def submission_of(
         environment=place.environment,
         secrets=secrets,
         trials=trials,
-        under_ray=command == "sweep" or any(cluster.place == "ray" for cluster in clusters),
+        under_ray=tuned or any(cluster.place == "ray" for cluster in clusters),
         workers=(max(cluster.fewest for cluster in clusters), max(cluster.most for cluster in clusters)) if clusters else (1, 1),
         cpus_per_worker=max((cluster.cpus_per_worker for cluster in clusters), default=1),
         gpus_per_worker=max((cluster.gpus_per_worker for cluster in clusters), default=0.0),

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 from typing_extensions import TypedDict
 
+from gentrain.cluster.progress import last_record
 from gentrain.config import ConfigError, Document, build, load, option, to_dict
 from gentrain.noise import derive
 from gentrain.report import SWEEP, short
-from gentrain.training.run import RunConfig, parse_run
+from gentrain.training.run import METRICS, RunConfig, parse_run
 from gentrain.training.settings import changed_keys
 from gentrain.training.storage import replace_file
 
@@ -110,6 +111,19 @@ class Sweep:
         while self.grace is not None and (rung := math.ceil(self.grace * self.reduction ** len(rungs))) < samples:
             rungs.append(rung)
         return rungs
+
+    @property
+    def logged(self) -> str:
+        """The key that every line of metrics must have."""
+        return self.metric
+
+    def value(self, run: RunConfig) -> float | None:
+        """Of a trial that has published a checkpoint, to be compared."""
+        return (last_record(run.directory / METRICS) or {}).get(self.metric)
+
+    def given_up(self, values: Sequence[float]) -> bool:
+        """Whether a trial ends early whatever the others do, by its own values so far."""
+        return False
 
     def better(self, value: float) -> float:
         """The larger, the better."""

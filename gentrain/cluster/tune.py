@@ -21,17 +21,16 @@ from typing import Any
 from gentrain.cluster import session
 from gentrain.cluster.launch import launch
 from gentrain.cluster.milestone import Milestone
-from gentrain.cluster.progress import last_record
 from gentrain.cluster.ray_train import TrainingFailed, check_room, workers_with_room
 from gentrain.cluster.session import ClusterLost
 from gentrain.cluster.stopping import STOP_FILE, StopFlag, stop_on_signals
-from gentrain.cluster.sweeps import Journal, LoadedSweep, Status, read_record
+from gentrain.cluster.sweeps import Journal, LoadedSweep, Status, Sweep, read_record
 from gentrain.config import ConfigError, Document, to_dict
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.cluster import Cluster
 from gentrain.training.lock import hold
 from gentrain.training.loop import Diverged, Outcome
-from gentrain.training.run import METRICS, parse_run
+from gentrain.training.run import parse_run
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +63,16 @@ def run_trial(sweep: LoadedSweep, number: int) -> Status:
     Raises:
         ConfigError, CheckpointError: what must be mended first; also while `run_sweep` holds the record. ClusterLost: Ray is gone.
     """
-    from ray.tune.schedulers import TrialScheduler
-
     trial = sweep.trials[number]
     told: dict[str, Any] = {"told": "begun"}
     while True:
         with hold(sweep.directory, wait_s=_RECORD_S):
             journal = Journal(sweep)
             watch = _Watch(journal, StopFlag())
-            if "value" in told:
+            if "value" in told and sweep.settings.grace is not None:
                 known = SimpleNamespace(trial_id=trial.name)
                 decision = _scheduler(sweep, journal).on_trial_result(None, known, told)
-                told["done"] = told["done"] or decision == TrialScheduler.STOP
+                told["done"] = told["done"] or decision == "STOP"  # ray.tune's TrialScheduler.STOP
             if told["told"] != "begun":
                 watch.told(trial.name, told)
             if told["told"] == "interrupted":
@@ -85,7 +82,7 @@ def run_trial(sweep: LoadedSweep, number: int) -> Status:
             if told.get("done") or trial not in journal.unfinished():
                 return journal.of(trial.name)["status"]
             watch.started(trial.name)
-        told = advance(to_dict(trial.run), sweep.directory, trial.name, sweep.settings.metric, sweep.settings.rungs)
+        told = advance(to_dict(trial.run), sweep.directory, trial.name, sweep.settings)
 
 
 def _tune(sweep: LoadedSweep, journal: Journal, stop: StopFlag) -> None:
@@ -286,7 +283,7 @@ def _trainable(sweep: LoadedSweep) -> Any:
         def step(self) -> dict[str, Any]:
             trial = self.config["trial"]
             os.chdir(trial["working_directory"])  # relative paths mean what they mean to the command; Tune changes it for each trial
-            return advance(json.loads(trial["run"]), Path(trial["sweep"]), trial["name"], settings.metric, settings.rungs)
+            return advance(json.loads(trial["run"]), Path(trial["sweep"]), trial["name"], settings)
 
     return Trial
 
@@ -301,17 +298,18 @@ def _prepare(cluster: Cluster) -> None:
     torch.set_num_threads(threads)
 
 
-def advance(values: dict[str, Any], sweep: Path, name: str, metric: str, rungs: Callable[[int], list[int]]) -> dict[str, Any]:
+def advance(values: dict[str, Any], sweep: Path, name: str, settings: Sweep) -> dict[str, Any]:
     """Trains a trial to its next comparison, or to its end. What it returns is what Tune is told.
 
     Args:
         values: the trial's configuration. sweep, name: where its record is, which says how far it has been compared.
-        rungs: samples of the run -> where it is compared.
+        settings: of the sweep.
     """
     run = parse_run(Document(values, f"trial {name}"))
-    compared = [samples for samples, _ in read_record(sweep)["trials"][name]["rungs"]]
-    until = next((rung for rung in rungs(run.training.samples) if rung > max(compared, default=0)), None)
-    milestone = Milestone(until or math.inf, metric)
+    compared = read_record(sweep)["trials"][name]["rungs"]
+    reached = max((samples for samples, _ in compared), default=0)
+    until = next((rung for rung in settings.rungs(run.training.samples) if rung > reached), None)
+    milestone = Milestone(until or math.inf, settings.logged)
     try:
         outcome = launch(run, milestone)
     except Diverged as error:
@@ -322,8 +320,9 @@ def advance(values: dict[str, Any], sweep: Path, name: str, metric: str, rungs: 
         return {"told": type(error).__name__, "error": str(error), "done": True}
     if outcome is Outcome.STOPPED and not milestone.reached:
         return {"told": "interrupted", "done": True}
-    value = (last_record(run.directory / METRICS) or {}).get(metric)
+    value = settings.value(run)
     if value is None or not math.isfinite(value):
-        return {"told": "diverged", "error": f"{metric} is {value}", "done": True}
+        return {"told": "diverged", "error": f"{settings.metric} is {value}", "done": True}
     over = outcome is Outcome.FINISHED
-    return {"told": "finished" if over else "compared", "samples": milestone.samples, "value": value, "done": over}
+    done = over or settings.given_up([*(each for _, each in compared), value])
+    return {"told": "finished" if over else "compared", "samples": milestone.samples, "value": value, "done": done}

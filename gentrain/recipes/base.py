@@ -20,8 +20,9 @@ from typing_extensions import TypedDict
 from gentrain.cluster.stopping import StopRequested, interruptible
 from gentrain.config import Component, ConfigError, Document, build, load, load_plugins, option, to_dict, to_yaml
 from gentrain.models.families.source import outputs_to_come
-from gentrain.training.cluster import Submitting
+from gentrain.training.cluster import Cluster, Submitting
 from gentrain.training.remedies import refuse_url
+from gentrain.training.run import RunConfig
 from gentrain.training.settings import changed_keys
 from gentrain.training.storage import replace_file
 
@@ -69,6 +70,32 @@ class Stage(Component, kind="stage"):
 
     def place(self, directory: Path) -> None:
         """Told its directory before `settings` is asked for."""
+
+    @property
+    def trained(self) -> RunConfig | None:
+        """The run that it trains, if it does."""
+        return None
+
+    @property
+    def under_ray(self) -> bool:
+        """Whether it trains on workers or actors of Ray, which a lost head takes along."""
+        return self.trained is not None and self.trained.cluster.place == "ray"
+
+    @property
+    def held(self) -> str:
+        """What it computes on, for `plan`. It holds that from its beginning to its end, and nothing after."""
+        if self.trained is not None and self.trained.cluster.place == "ray":
+            cluster = self.trained.cluster
+            sizes = f"{cluster.most}" if cluster.fewest == cluster.most else f"{cluster.fewest} to {cluster.most}"
+            return f"{sizes} workers under Ray Train, each with {share_of(cluster)}"
+        actors = 0 if self.trained is not None else getattr(self, "actors", 0)
+        return f"a fleet of at most {actors} actors, a core and, where there are any, a GPU each" if actors else "this process"
+
+
+def share_of(cluster: Cluster) -> str:
+    """What a worker takes, in words."""
+    cores = "a core" if cluster.cpus_per_worker == 1 else f"{cluster.cpus_per_worker} cores"
+    return f"{cores} and {cluster.gpus_per_worker:g} GPUs" if cluster.gpus_per_worker else cores
 
 
 @dataclass

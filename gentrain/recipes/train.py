@@ -21,20 +21,25 @@ class Train(Stage):
 
     run: RunConfig = option(help="the run; `base:` names its file")
 
+    @property
+    def trained(self) -> RunConfig:
+        return self.run
+
     def place(self, directory: Path) -> None:
         self.run.output = str(directory)
 
     def settings(self) -> dict[str, Any]:
         values = super().settings()
-        values["run"] = self._without_law(weight_settings(self.run))
+        values["run"] = plain(self.run, weight_settings(self.run))
         return values
 
     def execute(self, directory: Path) -> None:
-        run = build(RunConfig, Document(self._without_law(to_dict(self.run)), f"{directory} as the recipe has it"))
+        run = build(RunConfig, Document(plain(self.run, to_dict(self.run)), f"{directory} as the recipe has it"))
         if launch(run) is Outcome.STOPPED:
             raise Stopped
 
-    def _without_law(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Without the path and prediction of a pipeline that an earlier stage writes: until it is there nobody knows them."""
-        awaited = any(self.run.model_of(role).awaited for role in self.run.method.roles)
-        return {key: value for key, value in values.items() if not (awaited and key in self.run.left_out)}
+
+def plain(run: RunConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The run's `values` without path and prediction of a pipeline that an earlier stage writes: until it is there nobody knows them."""
+    awaited = any(run.model_of(role).awaited for role in run.method.roles)
+    return {key: value for key, value in values.items() if not (awaited and key in run.left_out)}

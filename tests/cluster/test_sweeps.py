@@ -60,7 +60,7 @@ def _rows(directory: Path) -> list[dict[str, Any]]:
 
 def _advance(sweep: LoadedSweep, number: int) -> dict[str, Any]:
     trial = sweep.trials[number]
-    return advance(to_dict(trial.run), sweep.directory, trial.name, sweep.settings.metric, sweep.settings.rungs)
+    return advance(to_dict(trial.run), sweep.directory, trial.name, sweep.settings)
 
 
 # --- Ray Tune, first: Ray reads its environment when it is imported ----------------------------------------------------------

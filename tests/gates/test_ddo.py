@@ -32,6 +32,8 @@ from gentrain.models.mlp import MLP
 from gentrain.noise import Noise, derive
 from gentrain.paths.times import LogNormal
 from gentrain.paths.variance_exploding import VarianceExploding
+from gentrain.recipes.base import load_recipe, run_recipe
+from gentrain.recipes.evaluate import read_metrics
 from gentrain.samplers.heun import Heun
 from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all
 from tests.ranks import run_ranks
@@ -154,19 +156,42 @@ def test_the_guard_ends_what_diverges(seed: int, record_property: Record) -> Non
     record_property("steps until the guard", caught.value.args[0])
 
 
-@pytest.mark.distributed
-def test_every_zero_stage_on_two_ranks_gives_the_curve_of_one(tmp_path: FilePath, record_property: Record) -> None:
-    from tests.distributed.test_ddo import KINDS, prepare, settings_of
+def test_the_recipe_of_digits_runs_in_miniature(tmp_path: FilePath) -> None:
+    """Every stage of configs/recipes/digits_self_play.yaml, a few steps each, in this process: it says nothing of quality."""
+    small = {"run.model.channels": "[8, 16]", "run.model.attention_head_dim": 8, "run.sampler.steps": 2}
+    short = {"run.training.samples": 64, "run.training.batch_size": 16, "run.training.log_every": 16, "run.training.checkpoint_every": 32}
+    best = {**small, **short, "run.cluster": "{place: inline, workers: 1}", "concurrent": 0, "count": 150}
+    changes: dict[str, dict[str, Any]] = {"judge": {"run.training.samples": 1_000}, "scale": {**small, **short, "steps": 4}}
+    changes |= {key: {**best, "actors": 0} for key in ("start", "control")}
+    changes |= {f"round{number}": {**best, "likelihood": 4, "levels": 16} for number in (1, 2, 3)}
+    changes |= {f"fakes{number}": {"count": 40, "actors": 0} for number in (1, 2, 3)}
+    for name in ("before", "after", "plain"):
+        changes |= {name: {"count": 150, "actors": 0}, f"{name}_guided": {"count": 150, "actors": 0, "sampler.steps": 2}}
+    overrides = [f"stages.{name}.{key}={value}" for name, each in changes.items() for key, value in each.items()]
+    root = FilePath(__file__).resolve().parents[2]
+    recipe = load_recipe(root / "configs" / "recipes" / "digits_self_play.yaml", [*overrides, f"output={tmp_path}"])
+    run_recipe(recipe, lambda line: None)
+    names = [row["name"] for row in read_metrics(tmp_path / "round1")]
+    assert names[0] == "frechet distance, before" and "bits per dim, variational bound, before" in names
+    assert len([row for row in read_metrics(tmp_path / "scores") if row["name"].startswith("Frechet distance")]) == 6
 
-    prepare(tmp_path)
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("of", ["numbers", "tokens"])
+def test_every_zero_stage_on_two_ranks_gives_the_curve_of_one(of: str, tmp_path: FilePath, record_property: Record) -> None:
+    from tests.distributed import test_ddo, test_tokens
+
+    cases: Any = test_ddo if of == "numbers" else test_tokens
+    kinds: tuple[str, ...] = test_ddo.KINDS if of == "numbers" else test_tokens.ROUNDS
+    cases.prepare(tmp_path)
     engines: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
-    run_ranks(1, train_all, [Job(settings_of(tmp_path, "alone", kind, "torch")) for kind in KINDS])
-    run_ranks(2, train_all, [Job(settings_of(tmp_path, name, kind, engine)) for kind in KINDS for name, engine in engines.items()])
+    run_ranks(1, train_all, [Job(cases.settings_of(tmp_path, "alone", kind, "torch")) for kind in kinds])
+    run_ranks(2, train_all, [Job(cases.settings_of(tmp_path, name, kind, engine)) for kind in kinds for name, engine in engines.items()])
     worst = 0.0
-    for kind in KINDS:
+    for kind in kinds:
         reference = tmp_path / f"alone-{kind}"
         for name in engines:
             other = tmp_path / f"{name}-{kind}"
             worst = max(worst, record_difference(records(reference), records(other)), difference(state_of(reference), state_of(other)))
-    record_property("largest relative difference", worst)
+    record_property(f"largest relative difference, {of}", worst)
     assert worst <= 1e-5

@@ -14,9 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from gentrain.config import ConfigError
+from gentrain.data.base import TensorItems
 from gentrain.data.digits import Digits
-from gentrain.data.tokens import Tokens
+from gentrain.data.pool import KnownLikelihood
+from gentrain.data.tokens import Tokens, Walks
+from gentrain.methods.token_ddo import TokenDDO
 from gentrain.models.vq import VQ, load_vq
+from gentrain.noise import Noise
 from gentrain.recipes import tokenize
 from gentrain.recipes.base import load_recipe, run_recipe
 from gentrain.recipes.evaluate import read_metrics
@@ -51,8 +55,11 @@ STAGES: dict[str, Any] = {
     "start": {"name": "train", "run": on_tokens("maximum_likelihood")},
     "fakes": {"name": "generate", "run": "${output:start}", "count": 70, "decoded": False},
     "scale": {"name": "calibrate", "run": round_of(), "steps": 8},
-    "round": {"name": "train", "run": round_of(beta="${output:scale}")},
-    "best": {"name": "promote", "runs": ["${output:round}"], "before": "${output:start}", "count": 60, "data": "digits"},
+    "said": {"name": "reference_likelihood", "run": "${output:start}", "pool": "${output:fakes}"},
+    "best": {
+        "name": "train_best", "run": round_of(beta="${output:scale}", known="${output:said}"), "before": "${output:start}",
+        "count": 60, "data": "digits", "likelihood": 40,
+    },
     "drawn": {"name": "generate", "run": "${output:best}", "count": 60, "sampler": {"name": "autoregressive", "guidance": 2, "top_k": 5}},
     "nats": {"name": "likelihood", "run": "${output:best}", "count": 100},
     "scores": {"name": "evaluate", "data": "digits", "samples": {"after": "${output:drawn}"}},
@@ -102,11 +109,70 @@ def test_pools_hold_tokens_and_samples_are_images(out: Path) -> None:
 
 
 def test_a_round_begins_with_its_reference_and_beta_is_calibrated(out: Path) -> None:
-    method: Any = open_run(out / "round").method
+    method: Any = open_run(out / "best" / "trials" / "000").method
     assert method.beta == json.loads((out / "scale" / "calibration.json").read_text())["beta"]
-    lines = [json.loads(line) for line in (out / "round" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "best" / "trials" / "000" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["log_ratio_square"] > 0 and lines[-1]["reference_loss"] > 0
-    assert json.loads((out / "best" / "promotion.json").read_text())["promoted"]
+    told = json.loads((out / "best" / "promotion.json").read_text())
+    assert list(told["distances"])[:2] == ["before", "trained at 160"]
+    assert {row["name"].partition(",")[0] for row in read_metrics(out / "best")} == {"energy distance", "nats per sample"}
+
+
+def test_what_the_reference_said_once_is_what_it_would_say_in_each_step(out: Path, tmp_path: Path) -> None:
+    """The curve is that of a round that asks it, with labels dropped or not; and it is asked no more."""
+    losses = []
+    for known in (None, "${output:said}"):
+        run(out.parent, STAGES | {"asked": {"name": "train", "run": round_of(known=known)}})
+        lines = [json.loads(line) for line in (out / "asked" / "metrics.jsonl").read_text().splitlines()]
+        losses.append([[line[key] for key in ("loss/model", "reference_loss", "log_ratio_data", "log_ratio_fake")] for line in lines])
+    for asked, known in zip(*losses, strict=True):
+        assert asked == pytest.approx(known, rel=1e-4, abs=1e-4)
+    method: Any = open_run(out / "asked").method
+    model, _ = load_network(out / "start")
+    items = KnownLikelihood(str(out / "said"), "", "").beside("data", Tokens(str(out / "tokens")).split("train"), digest(out))
+    batch = items.batch(torch.arange(90))
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the reference was asked")
+
+    nets = SimpleNamespace(model=model, reference=SimpleNamespace(token_log_prob=never))
+    noise = Noise(1, torch.arange(90))
+    found = method.ratio(nets, batch, noise)
+    assert found.log_ratio.abs().max() < 1e-3 and 0 < (~found.kept).sum() < 90
+    torch.testing.assert_close(found.loss, found.reference_loss, rtol=1e-5, atol=1e-5)
+
+
+def digest(out: Path) -> str:
+    return str(json.loads((out / "fakes" / "info.json").read_text())["weights"])
+
+
+def test_what_the_reference_said_of_others_is_refused(out: Path, tmp_path: Path) -> None:
+    known, tokens = KnownLikelihood(str(out / "said"), "reference", "method.known"), Tokens(str(out / "tokens")).split("train")
+    with pytest.raises(ConfigError, match="is what other weights") as caught:
+        known.beside("data", tokens, "0" * 64)
+    assert caught.value.key == "method.known"
+    for others in (tokens.x.flip(0), tokens.x[1:]):
+        with pytest.raises(ConfigError, match="is of other tokens than the data has now"):
+            known.beside("data", TensorItems(others, tokens.label[: len(others)]), digest(out))
+    with pytest.raises(ConfigError, match="is of other tokens than the data has now"):
+        known.beside("data", TensorItems(tokens.x, tokens.label.flip(0)), digest(out))
+    with pytest.raises(ConfigError, match="is missing or damaged"):
+        known.beside("other", tokens, digest(out))
+    with pytest.raises(ConfigError, match="held in memory"):
+        known.beside("data", Walks().split("train"), digest(out))
+    with pytest.raises(ConfigError, match="name a pool, or leave it out") as caught:
+        TokenDDO(known="somewhere")
+    assert caught.value.key == "known"
+    shutil.copytree(out / "said", tmp_path / "stale")
+    said = load_file(out / "said" / "fake.safetensors")
+    save_file(said, tmp_path / "stale" / "fake.safetensors", {"weights": "0" * 64, "rows": ""})
+    with pytest.raises(ConfigError, match="is what other weights"):
+        run(out.parent, STAGES | {"stale": {"name": "train", "run": round_of(known=str(tmp_path / "stale"))}})
+    Generate(str(out / "best"), count=70, decoded=False).execute(tmp_path / "others")
+    with pytest.raises(ConfigError, match="were drawn by other weights"):
+        run(tmp_path, {"said": {"name": "reference_likelihood", "run": str(out / "start"), "pool": str(tmp_path / "others")}})
+    with pytest.raises(ConfigError, match="only what a token model says"):
+        run(tmp_path, {"said": {"name": "reference_likelihood", "run": str(out / "vq"), "pool": str(out / "fakes")}})
 
 
 def test_the_likelihood_is_exact(out: Path) -> None:
@@ -120,7 +186,7 @@ def test_the_likelihood_is_exact(out: Path) -> None:
 
 def test_what_is_no_pool_of_the_reference_is_refused(out: Path, tmp_path: Path) -> None:
     Generate(str(out / "start"), count=70, decoded=True).execute(tmp_path / "images")
-    changed = {"round": {"name": "train", "run": round_of(pool=str(tmp_path / "images"))}}
+    changed = {"other": {"name": "train", "run": round_of(pool=str(tmp_path / "images"))}}
     with pytest.raises(ConfigError, match="is drawn with decoded: false"):
         run(out.parent, STAGES | changed)
     with pytest.raises(ConfigError, match="were drawn with guidance 2, which are no samples"):
