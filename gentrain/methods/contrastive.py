@@ -17,7 +17,7 @@ from gentrain.methods.classifier import shift_images
 from gentrain.methods.contrastive_loss import Exchange, sigmoid_contrastive_loss, softmax_contrastive_loss
 from gentrain.metrics.retrieval import retrieval
 from gentrain.models.base import Codec
-from gentrain.models.towers import Embeddings, embedded, unpack
+from gentrain.models.towers import Embeddings, embedded, locked_side, unpack
 from gentrain.noise import Noise
 
 __all__ = ["Contrastive", "same_caption", "sigmoid_contrastive_loss", "softmax_contrastive_loss"]
@@ -70,13 +70,16 @@ class Contrastive(Method):
         towers, x = cast(nn.Module, nets.towers), batch["x"]
         if self.shift:
             x = shift_images(x, noise.randint(-self.shift, self.shift + 1, (len(x), 2)), self.shift)
-        embeddings = unpack(towers(x, batch["tokens"]))
+        embeddings = unpack(towers(x, batch["tokens"]), locked_side(batch))
+        logs = _logs(embeddings, batch["caption"])
         if self.loss == "softmax":
             value = softmax_contrastive_loss(*embeddings[:3], nets.group, self.chunk_size)
         else:
+            if not embeddings.image.requires_grad:  # then images travel: captions match both ways
+                embeddings = embeddings._replace(image=embeddings.text, text=embeddings.image)
             labels = same_caption(batch["caption"], nets.group) if self.repeats == "match" else None
             value = sigmoid_contrastive_loss(*embeddings, labels, nets.group, self.chunk_size, self.exchange)
-        return Loss(value, _logs(embeddings, batch["caption"]))
+        return Loss(value, logs)
 
 
 def _logs(embeddings: Embeddings, caption: Tensor) -> dict[str, Tensor]:

@@ -39,6 +39,9 @@ def sigmoid_contrastive_loss(
     arXiv:2303.15343, equation 1 (its signs as in the authors' later text: l = t s + b with b < 0). The mean over the ranks is the loss of
     the global batch, and gradients averaged over the ranks are its gradients. A row that is zero stays zero when normalised.
 
+    The texts travel, and bring their gradient home if they have one. The sum is symmetric: where the images have none and the texts do,
+    change their places, and the labels' meaning with them, and nothing is brought home.
+
     Args:
         image, text: [B, D], not normalised; the logits are float32, or float64 when these are. The same B on every rank.
         logit_scale: t', the logarithm of the temperature's inverse; one element. No gradient above ln 100.
@@ -57,8 +60,6 @@ def sigmoid_contrastive_loss(
     with torch.autocast(image.device.type, enabled=False):
         rows = _unit(image, dtype) * _scale(logit_scale, dtype)
         columns = _unit(text, dtype)
-        if labels is None and rows.requires_grad and text.requires_grad and not image.requires_grad:
-            rows, columns = columns, rows  # the sum is symmetric: what has no gradient to bring home travels
         wanted = (rows.requires_grad, columns.requires_grad) if torch.is_grad_enabled() else (False, False)
         value: Tensor = _Pairs.apply(rows, columns, logit_bias.to(dtype).reshape(1), labels, group, chunk_size, exchange, wanted)
     return value

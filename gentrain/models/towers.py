@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path as FilePath
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -38,10 +38,23 @@ class Embeddings(NamedTuple):
     logit_bias: Tensor
 
 
-def unpack(output: Tensor) -> Embeddings:
-    """What the forward of the towers gives, [B, 2 D + 2]: engines hand on one tensor."""
+SideName = Literal["image", "text"]
+
+
+def unpack(output: Tensor, locked: SideName | None = None) -> Embeddings:
+    """What the forward of the towers gives, [B, 2 D + 2]: engines hand on one tensor, in which a locked side has a gradient as well.
+
+    Args:
+        locked: the side that is to have none.
+    """
     image, text, scalars = output.split([(output.shape[1] - 2) // 2] * 2 + [2], 1)
-    return Embeddings(image, text, scalars[0, :1], scalars[0, 1:])
+    found = Embeddings(image, text, scalars[0, :1], scalars[0, 1:])
+    return found if locked is None else found._replace(**{locked: getattr(found, locked).detach()})
+
+
+def locked_side(batch: Mapping[str, Tensor]) -> SideName | None:
+    """The locked side of the towers whose codec encoded the batch."""
+    return next((side for side in get_args(SideName) if f"locked/{side}" in batch), None)
 
 
 def embedded(towers: nn.Module, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +85,10 @@ def pieces(caption: str, buckets: int) -> list[int]:
 
 
 class CaptionCodec(Codec):
-    """Adds to a batch what the text tower reads of its captions: "tokens" [B, L] int64, or [B, D] embeddings of a locked text tower."""
+    """Adds to a batch what the text tower reads of its captions: "tokens" [B, L] int64, or [B, D] embeddings of a locked text tower.
+
+    The name of an entry without numbers, "locked/image" or "locked/text" [B, 0], tells which tower is locked.
+    """
 
     def __init__(self, model: Towers, data: Data):
         super().__init__(data)
@@ -90,10 +106,16 @@ class CaptionCodec(Codec):
         return self.model.read(list(self.data.captions), self.device)
 
     def encode(self, batch: dict[str, Tensor], noise: Noise) -> dict[str, Tensor]:
-        return {**batch, "tokens": self.tokens[batch["caption"]]}
+        return self._with(batch, self.tokens[batch["caption"]])
 
     def shaped(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**batch, "tokens": torch.zeros(len(batch["x"]), self.model.entries)} if self.model.lock == "text" else super().shaped(batch)
+        if self.model.lock == "text":
+            return self._with(batch, torch.zeros(len(batch["x"]), self.model.entries))
+        return super().shaped(batch)
+
+    def _with(self, batch: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+        lock = self.model.lock
+        return {**batch, "tokens": tokens, **({} if lock is None else {f"locked/{lock}": tokens.new_empty(len(tokens), 0)})}
 
 
 @register("towers")
@@ -117,9 +139,7 @@ class Towers(Model):
     )
     image_revision: str | None = option(None, "branch, tag or commit of a repository; null = main")
     text_revision: str | None = option(None, "as image_revision")
-    lock: Literal["image", "text"] | None = option(
-        None, "the pretrained side that stays as it is, part of no checkpoint", source="arXiv:2111.07991"
-    )
+    lock: SideName | None = option(None, "the pretrained side that stays as it is, part of no checkpoint", source="arXiv:2111.07991")
     channels: tuple[PositiveInt, ...] = option((16, 32, 64), "of a scratch image tower's levels; each after the first halves the grid")
     norm_groups: PositiveInt = option(8, "groups of a scratch image tower's normalisation; divides every level's channels")
     buckets: PositiveInt = option(4096, "numbers that words and groups of letters are hashed to, for a scratch text tower")
@@ -149,7 +169,7 @@ class Towers(Model):
             if self.width not in (None, side.width):
                 raise ConfigError(f"the locked tower's embeddings have {side.width} entries, not {self.width}; set it to null", key="width")
 
-    def pretrained(self, side: Literal["image", "text"]) -> Side | None:
+    def pretrained(self, side: SideName) -> Side | None:
         """None where it is from scratch."""
         place = self.image if side == "image" else self.text
         revision = self.image_revision if side == "image" else self.text_revision
@@ -176,7 +196,7 @@ class Towers(Model):
             raise ValueError(f"images of {shape[1]}x{shape[2]} pixels do not fit {len(self.channels)} levels of channels")
         return Classifier(shape[0], self.entries, self.channels, self.norm_groups)
 
-    def _projected(self, which: Literal["image", "text"]) -> nn.Module | None:
+    def _projected(self, which: SideName) -> nn.Module | None:
         side = self.pretrained(which)
         if side is None:
             return None

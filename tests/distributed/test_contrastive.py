@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gentrain.methods.contrastive import Contrastive
 from gentrain.methods.contrastive_loss import sigmoid_contrastive_loss, softmax_contrastive_loss
 from gentrain.methods.prompt_critic import prompt_critic_loss
 from gentrain.training.world import RankGroup, World
 from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all, values
 from tests.methods.captioned import CaptionedPatches
-from tests.methods.test_contrastive import WIDTH, inputs
+from tests.methods.test_contrastive import WIDTH, assert_near, inputs
 from tests.models.readers import bert, vit
 from tests.ranks import run_ranks
 
@@ -92,7 +95,7 @@ def single(case: Any) -> list[Tensor]:
 
 
 def everything(world: World) -> dict[str, Any]:
-    parts: list[Callable[[World], Any]] = [losses, memory, refusals]
+    parts: list[Callable[[World], Any]] = [losses, memory, traffic, refusals]
     if world.size == 3:
         parts.append(in_a_part_of_the_ranks)
     return {part.__name__: part(world) for part in parts}
@@ -164,6 +167,49 @@ def test_memory_does_not_grow_with_the_ranks() -> None:
     assert four["ring"][1] == [block, block, 2 * block, block, block]
     assert sorted(four["two_way_ring"][1]) == [block] * 6
     assert four["gather"][1] == []
+
+
+def traffic(world: World) -> dict[Any, tuple[list[int], list[Tensor]]]:
+    """By locked tower and what repeated captions are: messages of one ring; loss and gradients by image, text (0 if locked), scalars."""
+    found = {}
+    for locked, repeats in product(("", "image", "text"), ("match", "negative")):
+        group, (image, text, scale, bias) = Recording(world.size), [value.detach() for value in inputs(PAIRS)]
+        scalars = torch.cat([scale, bias]).requires_grad_()
+        batch = {"x": part(image, world).clone(), "tokens": part(text, world).clone(), "caption": part(PLACES, world)}
+        for value, name in ((batch["x"], "image"), (batch["tokens"], "text")):
+            value.requires_grad_(name != locked)
+        sides = [batch["x"], batch["tokens"]]
+        if locked:
+            batch[f"locked/{locked}"] = torch.zeros(len(batch["x"]), 0)
+
+        def towers(x: Tensor, tokens: Tensor, scalars: Tensor = scalars) -> Tensor:
+            return torch.cat([x, tokens, scalars.expand(len(x), 2)], 1)
+
+        nets = SimpleNamespace(towers=towers, group=group)
+        method = Contrastive(shift=0, exchange="ring", repeats=repeats)  # type: ignore[arg-type]
+        value = method.pair_loss(nets, batch, None).value  # type: ignore[arg-type]
+        value.backward()
+        found[locked, repeats] = (
+            group.sent,
+            [value.detach(), *(torch.zeros_like(v) if v.grad is None else v.grad for v in (*sides, scalars))],
+        )
+    return found
+
+
+@pytest.mark.parametrize("repeats", ["match", "negative"])
+def test_a_gradient_travels_only_where_one_is_wanted(repeats: str) -> None:
+    """A locked tower's embeddings go round, whichever it is, and nothing comes home; all else is what it is without a lock."""
+    block = PAIRS // 4 * WIDTH
+    ranks = [result["traffic"] for result in on(4)]
+    for locked, place in (("", None), ("image", 1), ("text", 2)):
+        for rank in ranks:
+            messages, found = rank[locked, repeats]
+            assert messages == ([block] * 3 if locked else [block, block, 2 * block, block, block])
+            assert place is None or found[place].abs().max() == 0
+        free, found = ([rank[name, repeats][1] for rank in ranks] for name in ("", locked))
+        for k in {0, 1, 2, 3} - {place}:  # loss and scalars are means over the ranks, embeddings belong to one
+            a, b = (torch.stack([values[k] for values in each]) for each in (found, free))
+            assert_near([a] if k in (1, 2) else [a.mean(0)], [b] if k in (1, 2) else [b.mean(0)])
 
 
 def refusals(world: World) -> list[str]:

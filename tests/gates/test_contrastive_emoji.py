@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean
 from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from gentrain.config import Document, option, register
 from gentrain.data.base import CaptionedItems
 from gentrain.data.emoji import Emoji
+from gentrain.metrics.base import Interval, bootstrap_interval
 from gentrain.noise import Noise, derive
-from gentrain.recipes.retrieval import embed_held_out, retrieval
+from gentrain.recipes.retrieval import embed_held_out
 from gentrain.training.loop import Outcome, train
 from gentrain.training.run import parse_run, save_config
 from gentrain.training.world import World
@@ -25,7 +26,10 @@ from gentrain.training.world import World
 pytestmark = [pytest.mark.gate, pytest.mark.timeout(3600)]
 
 SEEDS = (0, 1, 2)
+LOSSES = ("sigmoid", "softmax")
 SPOILT = 0.5  # of the pairs
+ROWS = 256  # whose activations are held: more make cached gradients
+CHANCE = 5 / 379  # of being among the first five
 Corruption = Literal["none", "image", "text", "pairing"]
 
 
@@ -70,24 +74,25 @@ class SpoiltEmoji(Emoji):
 
 
 @pytest.fixture(scope="module")
-def recalls(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, float]]:
-    """(loss, batch, corruption, seed) -> recall of held-out pairs; each trained once."""
-    known: dict[Any, dict[str, float]] = {}
+def places(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """(loss, batch, corruption) -> [seeds, 2, N]: the place of the right one among all held-out pairs, from 1, image to text and back."""
+    known: dict[Any, Tensor] = {}
 
-    def of(loss: str, batch: int, corruption: str, seed: int) -> dict[str, float]:
-        key = (loss, batch, corruption, seed)
-        if key not in known:
-            known[key] = _trained(tmp_path_factory.mktemp("run"), *key)
-        return known[key]
+    def of(loss: str, batch: int, corruption: str = "none") -> Tensor:
+        for seed in SEEDS:
+            key = (loss, batch, corruption, seed)
+            if key not in known:
+                known[key] = _trained(tmp_path_factory.mktemp("run"), *key)
+        return torch.stack([known[loss, batch, corruption, seed] for seed in SEEDS])
 
     return of
 
 
-def _trained(directory: Path, loss: str, batch: int, corruption: str, seed: int) -> dict[str, float]:
+def _trained(directory: Path, loss: str, batch: int, corruption: str, seed: int) -> Tensor:
     settings = {
         "data": {"name": "spoilt_emoji", "size": 24, "held_out": 0.2, "corruption": corruption},
         "method": {"name": "contrastive", "loss": loss},
-        "model": {"name": "towers", "text": "minilm", "lock": "text", "initial_bias": -math.log(batch - 1), "rows_at_once": 128},
+        "model": {"name": "towers", "text": "minilm", "lock": "text", "initial_bias": -math.log(batch - 1), "rows_at_once": ROWS},
         "optimizer": {"name": "adamw", "lr": 2.0e-3, "beta2": 0.95, "weight_decay": 0.1},
         "schedule": {"name": "cosine", "warmup": 1_280},
         "engine": "torch",
@@ -98,29 +103,58 @@ def _trained(directory: Path, loss: str, batch: int, corruption: str, seed: int)
     run = parse_run(Document(settings, "gate"))
     save_config(run)
     assert train(run, World(0, 1, torch.device("cpu")), lambda: False) is Outcome.FINISHED
-    found = {metric.name: metric.value for metric in retrieval(*embed_held_out(str(run.directory)))[:4]}
-    print(loss, batch, corruption, seed, found, flush=True)
-    return found
+    image, text, caption = embed_held_out(str(run.directory))
+    similarity = image @ text[caption].T
+    own = similarity.diagonal()
+    return torch.stack([(similarity >= own[:, None]).sum(1), (similarity >= own).sum(0)])
 
 
-def test_names_never_seen_are_found(recalls: Callable[..., dict[str, float]], record_property: Callable[[str, object], None]) -> None:
+def recall(places: Tensor, k: int) -> Tensor:
+    """[..., N] -> [...]: the share within the first k places."""
+    return (places <= k).float().mean(-1)
+
+
+def difference(near: dict[str, Tensor], less: dict[str, Tensor] | None = None) -> Interval:
+    """Hits of the sigmoid loss less those of the softmax loss [seeds, 2, N], less the same of others: mean, interval over the N pairs."""
+    each = near["sigmoid"].float() - near["softmax"].float()
+    if less is not None:
+        each = each - (less["sigmoid"].float() - less["softmax"].float())
+    return bootstrap_interval(lambda rows: float(rows.mean()), each.mean((0, 1)), resamples=1_000)
+
+
+def told(values: Iterable[float] | Tensor) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
+def test_names_never_seen_are_found(places: Callable[..., Tensor], record_property: Callable[[str, object], None]) -> None:
     """379 held-out pairs, chance 0.26 % @1 and 1.32 % @5."""
-    for name in ("image to text @1", "text to image @1", "image to text @5", "text to image @5"):
-        values = [recalls("sigmoid", 128, "none", seed)[name] for seed in SEEDS]
-        record_property(name, [round(value, 4) for value in values])
-        assert min(values) > (0.04 if name.endswith("@1") else 0.15)
+    found = places("sigmoid", 64)
+    for k, least in ((1, 0.04), (5, 0.15)):
+        for way, name in enumerate(("image to text", "text to image")):
+            values = recall(found[:, way], k)
+            record_property(f"{name} @{k}", told(values))
+            assert values.min() > least
 
 
 @pytest.mark.parametrize("batch", [64, 256, 1024])
-def test_both_losses_at(batch: int, recalls: Callable[..., dict[str, float]], record_property: Callable[[str, object], None]) -> None:
-    for loss in ("sigmoid", "softmax"):
-        values = [recalls(loss, batch, "none", seed)["text to image @5"] for seed in SEEDS]
-        record_property(f"{loss}, text to image @5", [round(value, 4) for value in values])
-        assert mean(values) > 0.1
+def test_both_losses_at(batch: int, places: Callable[..., Tensor], record_property: Callable[[str, object], None]) -> None:
+    near = {loss: places(loss, batch) <= 5 for loss in LOSSES}
+    for loss in LOSSES:
+        record_property(f"{loss} @5", told(near[loss].float().mean((1, 2))))
+    record_property("sigmoid less softmax @5", told(difference(near)))
+    assert min(float(hits.float().mean()) for hits in near.values()) > 2 * CHANCE
 
 
 @pytest.mark.parametrize("corruption", ["image", "text", "pairing"])
-def test_spoilt_pairs(corruption: str, recalls: Callable[..., dict[str, float]], record_property: Callable[[str, object], None]) -> None:
-    for loss in ("sigmoid", "softmax"):
-        values = [recalls(loss, 256, corruption, seed)["text to image @5"] for seed in SEEDS]
-        record_property(f"{loss}, text to image @5", [round(value, 4) for value in values])
+def test_spoilt_pairs(corruption: str, places: Callable[..., Tensor], record_property: Callable[[str, object], None]) -> None:
+    """In arXiv:2303.15343, section 4.9, the sigmoid loss suffers less, at batches of 16k: that must not be refuted here, at 256."""
+    clean, near = ({loss: places(loss, 256, what) <= 5 for loss in LOSSES} for what in ("none", corruption))
+    for loss in LOSSES:
+        left = near[loss].float().mean() / clean[loss].float().mean()
+        record_property(f"{loss} @5", told(near[loss].float().mean((1, 2))))
+        record_property(f"{loss}, part that is left", round(left.item(), 3))
+        assert left < 1
+    ahead, further = difference(near), difference(near, clean)
+    record_property("sigmoid less softmax @5", told(ahead))
+    record_property("the same, less that without corruption", told(further))
+    assert further.high > 0
