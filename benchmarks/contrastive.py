@@ -133,7 +133,7 @@ def _run(ranks: int, batches: list[int], rounds: int, peer: str | None) -> list[
 
 def main(
     batches: Annotated[str, typer.Option(help="global batches")] = "1024,4096,16384",
-    ranks: Annotated[str, typer.Option(help="numbers of ranks")] = "1,2",
+    ranks: Annotated[str, typer.Option(help="numbers of ranks")] = "1,2,4",
     rounds: Annotated[int, typer.Option(help="measured rounds")] = 3,
     peer: Annotated[str | None, typer.Option(help="open_clip's loss.py")] = None,
 ) -> None:
