@@ -16,7 +16,7 @@ from gentrain.config import ConfigError, Document
 from gentrain.methods.contrastive import sigmoid_contrastive_loss
 from gentrain.models.image_text import resize
 from gentrain.models.text import minilm
-from gentrain.models.towers import Locked, Towers, TwoTowers, unpack
+from gentrain.models.towers import Locked, Towers, TwoTowers, locked_side, unpack
 from gentrain.noise import Noise
 from gentrain.recipes.export import Export
 from gentrain.recipes.retrieval import embed_held_out, retrieval
@@ -237,4 +237,5 @@ def test_a_run_reads_captions_once_and_plans_without_weights(tmp_path: Path) -> 
     batch = {"x": images(), "caption": torch.tensor([3, 1])}
     encoded, shaped = codec.encode(batch, Noise(0, torch.arange(2))), codec.shaped(batch)
     assert encoded["tokens"].shape == shaped["tokens"].shape and encoded["tokens"].dtype == shaped["tokens"].dtype
+    assert locked_side(encoded) == locked_side(shaped) == "text" and locked_side(batch) is None
     assert encoded["tokens"][0].equal(codec.tokens[3])  # type: ignore[attr-defined]
