@@ -112,6 +112,22 @@ def test_an_adapter_alone_draws_as_the_merged_pipeline_does(tmp_path: Path, fami
     torch.testing.assert_close(drawn(pipeline, side), drawn(merged, side), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["pipeline", "adapter"])
+def test_a_card_tells_what_was_trained_how_and_how_well(tmp_path: Path, form: Any) -> None:
+    values = settings(tmp_path, "stable_diffusion", "run", adapter=ADAPTER)
+    run = trained(values | {"data": values["data"] | {"licence": "drawn by Ada, CC BY 4.0"}})
+    (tmp_path / "scores").mkdir()
+    metric = {"name": "likeness", "value": 0.25, "low": 0.2, "high": 0.3, "better": "higher", "definition": "to the real ones"}
+    (tmp_path / "scores" / "metrics.json").write_text(json.dumps({"metrics": [metric]}))
+    card = (Export(run=str(run), form=form, scores=str(tmp_path / "scores")).write(tmp_path / "out") / "README.md").read_text()
+    assert f"of `{tmp_path / 'stable_diffusion'}`, a StableDiffusionPipeline" in card
+    for said in (
+        "library_name: diffusers", "pipeline_tag: text-to-image", "drawn by Ada, CC BY 4.0 What it began with has a licence of its own",
+        "diffusion; path variance_preserving, prediction eps", "| likeness | 0.25 | 0.2 to 0.3 | higher | to the real ones |", "rank: 2",
+    ):  # fmt: skip
+        assert said in card, said
+
+
 def test_an_adapter_is_refused_on_another_pipeline(tmp_path: Path) -> None:
     """As it goes on, as it is drawn from, and as it is exported in either form."""
     values = settings(tmp_path, "stable_diffusion", "run", adapter=ADAPTER)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from gentrain.config import ConfigError
-from gentrain.models.adapters import Adapted, Adapter, Base, target_layers
+from gentrain.models.adapters import Adapted, Adapter, Base, digest_of, target_layers
 from gentrain.models.base import Model
 from gentrain.models.dit import DiT
 from gentrain.models.mlp import MLP
@@ -185,6 +185,14 @@ def test_wrong_targets_and_placements_are_mistakes_of_their_keys(tmp_path: Path)
         run_of(values(tmp_path / "whole") | {"roles": {"student": {"placement": "sharded"}}})
     with pytest.raises(ConfigError, match=r"adapter: targets is empty"):
         run_of(_run(tmp_path, adapter={"targets": []}))
+
+
+def test_weights_are_told_from_others_by_names_shapes_and_values() -> None:
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
+    renamed, bent, moved = {"c": weights["a"], "d": weights["b"]}, weights["a"].reshape(3, 2), weights["a"] + 1e-6
+    others: list[dict[str, Tensor]] = [renamed, weights | {"a": bent}, weights | {"a": moved}, {"a": weights["a"]}]
+    assert digest_of(dict(reversed(weights.items()))) == digest_of(weights) == digest_of({k: v.double() for k, v in weights.items()})
+    assert len({digest_of(each) for each in (weights, *others)}) == 5
 
 
 def test_an_adapter_is_refused_on_other_weights(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_a_denoiser_takes_the_first_step_of_the_scheduler(case: tuple[str, dict[
     scheduler.set_timesteps(8)
     first, flow = scheduler.timesteps[0], isinstance(path, RectifiedFlow)
     assert flow == (case in OF_FLOWS)
+    if isinstance(path, RectifiedFlow):
+        assert path.shift == case[1].get("shift", case[1].get("flow_shift", 1.0))
     x_t, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.manual_seed(0))
     if hasattr(module := inspect.getmodule(cls), "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)

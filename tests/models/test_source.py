@@ -124,7 +124,13 @@ def test_caches_tell_commits_and_folders_of_a_repository_apart(lay: Lay, tmp_pat
     stable_diffusion(tmp_path / "here")
     shutil.copytree(tmp_path / "here", tmp_path / "there" / "inside")
     moved = Pretrained(str(tmp_path / "there"), subfolder="inside")
-    assert moved.encoder_digest == Pretrained(str(tmp_path / "here")).encoder_digest  # of files, wherever they lie
+    here = Pretrained(str(tmp_path / "here")).encoder_digest
+    assert moved.encoder_digest == here  # of files, wherever they lie
+    for file, matters in (("unet/config.json", False), ("text_encoder/model.safetensors", True), ("tokenizer/tokenizer_config.json", True)):
+        with (tmp_path / "here" / file).open("ab") as content:
+            content.write(b" ")
+        assert (Pretrained(str(tmp_path / "here")).encoder_digest != here) == matters
+        here = Pretrained(str(tmp_path / "here")).encoder_digest
 
 
 def test_folders_that_hold_no_pipeline_are_told(tmp_path: Path, lay: Lay) -> None:

@@ -51,6 +51,15 @@ def test_roles_that_share_weights_are_counted_once(alone: World) -> None:
     found, memory = measure_all(alone, {"": each})[""], memory_of(run_of(each))
     assert [part.name for part in memory.parts] == ["below teacher, critic, student, reference", "critic", "student"]
     assert memory.resting == pytest.approx(found.resting, rel=1e-3)
+    assert memory.peak == memory.resting + max(part.learning for part in memory.parts[1:])  # one role learns at a time
+
+
+def test_each_average_is_counted() -> None:
+    one, three = (memory_of(run_of(settings("torch", power_ema=lengths))) for lengths in ([], [0.05, 0.1]))
+    for before, after in zip(one.parts, three.parts, strict=True):
+        more = 2 * before.held.average if before.held is not None and before.averaged else 0
+        assert after.resting - before.resting == more
+    assert three.resting > one.resting
 
 
 def test_saved_tensors_are_counted_once_and_as_long_as_they_are_kept() -> None:
