@@ -185,7 +185,7 @@ class DistributionMatching(LedByScores):
         if self._alone:
             del roles["fake_score"]
         elif self.fake_score_reads_step:
-            roles["fake_score"] = Trained(init="teacher", inputs=("end",))
+            roles["fake_score"] = Trained(init="teacher", inputs=("step",))
         vars(self)["roles"] = roles
         if self._has_critic:
             self.roles["critic"] = Trained(init="teacher", heads=self.critic_heads)
@@ -330,5 +330,5 @@ class DistributionMatching(LedByScores):
             return generate(nets.student, z, self.sigma, condition), condition
         stage = noise.randint(0, self.steps, (len(z),))
         x_t, t = simulate(nets.student, FewStep(steps=self.steps, sigma=self.sigma), z, stage, noise, condition)
-        told = {**(condition or {}), "end": nets.student.path.network_time(t)} if self.fake_score_reads_step else condition
+        told = {**(condition or {}), "step": nets.student.path.network_time(t)} if self.fake_score_reads_step else condition
         return nets.student.x0(x_t, t, condition), told

@@ -1,5 +1,5 @@
-"""Numbers that a network is given beside x, t and the label: the guidance weight it imitates, the time at which a flow map ends, how its
-images were augmented."""
+"""Numbers that a network is given beside x, t and the label: the guidance weight it imitates, where a flow map ends, which call made the
+sample, how its images were augmented."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gentrain.data.augmented import AUGMENTS
 from gentrain.models.base import Condition
 
 WIDTH = 256  # of the embeddings (arXiv:2310.04378, code release: time_cond_proj_dim)
-_WIDTHS = {"guidance": WIDTH, "end": WIDTH, "augment": AUGMENTS}
+_WIDTHS = {"guidance": WIDTH, "end": WIDTH, "step": WIDTH, "augment": AUGMENTS}
 TIME_SCALE = "of the time that the embedding reads; .01 where a method takes derivatives by time (continuous_consistency, mean_flow)"
-_INTERVAL_FREQUENCIES = 4.0  # radians per whole path: few, for a derivative by time passes through these
+_TURNS = {"end": 0.25, "step": 4.0}  # radians per whole path; few of a flow map's end, for a derivative by time passes through them
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
@@ -34,10 +34,10 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], 1)
 
 
-def interval_embedding(length: Tensor, dim: int) -> Tensor:
-    """sin and cos of a length in [0, 1] (share of the path) at frequencies from 1/2 to 4, [B] -> [B, dim] float32 or more; smooth."""
+def interval_embedding(length: Tensor, dim: int, fastest: float = 4.0) -> Tensor:
+    """sin and cos of a length in [0, 1] (share of the path) at frequencies from fastest / 8 to fastest, [B] -> [B, dim] float32 or more."""
     length = length.to(torch.promote_types(length.dtype, torch.float32))
-    frequencies = torch.logspace(-1, math.log2(_INTERVAL_FREQUENCIES), dim // 2, base=2, dtype=length.dtype, device=length.device)
+    frequencies = fastest * torch.logspace(-3, 0, dim // 2, base=2, dtype=length.dtype, device=length.device)
     phase = length[:, None] * frequencies
     return torch.cat([phase.sin(), phase.cos()], 1)
 
@@ -49,6 +49,7 @@ class Inputs(nn.Module):
     |----------|---------------------------------------------------|------------------------|
     | guidance | [B] weight w of conditional + w (conditional - null) | adds nothing        |
     | end      | [B] network time at which the flow map ends       | t: the velocity itself |
+    | step     | [B] network time of the call that made the sample | t                      |
     | augment  | [B, 9] what was done to the image, see data.augmented | adds nothing: an image as it is |
     """
 
@@ -64,8 +65,8 @@ class Inputs(nn.Module):
         """t [B] network time -> [B, width] in the weights' dtype, or 0."""
         condition, added = condition or {}, 0.0
         for name, projection in self.projections.items():
-            if name == "end":
-                embedded = interval_embedding((t - condition.get("end", t)) / 1000, WIDTH)
+            if name in _TURNS:
+                embedded = interval_embedding((t - condition.get(name, t)) / 1000, WIDTH, _TURNS[name])
             elif name not in condition:
                 continue
             elif name == "augment":

@@ -101,7 +101,7 @@ def student_of(case: str, seed: int) -> tuple[Denoiser, Sampler]:
     method, teacher = DistributionMatching(**CASES[case]), teacher_of(seed)
     roles = {role: Denoiser(deepcopy(teacher.network), teacher.path, "velocity") for role in method.roles if role != "teacher"}
     if method.fake_score_reads_step:
-        roles["fake_score"].network.add_inputs(("end",))
+        roles["fake_score"].network.add_inputs(("step",))
     if method.critic_heads is not None:
         torch.manual_seed(seed)  # of the heads, whatever was made before
         read = teacher.network if method.critic_heads.of == "teacher" else roles["fake_score"].network

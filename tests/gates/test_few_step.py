@@ -68,7 +68,7 @@ class Case(NamedTuple):
     steps: int
     plane: tuple[float, float]
     batch: int = BATCH  # of the line
-    line: float = 0.05  # the most that W1 in one step may be on the line
+    average: float = 0.0  # decay a step of the average of the weights that is drawn from; 0 = the last weights
     begins: bool = True  # as the flow
 
 
@@ -84,10 +84,10 @@ CASES: dict[str, Case] = {
     "mean_flow": Case(
         lambda: MeanFlow(power=0.0, times=LogitNormal(std=2.5), equal=0.25, derivative="difference"),
         lambda steps: FlowMap(steps=steps),
-        2000,
+        4000,
         (2.2e-3, 2e-3),
         batch=1024,
-        line=0.07,  # short of what is asked: .047, .059 and .056 were measured, see docs/methods/few_step.md
+        average=0.998,
     ),
     "continuous_consistency": Case(ContinuousConsistency, consistency, 1000, (6e-4, 5e-4)),
 }
@@ -106,7 +106,7 @@ def student(name: str, seed: int, line: bool, record_property: Record) -> Denois
     weights = {own: flow(seed, line).network.state_dict()} if case.begins else {}  # type: ignore[attr-defined]
     where, steps, batch = (Line(seed), case.steps, case.batch) if line else (None, STEPS, BATCH)
     begin = time.process_time()
-    learnt = train(method, RF, "velocity", seed, steps, weights, lr=1e-3, batch=batch, model=SLOW, line=where)
+    learnt = train(method, RF, "velocity", seed, steps, weights, lr=1e-3, batch=batch, model=SLOW, line=where, average=case.average)
     record_property("training, s of processor", round(time.process_time() - begin))
     return learnt
 
@@ -163,13 +163,13 @@ def mean_error(denoiser: Denoiser, line: Line, seed: int) -> float:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CASES)
 def test_students_of_a_flow_on_the_line_that_is_known(name: str, seed: int, record_property: Record) -> None:
-    """Asked of every member: W1 <= .05 in one step, mean |f - f*| <= .06. mean_flow misses the first."""
+    """Asked of every member: W1 <= .05 in one step, mean |f - f*| <= .06."""
     learnt, case, line = student(name, seed, True, record_property), CASES[name], Line(seed)
     one, error = w1(learnt, case.sampler(1), line, seed), mean_error(learnt, line, seed)
     record_property("W1 in one step", round(one, 4))
     record_property("W1 in two steps", round(w1(learnt, case.sampler(2), line, seed), 4))
     record_property("mean |f - f*|", round(error, 4))
-    assert one <= case.line and error <= 0.06
+    assert one <= 0.05 and error <= 0.06
 
 
 @pytest.mark.parametrize("seed", SEEDS)

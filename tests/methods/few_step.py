@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gentrain.data.toys import Mixture
 from gentrain.methods.base import Clock, Follow, Frozen, Method, Trained
@@ -111,15 +112,18 @@ def train(
     batch: int = 256,
     model: Model | None = None,
     line: Line | None = None,
+    average: float = 0.0,
 ) -> Denoiser:
-    """The method's generator, trained on the mixture of eight normal laws, or on `line`."""
+    """The method's generator, trained on the mixture of eight normal laws, or on `line`; `average`: decay per step of its average."""
     torch.manual_seed(derive(seed, "weights"))
     group = Group(method, path, prediction, weights or {}, lr, steps, model or MLP(), *(((2,), 8) if line is None else ((1,), 0)))
+    averaged = AveragedModel(group.generator.network, multi_avg_fn=get_ema_multi_avg_fn(average))
     items = Mixture(seed=seed).split("train") if line is None else line
     for step in range(steps):
         rows = torch.arange(step * batch, (step + 1) * batch)
         group.step(step, items.batch(rows), rows, seed)
-    return group.generator
+        averaged.update_parameters(group.generator.network)
+    return Denoiser(averaged.module, path, prediction)
 
 
 def draw(denoiser: Denoiser, sampler: Sampler, labels: Tensor, seed: int) -> Tensor:

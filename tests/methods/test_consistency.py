@@ -34,7 +34,7 @@ from gentrain.methods.latent_consistency import LatentConsistency
 from gentrain.models.base import Condition, Model
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.dit import DiT
-from gentrain.models.inputs import Inputs
+from gentrain.models.inputs import WIDTH, Inputs
 from gentrain.models.mlp import MLP
 from gentrain.models.reading import read_on
 from gentrain.models.unet import UNet
@@ -212,18 +212,31 @@ def test_inputs_change_nothing_until_they_learn(model: Model, shape: tuple[int, 
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
     before, keys = network(x, t, condition), set(network.state_dict())
-    network.add_inputs(("guidance", "end"))
-    assert set(network.state_dict()) - keys == {"inputs.projections.guidance.weight", "inputs.projections.end.weight"}
+    network.add_inputs(("guidance", "end", "step"))
+    assert set(network.state_dict()) - keys == {f"inputs.projections.{name}.weight" for name in ("guidance", "end", "step")}
     assert keys <= set(network.state_dict())
-    given = {**condition, "guidance": torch.tensor([1.0, 2.0, 3.0]), "end": torch.zeros(3)}
+    given = {**condition, "guidance": torch.tensor([1.0, 2.0, 3.0]), "end": torch.zeros(3), "step": torch.zeros(3)}
     assert torch.equal(network(x, t, given), before)
     torch.nn.init.normal_(network.inputs.projections["guidance"].weight, std=0.1)
     other = network(x, t, given)
     assert (other - before).abs().amax(tuple(range(1, x.ndim))).min() > 1e-4
     assert torch.equal(network(x, t, condition), before)  # absent: nothing is added
-    torch.nn.init.normal_(network.inputs.projections["end"].weight, std=0.1)
-    assert not torch.equal(network(x, t, given), other)
-    assert torch.equal(network(x, t, {**condition, "end": t}), network(x, t, condition))  # absent: the velocity itself
+    for name in ("end", "step"):
+        torch.nn.init.normal_(network.inputs.projections[name].weight, std=0.1)
+        assert not torch.equal(network(x, t, given), other)
+        assert torch.equal(network(x, t, {**condition, name: t}), network(x, t, condition))  # absent: the velocity itself
+        other = network(x, t, given)
+
+
+@pytest.mark.parametrize("name, turn", [("end", 0.25), ("step", 4.0)])
+def test_the_end_of_a_flow_map_is_read_slowly(name: str, turn: float) -> None:
+    """A derivative by time passes through its embedding: no part of it turns by more than a quarter of a radian over the path."""
+    inputs = Inputs((name,), WIDTH)
+    torch.nn.init.eye_(inputs.projections[name].weight)
+    with torch.no_grad():
+        found = inputs(torch.linspace(0, 1000, 1001), {name: torch.zeros(1001)})
+    assert isinstance(found, Tensor) and 1000 * found.diff(dim=0).abs().max().item() == pytest.approx(turn, rel=1e-3)
+    assert (found[-1] - found[0])[WIDTH // 2 - 1].item() == pytest.approx(math.sin(turn))
 
 
 def test_unknown_inputs_are_refused() -> None:

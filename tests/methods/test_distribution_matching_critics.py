@@ -93,13 +93,13 @@ class Doubles(Noise):
         return super().uniform(shape, low, high).double()
 
 
-def linear(weight: Tensor, seen: list[set[str]], reads_end: bool) -> Denoiser:
-    """x0 = w0 x + w1 t + w2 label, + w3 end where it is told."""
+def linear(weight: Tensor, seen: list[set[str]], reads_step: bool) -> Denoiser:
+    """x0 = w0 x + w1 t + w2 label, + w3 step where it is told."""
 
     def network(x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         seen.append(set(condition))
         value = weight[0] * x + (weight[1] * t / 1000 + weight[2] * condition["label"])[:, None]
-        return value + (weight[3] * condition["end"] / 1000)[:, None] if reads_end else value
+        return value + (weight[3] * condition["step"] / 1000)[:, None] if reads_step else value
 
     return Denoiser(network, RectifiedFlow(), "x0")
 
@@ -155,7 +155,7 @@ def test_the_fake_score_alone_is_told_the_step_and_no_gradient_passes_through_th
     ours, theirs = (torch.autograd.grad(each, weights["student"])[0] for each in (value, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
     assert all(each == {"label"} for name in ("teacher", "student") for each in seen[name])
-    assert seen["fake_score"] == [{"label", "end"}] * 2
+    assert seen["fake_score"] == [{"label", "step"}] * 2
 
 
 def test_its_own_sampler_has_its_steps(tmp_path: FilePath) -> None:
