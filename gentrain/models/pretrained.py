@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from gentrain.config import option, register
+from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.data.latents import DEVIATION, Latents
 from gentrain.models.base import Codec, Condition, Model
@@ -60,6 +61,8 @@ class Pretrained(Model):
             self.directory = str(FilePath(self.directory).absolute())
         if not self.to_come:
             _ = self.family
+        if odd := re.search(r"\{[^}]+\}", self.prompt):
+            raise ConfigError(f"{odd[0]} would stand in each prompt as it is; write {{}} where the caption or name goes", key="prompt")
 
     @property
     def awaited(self) -> bool:
@@ -117,8 +120,8 @@ class Pretrained(Model):
         """Raises ValueError unless latents and conditions that are made for the other pipeline's network are this one's as well."""
         if not isinstance(other, Pretrained) or self.to_come or other.to_come:
             return
-        mine, theirs = ({"family": each.family.registered_name, **each.family.latents_are} for each in (self, other))
-        if different := [key for key in mine if mine[key] != theirs[key]]:
+        mine, theirs = ({"family": each.family.registered_name, **each.family.latents_are, **_texts_are(each)} for each in (self, other))
+        if different := [key for key in mine if mine[key] != theirs.get(key)]:
             key = different[0]
             raise ValueError(
                 f"{self.place} and {other.place} differ in {key} ({mine[key]} and {theirs[key]}), and their networks in what "
@@ -127,6 +130,11 @@ class Pretrained(Model):
 
     def codec(self, data: Data) -> Codec:
         return PretrainedCodec(self, data)
+
+
+def _texts_are(model: Pretrained) -> dict[str, Any]:
+    shapes = model.family.text_shapes() if model.family.takes_text else {}
+    return {f"the shape of texts ({name})": list(value.shape[1:]) for name, value in shapes.items()}
 
 
 class PretrainedNetwork(nn.Module):
@@ -251,8 +259,6 @@ class PretrainedCodec(Codec):
     @cached_property
     def _vae(self) -> nn.Module:
         vae: nn.Module = self.family.source.load("vae")
-        if broken := next((name for name, p in vae.named_parameters() if not p.isfinite().all()), None):
-            raise ValueError(f"the autoencoder of {self.model.place} has weights that are not finite ({broken}); {_DAMAGED}")
         return vae.to(self.device).eval().requires_grad_(False)
 
     @cached_property

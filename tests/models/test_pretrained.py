@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gentrain.config import ConfigError, Document, build
@@ -24,6 +26,7 @@ from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.guidance import guided_x0
 from gentrain.training.memory import memory_of
 from tests.distributed.cases import run_of
+from tests.methods.captioned import CaptionedPatches
 from tests.models.pipelines import PIPELINES, PROMPTS, SIDE, SIDES, call, images, stable_diffusion
 
 STEPS, GUIDANCE = 4, 3.0
@@ -266,8 +269,8 @@ def _index(directory: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def _config(directory: Path, component: str, **changes: Any) -> None:
-    file = directory / component / "config.json"
+def _config(directory: Path, component: str, name: str = "config", **changes: Any) -> None:
+    file = directory / component / f"{name}.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
@@ -285,6 +288,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "other network": (lambda d: _index(d, unet=["diffusers", "DiTTransformer2DModel"]), "unet is a DiTTransformer2DModel, not a UNet2D"),
     "other texts": (lambda d: _config(d, "text_encoder", hidden_size=24), "make texts 24 wide, its unet takes 16; .*two pipelines"),
     "foreign class": (lambda d: _index(d, unet=["mine", "UNet"]), "unet .* is mine.UNet, no class of this version"),
+    "no scale": (lambda d: _config(d, "vae", scaling_factor=0), r"scaling_factor in .*/vae/config.json is 0, no positive number"),
+    "no list": (lambda d: _config(d, "vae", block_out_channels=None), r"pipeline in .* has a damaged configuration \(TypeError: "),
+    "no number": (lambda d: _config(d, "scheduler", "scheduler_config", beta_end="x"), "damaged configuration"),
 }  # fmt: skip
 
 
@@ -317,6 +323,70 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"model: unet of the pipeline in .* cannot be loaded"):
         build_network(run, "model")
+
+
+def _fewer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(sorted(weights.items())[2:])
+
+
+def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"other.{name}": value for name, value in weights.items()}
+
+
+def _not_finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return weights | {
+        name: value.masked_fill(torch.ones_like(value, dtype=torch.bool), torch.nan) for name, value in [min(weights.items())]
+    }
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize(
+    "damage, said",
+    [(_fewer, "lack 2 of [0-9]+ weights, such as "), (_renamed, "lack ([0-9]+) of \\1 weights"), (_not_finite, "weights .* are not finite"),
+     (None, "cannot be loaded")],
+)  # fmt: skip
+def test_weights_are_whole_and_numbers(tmp_path: Path, component: str, damage: Any, said: str) -> None:
+    """What lacks would be drawn at random by the libraries, which only log it."""
+    directory = stable_diffusion(tmp_path / "sd")
+    file = next((directory / component).glob("*.safetensors"))
+    if damage is None:
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        save_file(damage(load_file(file)), file, {"format": "pt"})
+    source = Pretrained(str(directory)).family.source
+    for load in (source.load, lambda component: source.pipeline()):
+        with pytest.raises(ValueError, match=rf"{component} of the pipeline in .*/sd .*{said}"):
+            load(component)
+
+
+def test_what_older_versions_did_not_write_is_the_default_of_the_class(tmp_path: Path) -> None:
+    """As of the autoencoder of Stable Diffusion 1: its configuration has no scale, and its attention other names."""
+    directory = stable_diffusion(tmp_path / "sd")
+    whole = Pretrained(str(directory)).codec(CaptionedPatches()).posterior(x := torch.rand(1, 3, SIDE, SIDE))  # type: ignore[attr-defined]
+    file = directory / "vae" / "config.json"
+    kept = (
+        "_class_name",
+        "block_out_channels",
+        "down_block_types",
+        "latent_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "up_block_types",
+    )
+    file.write_text(json.dumps({key: json.loads(file.read_text())[key] for key in kept}))
+    weights = load_file(directory / "vae" / "diffusion_pytorch_model.safetensors")
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        weights = {re.sub(rf"(attentions.*)\.{new}\.", rf"\1.{old}.", name): value for name, value in weights.items()}
+    assert any(".query." in name for name in weights)
+    save_file(weights, directory / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    older = Pretrained(str(directory)).codec(CaptionedPatches()).posterior(x)  # type: ignore[attr-defined]
+    assert all(torch.equal(*pair) for pair in zip(whole, older, strict=True))
+
+
+def test_a_template_with_another_place_than_the_captions_is_refused(tmp_path: Path) -> None:
+    directory = stable_diffusion(tmp_path / "sd")
+    with pytest.raises(ConfigError, match=r"model\.prompt: \{name\} would stand in each prompt as it is; write \{\}"):
+        run_of(_run(directory, model={"name": "pretrained", "directory": str(directory), "prompt": "a photo of a {name}"}))
 
 
 def test_images_that_do_not_fit_and_an_autoencoder_that_gives_no_numbers_are_named(tmp_path: Path) -> None:
@@ -383,6 +453,10 @@ def test_pipelines_whose_networks_read_other_things_are_no_roles_of_one_run(tmp_
         beside(PIPELINES["stable_diffusion_xl"](tmp_path / "xl"))
     scaled = stable_diffusion(tmp_path / "scaled")
     assert beside(scaled).model_of("teacher").directory == str(scaled)
+    _config(scaled, "unet", cross_attention_dim=32)
+    _config(scaled, "text_encoder", hidden_size=32)
+    with pytest.raises(ConfigError, match=r"differ in the shape of texts \(prompt\) \(\[8, 32\] and \[8, 16\]\)"):
+        beside(scaled)
     _config(scaled, "vae", scaling_factor=0.5)
     with pytest.raises(ConfigError, match=r"roles\.teacher\.model: .* differ in scaling_factor \(0\.5 and 0\.18215\)"):
         beside(scaled)

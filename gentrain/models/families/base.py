@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,14 +44,16 @@ class Family(Component, kind="family"):
 
     def __init__(self, source: Source, guidance_input: float = 1.0):
         self.source, self.guidance_input = source, guidance_input
-        self.config = source.read(f"{self.denoiser}/config.json")
-        self.vae_config = source.read("vae/config.json")
         for component in (self.denoiser, "vae", "scheduler", *(self.text_components if self.takes_text else ())):
             source.component_class(component)
         if (found := source.component_class(self.denoiser).__name__) != self.network:
             raise ValueError(
                 f"{source.name} is a {self.pipelines[0]} whose {self.denoiser} is a {found}, not a {self.network}; name another"
             )
+        self.config, self.vae_config = source.config(self.denoiser), source.config("vae")
+        scale = self.vae_config["scaling_factor"]
+        if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+            raise ValueError(f"scaling_factor in {source.name}/vae/config.json is {scale!r}, no positive number; mend it")
         if self.channels != self.denoiser_channels:
             raise ValueError(
                 f"the autoencoder in {source.name} makes latents of {self.channels} channels, its {self.denoiser} takes "
@@ -165,6 +168,14 @@ def family_of(source: Source, guidance_input: float = 1.0) -> Family:
     name = source.index["_class_name"]
     for family in Family.available().values():
         if name in family.pipelines:
-            return family(source, guidance_input)
+            try:
+                found = family(source, guidance_input)
+                _ = found.law(), found.grain
+            except ValueError:
+                raise
+            except Exception as error:  # of values that no library checks: anything may come of them
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                raise ValueError(f"the pipeline in {source.name} has a damaged configuration ({what}); download it anew") from error
+            return found
     known = ", ".join(pipeline for family in Family.available().values() for pipeline in family.pipelines)
     raise ValueError(f"{source.name} is a {name}, a pipeline of no family that is known here; known: {known}")

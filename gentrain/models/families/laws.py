@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any
 
 from gentrain.paths.base import Path
@@ -36,9 +37,9 @@ def law_of(scheduler: type, config: dict[str, Any]) -> tuple[Path, Prediction]:
     taken = inspect.signature(scheduler).parameters.items()
     complete = {name: value.default for name, value in taken if value.default is not inspect.Parameter.empty} | config
     if scheduler.__name__.startswith("FlowMatch"):
-        return RectifiedFlow(shift=complete.get("shift") or 1.0, sigma_data=_SIGMA_DATA), "velocity"
+        return _flow(complete.get("shift")), "velocity"
     if complete.get("prediction_type") == "flow_prediction":
-        return RectifiedFlow(shift=complete.get("flow_shift") or 1.0, sigma_data=_SIGMA_DATA), "velocity"
+        return _flow(complete.get("flow_shift")), "velocity"
     schedule, prediction = _SCHEDULES.get(complete.get("beta_schedule", "")), _PREDICTIONS.get(complete.get("prediction_type", "epsilon"))
     if schedule is None or prediction is None or complete.get("trained_betas") is not None:
         said = {key: complete.get(key) for key in ("beta_schedule", "prediction_type", "trained_betas")}
@@ -52,3 +53,9 @@ def law_of(scheduler: type, config: dict[str, Any]) -> tuple[Path, Prediction]:
         sigma_data=_SIGMA_DATA,
     )
     return path, prediction
+
+
+def _flow(shift: float | None) -> RectifiedFlow:
+    if shift is not None and not 0 < shift < math.inf:
+        raise ValueError(f"the pipeline's scheduler has a shift of {shift}, no positive number; mend its scheduler_config.json")
+    return RectifiedFlow(shift=shift or 1.0, sigma_data=_SIGMA_DATA)

@@ -38,7 +38,7 @@ class Sana(Family):
             x,
             encoder_hidden_states=condition["prompt"],
             encoder_attention_mask=condition["mask"],
-            timestep=t * self.config.get("timestep_scale", 1.0),
+            timestep=t * self.config["timestep_scale"],
             return_dict=False,
         )[0]
         return output

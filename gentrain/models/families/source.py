@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -101,6 +102,12 @@ class Source:
             raise ValueError(f"{self.name}/{file} holds no mapping; download the pipeline anew")
         return content
 
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's configuration, with its class' defaults for what older versions of the library did not write."""
+        cls, said = self.component_class(component), self.read(f"{component}/config.json")
+        parameters = inspect.signature(cls.__init__).parameters.items()
+        return {name: parameter.default for name, parameter in parameters if parameter.default is not parameter.empty} | said
+
     def _folder(self, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
         """Where the pipeline lies on this machine, after those of its files that match, `without` aside, were fetched from the hub."""
         if self.is_local:
@@ -124,6 +131,8 @@ class Source:
                 del config["_name_or_path"]  # where it was loaded from: diffusers adds it as it saves a copy
                 found = hashlib.sha256(f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode()).hexdigest()
             digest.update(f"{file.relative_to(root)} {found}\n".encode())
+        if self.variant is not None:  # which of them are read
+            digest.update(self.variant.encode())
         return digest.hexdigest()
 
     def component_class(self, component: str) -> Any:
@@ -139,14 +148,24 @@ class Source:
         return cls
 
     def load(self, component: str) -> Any:
-        """The component with its weights."""
-        weights = {} if any(word in component for word in _WEIGHTLESS) else {
-            "dtype": torch.float32, "use_safetensors": True, "variant": self.variant,
-        }  # fmt: skip
+        """The component, with all its weights where it has some, all of them finite."""
+        return self._load(component, self.variant)
+
+    def _load(self, component: str, variant: str | None) -> Any:
         with torch.device("cpu"), _telling(f"{component} of the pipeline in {self.name}"):
             cls = self.component_class(component)
-            folder = self._folder(*files_of(component, self.variant))
-            return cls.from_pretrained(folder, subfolder=component, local_files_only=True, **weights)
+            place = {"subfolder": component, "local_files_only": True}
+            folder = self._folder(*files_of(component, variant))
+            if _weightless(component):
+                return cls.from_pretrained(folder, **place)
+            weights = {"dtype": torch.float32, "use_safetensors": True, "variant": variant}
+            made, told = cls.from_pretrained(folder, **place, **weights, output_loading_info=True)
+            parameters = dict(made.named_parameters())
+            if missing := sorted(parameters.keys() & told["missing_keys"]):  # which the libraries would draw at random
+                raise ValueError(f"its files lack {len(missing)} of {len(parameters)} weights, such as {missing[0]}")
+            if damaged := next((name for name, p in parameters.items() if not p.isfinite().all()), None):
+                raise ValueError(f"its weights {damaged} are not finite")
+            return made
 
     def skeleton(self, component: str) -> Any:
         """The component as its configuration says, without its weights: of use on the meta device."""
@@ -159,14 +178,18 @@ class Source:
 
         cls = getattr(diffusers, self.index["_class_name"])
         needed = [key for key, value in self.index.items() if isinstance(value, list) and value[0] and key not in components]
+        plain: list[str] = []
         with torch.device("cpu"), _quiet(), _telling(f"the pipeline in {self.name}"):
             folder = self._parts(needed, self.variant)
-            if self.variant is not None:  # diffusers takes the plain files of components that have no others
-                folder = self._parts([key for key in needed if not any((folder / key).glob(f"*.{self.variant}*"))], None)
+            if self.variant is not None:  # of components that have no others
+                plain = [key for key in needed if not any((folder / key).glob(f"*.{self.variant}*"))]
+                folder = self._parts(plain, None)
         if missing := [key for key in needed if not (folder / key).is_dir()]:
             raise ValueError(f"{self.name} has no folder {missing[0]}, which its {INDEX} names; download the pipeline anew")
+        weighty = [key for key in needed if self.index[key][0] in _LIBRARIES and not _weightless(key)]
+        own = {key: self._load(key, None if key in plain else self.variant) for key in weighty}
         with torch.device("cpu"), _quiet(), _telling(f"the pipeline in {self.name}"):
-            return cls.from_pretrained(folder, variant=self.variant, dtype=torch.float32, use_safetensors=True, **components)
+            return cls.from_pretrained(folder, variant=self.variant, dtype=torch.float32, use_safetensors=True, **own, **components)
 
     def _parts(self, components: Sequence[str], variant: str | None) -> Path:
         """`_folder` with these components."""
@@ -189,11 +212,15 @@ def is_to_come(directory: str) -> bool:
     return any(Path(directory).absolute().is_relative_to(known) for known in _to_come.get())
 
 
+def _weightless(component: str) -> bool:
+    return any(word in component for word in _WEIGHTLESS)
+
+
 @contextlib.contextmanager
 def _telling(what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # constructors of the libraries, given what a file says: anything may come of it
         raise ValueError(
             f"{what} cannot be loaded ({_brief(error)}); only safetensors are read: download them anew, or correct `variant`"
         ) from error
