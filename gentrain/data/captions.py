@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -36,7 +37,7 @@ class Captions:
 
 def caption_of(data: bytes) -> str:
     """The caption in a text file of at most `MOST` bytes, as one line. Raises ValueError for what is no text."""
-    return _line(data.decode("utf-8", "strict"))
+    return one_line(data.decode("utf-8-sig", "strict"))
 
 
 def caption_in(data: bytes | str, field: str) -> str | None:
@@ -53,11 +54,12 @@ def caption_in(data: bytes | str, field: str) -> str | None:
         raise ValueError(f"{field!r} is no text")
     if len(content[field]) > MOST:
         raise ValueError(f"a caption of more than {MOST:,} characters")
-    return _line(content[field])
+    return one_line(content[field])
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The text with single blanks. Raises ValueError where it holds commands for terminals, or halves of characters."""
     line = " ".join(text.split())
-    if not line.isprintable():
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in line):
         raise ValueError("holds characters that cannot be printed")
     return line

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gentrain.config import option, register
 from gentrain.data.base import Data, check_split
+from gentrain.data.captions import one_line
 
 
 @register("prompts")
@@ -40,22 +41,30 @@ class Prompts(Data):
     def captions(self) -> Sequence[str]:
         """Raises ValueError when there are none, or the file cannot be read."""
         try:
-            lines = [line.strip() for line in Path(self.path).expanduser().read_text(encoding="utf-8").splitlines()]
+            lines = Path(self.path).expanduser().read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the prompts in {self.path} cannot be read ({error}); name a text file in UTF-8") from error
-        read = self._object if self.path.endswith(".jsonl") else lambda number, line: line
-        prompts = list(dict.fromkeys(read(number, line) for number, line in enumerate(lines, 1) if line))
+        read = self._object if self.path.lower().endswith(".jsonl") else lambda line: line
+        prompts: dict[str, None] = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                prompts[one_line(read(line))] = None
+            except ValueError as error:
+                raise ValueError(f"line {number} of {self.path} {error}; mend it") from error
+        prompts.pop("", None)
         if not prompts:
             raise ValueError(f"there is no prompt in {self.path}; put one on each line")
-        return prompts
+        return list(prompts)
 
-    def _object(self, number: int, line: str) -> str:
+    def _object(self, line: str) -> str:
+        if not line.strip():
+            return ""
         try:
             text = json.loads(line)[self.field]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"line {number} of {self.path} is no object with {self.field!r} ({type(error).__name__}); mend it") from error
+            raise ValueError(f"is no object with {self.field!r} ({type(error).__name__})") from error
         if not isinstance(text, str):
-            raise ValueError(f"line {number} of {self.path}: {self.field!r} is no text; mend it")
+            raise ValueError(f"holds a {self.field!r} that is no text")
         return text
 
     def fit(self) -> None:

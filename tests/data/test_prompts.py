@@ -28,7 +28,9 @@ def test_lines_and_objects_become_captions_each_once(tmp_path: Path) -> None:
         ("empty.txt", "\n \n", r"no prompt in .*empty\.txt"),
         ("a.jsonl", '{"text": "x"}\nnot json\n', r"line 2 of .*a\.jsonl is no object with 'text' \(JSONDecodeError\)"),
         ("b.jsonl", '{"caption": "x"}\n', r"line 1 of .* is no object with 'text' \(KeyError\)"),
-        ("c.jsonl", '{"text": 3}\n', r"line 1 of .*: 'text' is no text"),
+        ("c.jsonl", '{"text": 3}\n', r"line 1 of .* holds a 'text' that is no text"),
+        ("d.txt", "a cat\na \x1b[2Jdog\n", r"line 2 of .*d\.txt holds characters that cannot be printed"),
+        ("e.jsonl", '{"text": "\\ud800"}\n', r"line 1 of .* cannot be printed"),
     ],
 )
 def test_what_cannot_be_read_is_told(tmp_path: Path, name: str, text: str | None, said: str) -> None:
@@ -36,3 +38,11 @@ def test_what_cannot_be_read_is_told(tmp_path: Path, name: str, text: str | None
         (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=said):
         Prompts(str(tmp_path / name)).fit()
+
+
+def test_what_editors_and_writers_of_json_leave_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    """A mark of the byte order, Windows' ends of lines, tabulators; separators within a string; joiners of letters and of emoji."""
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na\ttall  dog\r\n\u06a9\u062a\u0627\u0628\u200c\u0647\u0627\n".encode())
+    assert list(Prompts(str(tmp_path / "a.txt")).captions) == ["a cat", "a tall dog", "\u06a9\u062a\u0627\u0628\u200c\u0647\u0627"]
+    (tmp_path / "B.JSONL").write_text('{"text": "two\u2028lines"}\n\n{"text": ""}\n', encoding="utf-8")
+    assert list(Prompts(str(tmp_path / "B.JSONL")).captions) == ["two lines"]
