@@ -19,6 +19,10 @@ class CorruptItem(Exception):
     """An item that cannot be read. The message names it. The loader counts it, logs it and puts another in its place."""
 
 
+class EmptySplit(ValueError):
+    """No item of a data set falls into the split that was asked for. The message says what to change."""
+
+
 class Items(Protocol):
     """A split of a data set: random access by index. Worker processes read it, so it can be pickled."""
 

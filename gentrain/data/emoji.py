@@ -58,7 +58,7 @@ class Emoji(Data):
 
     def split(self, name: str) -> CaptionedItems:
         names, places = self.names(name), {caption: place for place, caption in enumerate(self.captions)}
-        x = torch.stack([self._drawings[name] for name in names])
+        x = torch.stack([self._drawings[name] for name in names]) if names else torch.empty(0, *self.shape)
         return CaptionedItems(x, torch.full((len(x),), -1), torch.tensor([places[name] for name in names]))
 
     @cached_property

@@ -16,7 +16,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from gentrain.config import ConfigError, Fraction, option, register
-from gentrain.data.base import Data, check_split, import_for
+from gentrain.data.base import Data, EmptySplit, check_split, import_for
 from gentrain.data.decode import ImageDecoder, corrupt
 from gentrain.noise import Noise, derive
 
@@ -91,7 +91,7 @@ class HuggingFace(Data):
                 apart = Noise(derive(0, "held out"), rows).uniform((len(rows),)) < self.held_out
                 rows = rows[apart == (name == "held_out")]
         if not len(rows):
-            raise ValueError(f"none of the {len(table)} rows of {self.path} falls into the {name} split; change data.held_out")
+            raise EmptySplit(f"none of the {len(table)} rows of {self.path} falls into the {name} split; change data.held_out")
         self._columns(table)
         kind = StreamedItems if isinstance(table, ParquetTable) else TableItems
         decoder = ImageDecoder(self.size, self.colours, self.max_pixels)

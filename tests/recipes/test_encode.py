@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gentrain.config import ConfigError, Document, build, to_dict
-from gentrain.data.base import CorruptItem
+from gentrain.data.base import CorruptItem, Data, EmptySplit
 from gentrain.data.latents import MANIFEST, Latents
 from gentrain.models.pretrained import Pretrained
 from gentrain.noise import Noise
@@ -132,8 +132,9 @@ def test_other_weights_or_another_template_are_encoded_anew_and_refused_in_train
     with pytest.raises(ConfigError, match=r"model: the latents in .* were encoded by another autoencoder, text encoder or template"):
         run_of(run_settings(other, data)).codec()
     settings = run_settings(pipeline, data)
-    with pytest.raises(ConfigError, match="encoded by another"):
-        run_of(settings | {"model": settings["model"] | {"prompt": "a {}"}}).codec()
+    for change in ({"prompt": "a {}"}, {"variant": "fp16"}):
+        with pytest.raises(ConfigError, match="encoded by another"):
+            run_of(settings | {"model": settings["model"] | change}).codec()
     encode(other, tmp_path / "cache")  # nothing of the old ones is taken for its own
     after = load_file(tmp_path / "cache" / "train-00000.safetensors")
     assert not torch.equal(before["x"], after["x"])
@@ -166,6 +167,12 @@ def test_damage_is_told(pipeline: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.directory: .*manifest\.json cannot be read .*make latents with a stage `encode`"):
         _ = Latents(str(tmp_path / "nowhere")).shape
     encode(pipeline, tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    for other in ({"captions": manifest["captions"][1:]}, {"captions": []}, {"shape": [4, 9, 9]}):
+        (tmp_path / MANIFEST).write_text(json.dumps(manifest | other))
+        with pytest.raises(ValueError, match=r"manifest\.json in .* is not of the files beside it"):
+            Latents(str(tmp_path)).split("train")
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     path = tmp_path / "train-00001.safetensors"
     content = load_file(path)
     save_file(content | {"x": content["x"] + 1}, path)
@@ -192,6 +199,15 @@ def test_what_cannot_be_encoded_is_refused(pipeline: Path, tmp_path: Path) -> No
     without_end = {"name": "concepts", "prompts": {"name": "prompts", "path": str(prompts), "size": 16}, "concepts": words}
     with pytest.raises(ConfigError, match="data: concepts has no end"):
         build(Encode, Document({"model": model, "data": without_end}, "stage")).execute(tmp_path / "cache")
+
+
+def test_nothing_need_be_held_out(pipeline: Path, tmp_path: Path) -> None:
+    data = build(Data, Document(images(tmp_path / "images"), "test"))  # type: ignore[type-abstract]
+    Encode(Pretrained(str(pipeline)), data).execute(tmp_path / "cache")
+    latents = Latents(str(tmp_path / "cache"))
+    assert len(latents.split("train")) == 8
+    with pytest.raises(EmptySplit, match="cache have no held_out split; encode data that have one"):
+        latents.split("held_out")
 
 
 def test_weights_of_samples_are_in_the_cache(tmp_path: Path) -> None:
