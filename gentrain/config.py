@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from gentrain.document import COMMAND_LINE as COMMAND_LINE
 from gentrain.document import ConfigError, Document, environment, join, reads_environment
@@ -212,7 +212,7 @@ def _allows_bool(schema: Any) -> bool:
 
 @cache
 def _adapter(schema: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(schema)
+    return TypeAdapter(schema, config=ConfigDict(allow_inf_nan=False))  # but where a field allows it
 
 
 def _is_nested(schema: Any) -> bool:
@@ -233,7 +233,7 @@ def describe(schema: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(schema)))
     if typing.get_origin(schema) in (typing.Union, types.UnionType):
         return " or ".join(describe(arm) for arm in typing.get_args(schema))
-    if typing.get_origin(schema) is list:
+    if typing.get_origin(schema) is list or Ellipsis in typing.get_args(schema):
         return f"a list, each {describe(typing.get_args(schema)[0])}"
     if typing.get_origin(schema) is tuple:
         return f"[{', '.join(describe(arm) for arm in typing.get_args(schema))}]"
