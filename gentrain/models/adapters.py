@@ -158,7 +158,11 @@ class Adapted(OnBase):
         self.settings = adapter
         self.adapter = nn.Module()
         self._changes: dict[str, _Change] = {}
-        for name in target_layers(base.network, adapter.targets):
+        names = target_layers(base.network, adapter.targets)
+        most = max(_rank(base.network.get_submodule(name)) for name in names)
+        if adapter.rank > most:
+            raise ValueError(f"an adapter of rank {adapter.rank} on layers whose weights have at most {most}; lower its rank")
+        for name in names:
             layer: Any = base.network.get_submodule(name)
             base.hook(name)
             self._changes[name] = change = _Change(layer, adapter.rank, adapter.scale).to(layer.weight)
@@ -183,6 +187,13 @@ class Adapted(OnBase):
         for name, change in self._changes.items():  # W + alpha / rank * B A
             state[f"{name}.weight"] += change.delta()
         return state
+
+
+def _rank(layer: Any) -> int:
+    """The most that the rank of its weight can be."""
+    if isinstance(layer, nn.Linear):
+        return min(layer.in_features, layer.out_features)
+    return min(layer.in_channels * math.prod(layer.kernel_size), layer.out_channels)
 
 
 class _Change(nn.Module):

@@ -139,6 +139,15 @@ def test_targets_that_are_not_there_are_told() -> None:
         target_layers(_Layers(), ("grouped",))
 
 
+def test_a_rank_that_no_layer_has_is_refused() -> None:
+    """3 -> 5 linear layers have at most 3, a 3 x 3 convolution of 2 channels into 7 at most 7."""
+    for layer, most in ((nn.Linear(3, 5), 3), (nn.Conv2d(2, 7, 3), 7)):
+        base = Base(nn.Sequential(layer))
+        Adapted(base, Adapter(rank=most, targets=("0",)))
+        with pytest.raises(ValueError, match=rf"rank {most + 1} on layers whose weights have at most {most}; lower its rank"):
+            Adapted(base, Adapter(rank=most + 1, targets=("0",)))
+
+
 # --- runs ---
 
 
