@@ -121,7 +121,9 @@ def export(
 
 
 def refuse_present(out: Path) -> None:
-    """Raises FileExistsError unless `out` is not there, or an empty directory."""
+    """Raises FileExistsError unless `out` is not there, or an empty directory, and has a name."""
+    if out.name in ("", ".."):
+        raise FileExistsError(f"{out} is no name of a directory to be made; give it one")
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise FileExistsError(f"{out} exists and is not an empty directory; name another")
 

@@ -187,6 +187,9 @@ def test_plan_starts_nothing_and_writes_nothing(gentrain: Command, folder: Path)
     for limit, verdict in (("1", ": it fits into 1 GiB."), ("0.00001", ": it does not fit into 1e-05 GiB")):
         status, printed = gentrain("plan", "toy.yaml", "--memory", limit)
         assert status == 0 and verdict in " ".join(printed.split())
+    for limit in ("0", "-3", "inf", "nan"):
+        status, printed = gentrain("plan", "toy.yaml", "--memory", limit)
+        assert status == 2 and "Invalid value for '--memory'" in printed
     assert sorted(folder.rglob("*")) == before
     script = (  # in a process of its own: other tests have imported ray into this one
         "import sys\nfrom gentrain.cli import app\napp(['plan', 'recipe.yaml'], standalone_mode=False)\nassert 'ray' not in sys.modules"
@@ -223,6 +226,8 @@ def test_export(gentrain: Command, folder: Path) -> None:
     assert "| sliced Wasserstein, generated |" in (folder / "pipeline/README.md").read_text()
     status, printed = gentrain("export", "runs/digits", "pipeline")
     assert status == 2 and "pipeline exists and is not an empty directory; name another" in printed
+    status, printed = gentrain("export", "runs/digits", ".")
+    assert status == 2 and "error . is no name of a directory to be made; give it one" in printed
 
 
 def test_samples_are_not_told_to_be_of_weights_that_a_run_published_while_they_were_drawn(

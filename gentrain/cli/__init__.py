@@ -292,7 +292,7 @@ def report(run: Path) -> int:
 def plan(
     config: Path,
     overrides: Overrides = None,
-    memory: Annotated[float | None, typer.Option(help="GiB that each process has; left out: those of the GPU here")] = None,
+    memory: Annotated[float | None, typer.Option(min=1e-6, max=1e6, help="GiB of each process; left out: those of the GPU here")] = None,
 ) -> int:
     """Checks a run or a recipe without starting anything: resolved configuration, parameters per role, placement, memory.
 

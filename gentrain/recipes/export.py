@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gentrain.config import ConfigError, option, register, to_dict
-from gentrain.export import export
+from gentrain.export import export, refuse_present
 from gentrain.export_pretrained import Form, export_pretrained, pretrained_network
 from gentrain.export_towers import export_towers
 from gentrain.methods.forgetting import Forgetting
@@ -59,6 +59,7 @@ class Export(Stage):
         """Exports to `out`, which must not exist or be empty (FileExistsError)."""
         if self.push is not None:
             self.push.check()
+        refuse_present(out)  # before a large network is read
         self._write(out)
         if self.push is not None:
             card = out / CARD

@@ -26,6 +26,7 @@ from gentrain.models.unet import UNet
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.recipes.base import STAGES, read_states
 from gentrain.recipes.evaluate import METRICS, Evaluate, read_metrics
+from gentrain.recipes.export import Export
 from gentrain.recipes.generate import SAMPLES
 from gentrain.report import write_report
 from gentrain.samplers.euler import Euler
@@ -155,6 +156,7 @@ PLACES: list[tuple[str, Callable[[Path], Path], str]] = [
     ("a file", _is_file, "exists and is not an empty directory; name another"),
     ("link to a full one", _link_to_full, "exists and is not an empty directory; name another"),
     ("link to nothing", _dangling, "exists and is not an empty directory; name another"),
+    ("no name", lambda folder: folder / "..", "is no name of a directory to be made; give it one"),
     ("below a file", _below_a_file, "cannot be written"),
     ("in /proc", lambda folder: Path("/proc/gentrain/out"), "cannot be written"),
 ]
@@ -169,6 +171,11 @@ def test_an_export_destroys_nothing(tmp_path: Path, place: Callable[[Path], Path
     with contained(tmp_path), pytest.raises(OSError) as caught:
         export(out, denoiser, Euler(steps=2), class_names="abc", licence="", config={})
     assert message in str(caught.value) and str(out) in str(caught.value)
+
+
+def test_a_place_that_is_taken_is_told_before_a_network_is_read(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="exists and is not an empty directory"):
+        Export(run=str(tmp_path / "no run")).write(_not_empty(tmp_path))
 
 
 def test_names_cannot_write_the_card(tmp_path: Path) -> None:
