@@ -209,16 +209,17 @@ def _write_adapter(directory: Path, network: Adapted, family: Family) -> str:
         raise ValueError(f"the adapter changes {foreign[0]!r}, which the pipeline has not; export the pipeline")
     state = {name.removeprefix(f"adapter.{_BACKBONE}"): value.contiguous().clone() for name, value in network.state_dict().items()}
     layers, rank = [name.removeprefix(_BACKBONE) for name in network.targets], network.settings.rank
-    alpha = rank * network.settings.scale
+    scale = network.settings.scale
     import diffusers
 
     cls = getattr(diffusers, family.source.index["_class_name"])
     if hasattr(cls, "load_lora_weights"):
-        said = {"r": rank, "lora_alpha": alpha, "target_modules": layers}
+        said = {"r": rank, "lora_alpha": rank, "target_modules": layers}  # in B: many programs that read these files know no other alpha
+        state = {name: value * scale if ".lora_B." in name else value for name, value in state.items()}
         weights = {f"{family.denoiser}_lora_layers": state, f"{family.denoiser}_lora_adapter_metadata": said}
         cls.save_lora_weights(directory, safe_serialization=True, **weights)
         return _LORA_USE
-    _write_peft(directory, state, {"r": rank, "lora_alpha": alpha, "target_modules": layers}, family)
+    _write_peft(directory, state, {"r": rank, "lora_alpha": rank * scale, "target_modules": layers}, family)
     return _PEFT_USE
 
 
