@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from gentrain.document import COMMAND_LINE as COMMAND_LINE
 from gentrain.document import ConfigError, Document, environment, join, reads_environment
@@ -212,7 +212,7 @@ def _allows_bool(schema: Any) -> bool:
 
 @cache
 def _adapter(schema: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(schema, config=ConfigDict(allow_inf_nan=False))  # but where a field allows it
+    return TypeAdapter(schema)
 
 
 def _is_nested(schema: Any) -> bool:

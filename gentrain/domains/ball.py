@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from gentrain.config import option, register
@@ -28,7 +28,7 @@ class Ball(Domain):
     (radius / cosh u)^2 then has all its digits at any distance from the boundary.
     """
 
-    radius: PositiveFloat = option(1.0, "of the ball")
+    radius: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = option(1.0, "of the ball")
     barrier: Literal["regularised", "log"] = option("regularised", "mirror map", source="arXiv:2510.08929")
     kappa: Kappa = option(0.1, KAPPA_HELP, source="arXiv:2510.08929, section 5")
 

@@ -19,7 +19,7 @@ from gentrain.paths.space import Space
 
 log = logging.getLogger(__name__)
 
-Degrees = Annotated[float, Field(ge=1, allow_inf_nan=True)]  # below 1/2 single draws are infinite in float32
+Degrees = Annotated[float, Field(ge=1)]  # below 1/2 single draws are infinite in float32
 _MEASURED = 10_000  # items from which mean and deviation are taken, at most
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from gentrain.config import option, register
@@ -32,7 +33,7 @@ class ReflectedHeat(Path):
     sigma_min: PositiveFloat = option(
         0.01, "lowest noise level; 1e-4 where likelihoods matter", unit="of the data", source="arXiv:2304.04740"
     )
-    sigma_max: PositiveFloat = option(
+    sigma_max: Annotated[PositiveFloat, Field(allow_inf_nan=False)] = option(
         10.0, "highest noise level; 5 times the width of the box", unit="of the data", source="arXiv:2304.04740"
     )
     space: Space = option(lambda: Inside(domain=Box(low=-1.0, high=1.0)), "a box (`inside`), or the simplex by `stick_breaking`")

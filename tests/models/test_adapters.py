@@ -186,6 +186,8 @@ def test_a_role_may_have_its_own_adapter_or_none(tmp_path: Path) -> None:
 def test_wrong_targets_and_placements_are_mistakes_of_their_keys(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.targets: no layer is called 'attention'"):
         Roles(run_of(_run(tmp_path, adapter={"rank": 2})), ALONE)
+    with pytest.raises(ConfigError, match=r"adapter\.alpha: expected a number > 0 or null, got inf"):
+        run_of(_run(tmp_path, adapter={"rank": 2, "alpha": float("inf")}))
     with pytest.raises(ConfigError, match=r"roles\.student\.adapter\.targets: no layer is called 'to_q'"):
         Roles(run_of(_run(tmp_path, roles={"student": {"adapter": {"targets": ["to_q"]}}})), ALONE)
     with pytest.raises(ConfigError, match=r"roles\.student\.placement: what lies below an adapter is plain or sharded"):
