@@ -47,7 +47,8 @@ class ConsistencyFunction(Method):
     def check_sampler(self, sampler: Sampler) -> None:
         if not isinstance(sampler, Consistency | LCM):
             raise ValueError(
-                f"{sampler.registered_name} follows a flow, and a consistency function goes to its end in one call; take consistency or lcm"
+                f"{sampler.registered_name} does not ask a consistency function as it is taught, from a point of the path to the end "
+                "of its flow in one call; take consistency or lcm"
             )
         if sampler.guidance != 1 and not hasattr(self, "label_dropout"):
             raise ValueError(

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
-from gentrain.config import option, register
+from gentrain.config import errors_about, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Nets, Role, Trained, Update, condition_of
 from gentrain.methods.consistency import DISTANCES, ConsistencyFunction, Distance, Solver, check_guidance, same_dropout, solver_step
 from gentrain.noise import Noise
+from gentrain.paths.base import Path
 
 
 @register("consistency_distillation")
@@ -37,6 +38,10 @@ class ConsistencyDistillation(ConsistencyFunction):
     guidance: NonNegativeFloat = option(
         1.0, "of the teacher, learnt by the student: null + w (conditional - null)", source="arXiv:2310.04378"
     )
+
+    def check(self, path: Path) -> None:
+        with errors_about("intervals"):
+            path.jump_times(self.intervals)
 
     def check_data(self, data: Data) -> None:
         check_guidance(self.guidance, data)

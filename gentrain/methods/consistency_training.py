@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from gentrain.methods.base import Batch, Clock, Loss, Nets, Role, Trained, Updat
 from gentrain.methods.consistency import DISTANCES, ConsistencyFunction, Distance, doubling_intervals, same_dropout, time_of_ratio
 from gentrain.models.denoiser import drop_condition
 from gentrain.noise import Noise
+
+MOST_INTERVALS = 1_000_000
 
 
 def karras_levels(intervals: int, lowest: float, highest: float, rho: float = 7.0) -> Tensor:
@@ -60,6 +63,14 @@ class ConsistencyTraining(ConsistencyFunction):
             raise ValueError(f"first_intervals {self.first_intervals} must not exceed last_intervals {self.last_intervals}")
         if self.lowest >= self.highest:
             raise ValueError(f"lowest {self.lowest:g} must be below highest {self.highest:g}")
+        if self.last_intervals > MOST_INTERVALS:
+            said = f"neighbours of {self.last_intervals} intervals are one time in float32; take at most {MOST_INTERVALS} (1280 is usual)"
+            raise ValueError(said)
+        if not interval_probabilities(karras_levels(self.first_intervals, self.lowest, self.highest), self.mean, self.std).isfinite().all():
+            raise ValueError(
+                f"a law of levels of mean {self.mean:g} and std {self.std:g} never comes between {self.lowest:g} and {self.highest:g}; "
+                f"mean is that of the level's logarithm, choose it in {math.log(self.lowest):.1f} to {math.log(self.highest):.1f}"
+            )
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", partial(self.loss, doubling_intervals(clock.progress, self.first_intervals, self.last_intervals)))

@@ -60,6 +60,8 @@ class EasyConsistencyTuning(ConsistencyFunction):
     def __post_init__(self) -> None:
         if self.q < 2:
             raise ValueError("with q 1 the two times never come closer, which is diffusion to the end; set it to 2 or more")
+        if self.closest == 1:
+            raise ValueError("with closest 1 the two times never come closer, which is diffusion to the end; set it below 1")
 
     def shrink(self, progress: float) -> float:
         """1 - rho of the stage at `progress` in [0, 1]."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from gentrain.config import Fraction, option, register
+from gentrain.config import Fraction, errors_about, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Follow, Frozen, Loss, Method, Nets, Role, Trained, Update, condition_of
 from gentrain.methods.consistency import check_guidance, flow_step, lcm_timesteps, pseudo_huber, same_dropout
@@ -20,7 +20,7 @@ from gentrain.noise import Noise
 from gentrain.paths.base import Path, convert_time, expand
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.base import Sampler
-from gentrain.samplers.lcm import LCM, consistent, grid_of, stable_diffusion_grid
+from gentrain.samplers.lcm import LCM, check_timesteps, consistent, grid_of, stable_diffusion_grid
 
 
 def augmented_x0(denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition | None, w: Tensor) -> Tensor:
@@ -93,6 +93,8 @@ class LatentConsistency(Method):
         low, high = self.guidance
         if low > high:
             raise ValueError(f"guidance [{low:g}, {high:g}] reads [lowest, highest]; swap them")
+        if self.target_decay == 1:
+            raise ValueError("with target_decay 1 the target would stay the teacher, the student learn one of its steps; set it below 1")
         inputs = ("guidance",) if low < high else ()
         roles: dict[str, Role] = {
             "teacher": Frozen(given=True, flow=True),
@@ -102,11 +104,8 @@ class LatentConsistency(Method):
         vars(self)["roles"] = roles  # whether there is an embedding is part of the configuration
 
     def check(self, path: Path) -> None:
-        last = self.count * self.stride - 1
-        if last > grid_of(path, self.grid).t_max:
-            raise ValueError(
-                f"count {self.count} times stride {self.stride} goes beyond the {grid_of(path, self.grid).num_train_timesteps} timesteps"
-            )
+        with errors_about("count"):
+            check_timesteps(self.count, self.stride, grid_of(path, self.grid))
 
     def check_data(self, data: Data) -> None:
         for weight in self.guidance:
@@ -114,7 +113,8 @@ class LatentConsistency(Method):
 
     def own_sampler(self) -> Sampler:
         low, high = self.guidance
-        return LCM(count=self.count, stride=self.stride, grid=self.grid, guidance=(low + high) / 2 if low < high else 1.0)
+        steps = min(4, self.count)
+        return LCM(steps=steps, count=self.count, stride=self.stride, grid=self.grid, guidance=(low + high) / 2 if low < high else 1.0)
 
     def check_sampler(self, sampler: Sampler) -> None:
         if not isinstance(sampler, LCM):

@@ -22,6 +22,7 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.times import LogitNormal
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.consistency import Consistency
+from gentrain.samplers.few_step import FewStep
 from gentrain.samplers.flow_map import FlowMap
 from gentrain.samplers.lcm import LCM
 from gentrain.samplers.one_step import OneStep
@@ -92,8 +93,10 @@ class MeanFlow(Method):
         return FlowMap()
 
     def check_sampler(self, sampler: Sampler) -> None:
-        if isinstance(sampler, Consistency | LCM | OneStep):
+        if isinstance(sampler, Consistency | LCM | OneStep | FewStep):
             raise ValueError(f"{sampler.registered_name} takes the x0 of a velocity for data; take flow_map, or one that follows a flow")
+        if self.guidance != 1 and sampler.guidance != 1:
+            raise ValueError(f"guidance {self.guidance:g} is learnt, and {sampler.guidance:g} would come on top; set sampler.guidance to 1")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", self.loss)

@@ -102,6 +102,12 @@ class VariancePreserving(Path):
     def network_time(self, t: Tensor) -> Tensor:
         return t
 
+    def jump_times(self, steps: int) -> Tensor:
+        if steps >= self.num_train_timesteps:
+            most = self.num_train_timesteps - 1
+            raise ValueError(f"{steps} steps between {self.num_train_timesteps} timesteps; take at most {most}")
+        return super().jump_times(steps)
+
     def sampling_times(self, steps: int) -> Tensor:
         """Integer timesteps, equally spaced up to rounding, from T - 1 towards -1: diffusers' "trailing" spacing (arXiv:2305.08891).
 

@@ -30,6 +30,10 @@ class Consistency(Chain):
 
     steps: PositiveInt = option(1, "network calls")
 
+    def check(self, path: Path) -> None:
+        super().check(path)
+        path.jump_times(self.steps)  # raises where the path has no such times
+
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         path = denoiser.path
         times = path.jump_times(self.steps)

@@ -36,6 +36,7 @@ class DDIM(GridSampler, Chain):
     def check(self, path: Path) -> None:
         if self.eta > 0:
             super().check(path)
+        self.grid(path)
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         for index in range(self.steps):

@@ -49,6 +49,10 @@ class FlowMap(Sampler):
 
     steps: PositiveInt = option(1, "network calls")
 
+    def check(self, path: Path) -> None:
+        super().check(path)
+        path.jump_times(self.steps)  # raises where the path has no such times
+
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         path = denoiser.path
         times = torch.cat([path.jump_times(self.steps), torch.tensor([path.t_min], dtype=torch.float64)]).tolist()

@@ -92,12 +92,19 @@ class Guided(Sampler):
         if self.high is not None and self.high < self.low:
             raise ConfigError(f"high {self.high} is below low {self.low}; swap them", key="high")
 
+    @property
+    def walker(self) -> Sampler:
+        return replace(self.sampler, steps=self.steps)
+
+    def check(self, path: Path) -> None:
+        self.walker.check(path)
+
     def start(self, path: Path) -> float:
-        return self.sampler.start(path)
+        return self.walker.start(path)
 
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         if self.weak is not None:
             if self.weaker is None:
                 raise ValueError(f"the weaker model {self.weak} has not been loaded: draw with `gentrain sample` or a stage `generate`")
             denoiser = AutoGuided(denoiser, self.weaker, self.weak_weight)
-        return replace(self.sampler, steps=self.steps).solve(_Steered(denoiser, self), x, noise, condition)
+        return self.walker.solve(_Steered(denoiser, self), x, noise, condition)

@@ -18,6 +18,8 @@ from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.chain import Chain, Jump
 from gentrain.samplers.consistency import renoised
 
+MOST_DATA = 0.1  # alpha^2 of the timestep at which sampling begins; Stable Diffusion's schedule ends at .005
+
 
 def boundary_scalings(t: Tensor, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[Tensor, Tensor]:
     """(c_skip, c_out) of f = c_skip x_t + c_out x0 for timesteps t of any shape: (1, 0) at t = 0, next to (0, 1) above.
@@ -44,6 +46,19 @@ def lcm_sampling_timesteps(steps: int, count: int, stride: int) -> Tensor:
         raise ValueError(f"{steps} steps of a student that was taught on {count} timesteps; take at most that many")
     positions = (torch.arange(steps, dtype=torch.float64) * count / steps).floor().long()
     return lcm_timesteps(count, stride).flip(0)[positions]
+
+
+def check_timesteps(count: int, stride: int, grid: VariancePreserving) -> None:
+    """Raises ValueError, naming the remedy, unless `lcm_timesteps` lie on the grid and noise alone can stand for x at the last."""
+    whole, last = grid.num_train_timesteps, count * stride - 1
+    if last > grid.t_max:
+        raise ValueError(f"count {count} times stride {stride} goes beyond the {whole} timesteps; let their product be {whole} or less")
+    share = float(grid.alpha(torch.tensor(last, dtype=torch.float64)) ** 2)
+    if share > MOST_DATA:
+        raise ValueError(
+            f"the last of {count} timesteps {stride} apart is {last}, where {share:.0%} of x is data, and samples begin there as noise "
+            f"alone; let count times stride be near {whole}"
+        )
 
 
 def stable_diffusion_grid() -> VariancePreserving:
@@ -79,6 +94,10 @@ class LCM(Chain):
 
     def __post_init__(self) -> None:
         lcm_sampling_timesteps(self.steps, self.count, self.stride)
+
+    def check(self, path: Path) -> None:
+        super().check(path)
+        check_timesteps(self.count, self.stride, grid_of(path, self.grid))
 
     def start(self, path: Path) -> float:
         grid = grid_of(path, self.grid)

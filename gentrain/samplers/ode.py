@@ -37,6 +37,10 @@ class GridSampler(Sampler):
         rules = {"path": path.sampling_times, "karras": path.karras_times, "log_snr": path.log_snr_times, "uniform": path.uniform_times}
         return grid_of(path, rules[self.spacing](self.steps))
 
+    def check(self, path: Path) -> None:
+        super().check(path)
+        self.grid(path)  # raises where the path has no such times
+
     @property
     def stock_spacing(self) -> bool:
         """Whether a stock scheduler may have these times."""

@@ -14,6 +14,7 @@ from gentrain.config import option, register
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
+from gentrain.paths.base import Path
 from gentrain.samplers.heun import heun_step
 from gentrain.samplers.ode import Grid, GridSampler, ProbabilityFlow, grid_of
 
@@ -41,11 +42,7 @@ class Restart(GridSampler):
     def solve(self, denoiser: Denoiser, x: Tensor, noise: Noise, condition: Condition | None = None) -> Tensor:
         """Raises ValueError where no step of the walk lies between the two noise levels."""
         grid = self.grid(denoiser.path)
-        flow = ProbabilityFlow(denoiser, grid, condition, self.guidance)
-        levels = [sigma / alpha if alpha else math.inf for alpha, sigma in zip(grid.alpha, grid.sigma, strict=True)]
-        last = max((step for step in range(self.steps) if levels[step] >= self.low), default=-1)
-        if last < 1 or levels[last] >= self.high:
-            raise ValueError(f"no step of the walk lies between noise levels {self.low} and {self.high}; take more steps, or raise high")
+        flow, last = ProbabilityFlow(denoiser, grid, condition, self.guidance), self._last(grid)
         again = self._again(denoiser, grid, last)
         y = x / flow.scale[0]
         for step in range(self.steps):
@@ -56,6 +53,18 @@ class Restart(GridSampler):
                 y = y / flow.scale[step]
             y = heun_step(flow, y, step, correct=step + 1 < self.steps)
         return y
+
+    def check(self, path: Path) -> None:
+        super().check(path)
+        self._last(self.grid(path))
+
+    def _last(self, grid: Grid) -> int:
+        """The last step of the walk at or above `low`. Raises ValueError where that is none, or above `high`."""
+        levels = [sigma / alpha if alpha else math.inf for alpha, sigma in zip(grid.alpha, grid.sigma, strict=True)]
+        last = max((step for step in range(self.steps) if levels[step] >= self.low), default=-1)
+        if last < 1 or levels[last] >= self.high:
+            raise ValueError(f"no step of the walk lies between noise levels {self.low} and {self.high}; take more steps, or raise high")
+        return last
 
     def _again(self, denoiser: Denoiser, grid: Grid, last: int) -> Grid:
         """From `high` down to the step `last` of the walk, that one included."""

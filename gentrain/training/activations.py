@@ -23,6 +23,7 @@ from gentrain.models.adapters import Base, OnBase
 from gentrain.models.base import Codec
 from gentrain.noise import Noise
 from gentrain.training.blocks import recompute
+from gentrain.training.compatibility import warn_of_fast_times
 from gentrain.training.engine import as_read, frozen
 from gentrain.training.roles import RoleNets, build_network, learning_below, network_above, place_of
 from gentrain.training.run import RunConfig
@@ -235,6 +236,7 @@ def measure(run: RunConfig, rows: int) -> Measured:
     """
     run.fit_space()
     run.check_space()
+    warn_of_fast_times(run)
     batch = _first_batch(run, rows)
     codec: Any = run.codec()
     skeletons = {} if DEVIATION in batch else codec.skeletons()  # of a cache nothing is encoded

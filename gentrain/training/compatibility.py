@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gentrain.config import ConfigError, errors_about
 from gentrain.data.tokens import TokenData
-from gentrain.methods.base import Method, Trained
+from gentrain.methods.base import Clock, Follow, Method, Trained
 from gentrain.models.adapters import Adapter
 from gentrain.models.base import Model
 from gentrain.models.partial import check_pattern
@@ -87,12 +87,6 @@ def check_method(run: RunConfig) -> None:
                 "method.derivative to difference",
                 key="engine.zero_stage",
             )
-        if getattr(run.model_of(name), "time_scale", 0.0) > 0.03:
-            log.warning(
-                "a derivative by time passes through the time embedding of role %r, which turns by hundreds of radians over the path: "
-                "train it, and what it begins with, with model.time_scale: 0.01, or expect a poor student",
-                name,
-            )
     for key in ("dropout_from", "dropout_until"):
         if getattr(run.training, key) and not run.method.dropout:
             raise ConfigError(f"{run.method.registered_name} drops no units; leave it out", key=f"training.{key}")
@@ -112,8 +106,40 @@ def check_method(run: RunConfig) -> None:
         )
     with errors_about("method", otherwise="path"):
         run.method.check(run.path)
+    _check_followers(run)
+    _check_own_networks(run)
     if not (run.data.to_come or any(run.model_of(role).to_come for role in run.method.roles)):  # nor perhaps its latents
         _check_data(run)
+
+
+def warn_of_fast_times(run: RunConfig) -> None:
+    """Of networks that a method differentiates by a time that they embed with fast sines. Before training, not whenever a run is opened."""
+    for name in run.method.forward_mode:
+        if getattr(run.model_of(name), "time_scale", 0.0) > 0.03:
+            log.warning(
+                "a derivative by time passes through the time embedding of role %r, which turns by hundreds of radians over the path: "
+                "train it, and what it begins with, with model.time_scale: 0.01, or expect a poor student",
+                name,
+            )
+
+
+def _check_followers(run: RunConfig) -> None:
+    for update in run.method.updates(Clock(0, run.training.batch_size, run.training.samples)):
+        if not isinstance(update, Follow):
+            continue
+        said = f"the role follows {update.of!r}, each rank its own part of the weights; give both the same"
+        if run.engine_of(update.role) != run.engine_of(update.of):
+            raise ConfigError(f"{said} engine", key=f"roles.{update.role}.engine")
+        if run.part_of(update.role) != run.part_of(update.of):
+            raise ConfigError(f"{said} adapter or trainable, or leave those to the run", key=f"roles.{update.role}")
+
+
+def _check_own_networks(run: RunConfig) -> None:
+    for name, role in run.method.roles.items():
+        given = run.role_settings(name).model
+        if not role.denoiser and role.model is not None and given is not None and type(given) is not type(role.model):
+            own = role.model.registered_name
+            raise ConfigError(f"the method brings a network of its own, {own}; leave it out", key=f"roles.{name}.model")
 
 
 def _check_data(run: RunConfig) -> None:

@@ -22,6 +22,7 @@ from gentrain.models.partial import Partial
 from gentrain.noise import derive
 from gentrain.training.blocks import compile_blocks, recompute
 from gentrain.training.checkpoint import Checkpoint, CheckpointError
+from gentrain.training.compatibility import warn_of_fast_times
 from gentrain.training.engine import RoleEngine, State, as_read, frozen
 from gentrain.training.given import refuse_other_law, source_of
 from gentrain.training.learning import dropouts, hold_the_rest, number_groups
@@ -65,6 +66,8 @@ class Roles:
         self.run, self.world, self.group = run, world, RankGroup(world.size)
         run.fit_space()
         run.check_space()
+        if world.rank == 0:
+            warn_of_fast_times(run)
         self.engines: dict[str, RoleEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.codec = run.codec().to(world.device)
@@ -339,6 +342,10 @@ def _load_into(module: nn.Module, weights: State, key: str) -> None:
     mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (module.state_dict(), weights))
     if mine != theirs:
         name = min(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+        if name.startswith("inputs.projections.") and name not in mine:
+            what = name.split(".")[2]
+            said = f"the network that these weights are of is given {what!r}, too, and this role's is not"
+            raise ConfigError(f"{said}; name a run without, such as the one that they began from", key=key)
         shapes = " and ".join(
             f"{list(where[name]) if name in where else 'absent'} in {what}" for where, what in ((theirs, "them"), (mine, "it"))
         )

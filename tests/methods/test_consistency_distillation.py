@@ -154,8 +154,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("sampler, message", [
-    ("heun", "sampler: heun follows a flow, and a consistency function goes to its end in one call; take consistency or lcm"),
-    ("flow_map", "sampler: flow_map follows a flow"),
+    ("heun", "sampler: heun does not ask a consistency function as it is taught, .*; take consistency or lcm"),
+    ("flow_map", "sampler: flow_map does not ask"),
+    ("one_step", "sampler: one_step does not ask"),
     ({"name": "consistency", "guidance": 2}, "guidance 2 asks for the null class, which consistency_distillation does not teach"),
 ])  # fmt: skip
 def test_samplers_that_would_not_draw_what_is_taught_are_refused(sampler: Any, message: str) -> None:

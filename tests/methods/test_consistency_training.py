@@ -122,6 +122,11 @@ def test_labels_are_dropped_in_both_calls() -> None:
 
 
 def test_mistakes_are_told_as_the_configuration_loads() -> None:
-    for settings, message in (({"first_intervals": 9, "last_intervals": 8}, "must not exceed"), ({"lowest": 90}, "must be below highest")):
+    for settings, message in (
+        ({"first_intervals": 9, "last_intervals": 8}, "must not exceed"),
+        ({"lowest": 90}, "must be below highest"),
+        ({"last_intervals": 1_000_001}, "neighbours of 1000001 intervals are one time in float32; take at most 1000000"),
+        ({"mean": 80.0}, r"never comes between 0\.002 and 80; .* choose it in -6\.2 to 4\.4"),  # the level itself, and not its logarithm
+    ):
         with pytest.raises(ConfigError, match=message):
             build(Method, Document({"name": "consistency_training", **settings}, "x.yaml"))

@@ -16,7 +16,11 @@ from gentrain.models.loss_weight import LossWeight, LossWeightNetwork
 from gentrain.paths.base import Path
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
+from gentrain.training.activations import measure
+from gentrain.training.compatibility import warn_of_fast_times
+from gentrain.training.roles import Roles
 from gentrain.training.run import parse_run
+from gentrain.training.world import World
 from tests.methods.few_step import gradients_hold_calls_fixed
 from tests.methods.toy import TinyNetwork, batch_of, noise_of
 from tests.samplers.toy import GaussianNetwork
@@ -213,8 +217,21 @@ def test_a_derivative_through_a_fast_time_embedding_is_warned_of(caplog: pytest.
     settings: dict[str, Any] = {
         "method": {"name": "continuous_consistency", "source": "data"}, "data": "rings", "model": "mlp", "training": {"samples": 10},
     }  # fmt: skip
-    parse_run(Document(settings, "x.yaml"))
-    assert "model.time_scale: 0.01" in caplog.text
-    caplog.clear()
-    parse_run(Document(settings | {"model": {"name": "mlp", "time_scale": 0.01}}, "x.yaml"))
+    run = parse_run(Document(settings, "x.yaml"))
+    assert caplog.text == ""  # a run that is opened to be drawn from
+    for begin in (lambda: measure(run, 4), lambda: Roles(run, World(0, 1, torch.device("cpu")))):
+        begin()
+        assert "model.time_scale: 0.01" in caplog.text
+        caplog.clear()
+    warn_of_fast_times(parse_run(Document(settings | {"model": {"name": "mlp", "time_scale": 0.01}}, "x.yaml")))
     assert caplog.text == ""
+
+
+def test_the_network_that_the_method_brings_is_no_other() -> None:
+    settings: dict[str, Any] = {
+        "method": {"name": "continuous_consistency", "source": "data"}, "data": "rings", "model": "mlp", "training": {"samples": 10},
+        "roles": {"weighting": {"model": "loss_weight"}},
+    }  # fmt: skip
+    parse_run(Document(settings, "x.yaml"))
+    with pytest.raises(ConfigError, match=r"roles\.weighting\.model: the method brings a network of its own, loss_weight; leave it out"):
+        parse_run(Document(settings | {"roles": {"weighting": {"model": "mlp"}}}, "x.yaml"))

@@ -101,6 +101,8 @@ def test_the_square_has_the_mean_of_noisy_targets_as_its_optimum_and_the_norm_th
 def test_stages_that_would_not_shrink_are_refused() -> None:
     with pytest.raises(ConfigError, match="with q 1 the two times never come closer"):
         build(Method, Document({"name": "easy_consistency_tuning", "q": 1}, "x.yaml"))
+    with pytest.raises(ConfigError, match="with closest 1 the two times never come closer"):
+        build(Method, Document({"name": "easy_consistency_tuning", "closest": 1}, "x.yaml"))
     with pytest.raises(ConfigError, match="closest"):
         build(Method, Document({"name": "easy_consistency_tuning", "closest": 2}, "x.yaml"))
 

@@ -259,6 +259,7 @@ def test_the_sampler_is_that_of_the_timesteps() -> None:
     method = LatentConsistency(count=20, stride=50)
     assert method.own_sampler() == LCM(count=20, stride=50, guidance=9)  # of what it is taught, 3 to 15, the middle
     method.check_sampler(method.own_sampler())
+    assert LatentConsistency(count=2, stride=500).own_sampler() == LCM(steps=2, count=2, stride=500, guidance=9)  # there are no more
     for sampler, message in (
         (LCM(), "on 20 timesteps 50 apart, and the sampler lcm asks it on 50 20 apart"),
         (Consistency(), "at which consistency does not ask; take lcm"),
@@ -276,14 +277,24 @@ def test_the_sampler_is_that_of_the_timesteps() -> None:
 
 def test_mistakes_are_told_as_the_configuration_loads() -> None:
     method = build(Method, Document({"name": "latent_consistency", "stride": 30}, "x.yaml"))
-    with pytest.raises(ValueError, match="count 50 times stride 30 goes beyond the 1000 timesteps"):
+    with pytest.raises(ConfigError, match="count: count 50 times stride 30 goes beyond the 1000 timesteps; let their product be"):
         method.check(RectifiedFlow())
+    with pytest.raises(ConfigError, match="count: the last of 10 timesteps 20 apart is 199, where 76% of x is data"):
+        LatentConsistency(count=10).check(RectifiedFlow())
+    with pytest.raises(ConfigError, match="with target_decay 1 the target would stay the teacher"):
+        build(Method, Document({"name": "latent_consistency", "target_decay": 1}, "x.yaml"))
     with pytest.raises(ConfigError, match=r"\[9, 3\] reads \[lowest, highest\]"):
         build(Method, Document({"name": "latent_consistency", "guidance": [9, 3]}, "x.yaml"))
     settings = {"method": "latent_consistency", "data": "rings", "model": "mlp", "training": {"samples": 10}}
     with pytest.raises(ConfigError, match=r"needs the weights of its teacher"):
         parse_run(Document(settings, "x.yaml"))
-    settings |= {"roles": {"teacher": {"weights": "runs/teacher"}}, "model": "dropout_mlp"}
+    given = {"teacher": {"weights": "runs/teacher"}}
+    with pytest.raises(ConfigError, match=r"roles\.target\.engine: the role follows 'student'.*; give both the same"):
+        parse_run(Document(settings | {"roles": given | {"target": {"engine": "torch"}}}, "x.yaml"))
+    with pytest.raises(ConfigError, match=r"roles\.target: the role follows 'student'.*; give both the same adapter or trainable"):
+        parse_run(Document(settings | {"roles": given | {"student": {"trainable": "output"}}}, "x.yaml"))
+    parse_run(Document(settings | {"roles": given, "trainable": "output"}, "x.yaml"))
+    settings |= {"roles": given, "model": "dropout_mlp"}
     with pytest.raises(
         ConfigError,
         match=r"latent_consistency on these data gives its network further inputs \(guidance\), which dropout_mlp does not take",

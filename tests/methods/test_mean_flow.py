@@ -13,6 +13,7 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
 from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.euler import Euler
+from gentrain.samplers.few_step import FewStep
 from gentrain.samplers.flow_map import FlowMap
 from gentrain.samplers.lcm import LCM
 from gentrain.samplers.one_step import OneStep
@@ -148,9 +149,13 @@ def test_mistakes_are_told_as_the_configuration_loads() -> None:
         with pytest.raises(ConfigError, match=message):
             build(Method, Document({"name": "mean_flow", **settings}, "x.yaml"))
     MeanFlow().check_sampler(Euler())
-    for sampler in (Consistency(), LCM(), OneStep()):
+    for sampler in (Consistency(), LCM(), OneStep(), FewStep()):
         with pytest.raises(ValueError, match=f"{sampler.registered_name} takes the x0 of a velocity for data; take flow_map"):
             MeanFlow().check_sampler(sampler)
+    MeanFlow().check_sampler(FlowMap(guidance=3))
+    MeanFlow(guidance=2).check_sampler(FlowMap())
+    with pytest.raises(ValueError, match="guidance 2 is learnt, and 3 would come on top; set sampler"):
+        MeanFlow(guidance=2).check_sampler(FlowMap(guidance=3))
     settings: dict[str, Any] = {
         "method": "mean_flow",
         "data": "rings",

@@ -27,6 +27,16 @@ def test_timesteps_are_those_of_the_code_release() -> None:
         build(Sampler, Document({"name": "lcm", "steps": 21, "count": 20, "stride": 50}, "x.yaml"))  # type: ignore[type-abstract]
 
 
+@pytest.mark.parametrize("path", [RectifiedFlow(), stable_diffusion_grid()])
+def test_timesteps_that_are_none_of_the_paths_and_beginnings_that_are_not_noise_are_refused(path: Path) -> None:
+    for good in (LCM(), LCM(count=20, stride=50), LCM(count=48)):
+        good.check(path)
+    with pytest.raises(ValueError, match="count 50 times stride 21 goes beyond the 1000 timesteps"):
+        LCM(stride=21).check(path)
+    with pytest.raises(ValueError, match=r"is 499, where 28% of x is data, .*; let count times stride be near 1000"):
+        LCM(stride=10).check(path)
+
+
 @pytest.mark.parametrize("count", [50, 20])
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])

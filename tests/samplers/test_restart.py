@@ -53,5 +53,8 @@ def test_intervals_that_hold_no_step_are_refused() -> None:
     with pytest.raises(ValueError, match="must be below high"):
         Restart(low=0.5, high=0.5)
     denoiser = GaussianNetwork(RectifiedFlow()).denoiser()
+    Restart().check(RectifiedFlow())
+    with pytest.raises(ValueError, match="take more steps, or raise high"):
+        Restart(steps=2, low=0.05, high=0.06).check(RectifiedFlow())
     with pytest.raises(ValueError, match="take more steps, or raise high"):
         Restart(steps=2, low=0.05, high=0.06).solve(denoiser, torch.zeros(3, 1), noise_for((3,)))

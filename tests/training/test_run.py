@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,35 @@ def test_samplers_of_other_spaces_are_refused_before_training(path: dict[str, ob
     else:
         with pytest.raises(ConfigError, match=f"x.yaml: sampler: {message}"):
             confined("mirror_flow", path, sampler)
+
+
+TIMESTEPS = {"name": "variance_preserving"}
+
+
+@pytest.mark.parametrize(
+    "path, sampler, message",
+    [
+        *((TIMESTEPS, {"name": name, "steps": 1001}, "1001 steps on a path of 1000 timesteps; take at most that many")
+          for name in ("euler", "heun", "ddim", "dpm_solver", "sde_dpm_solver", "restart")),
+        *((TIMESTEPS, {"name": name, "steps": 1000}, "1000 steps between 1000 timesteps; take at most 999")
+          for name in ("consistency", "flow_map")),
+        (TIMESTEPS, {"name": "guided", "sampler": "heun", "steps": 1001}, "1001 steps on a path of 1000 timesteps"),
+        ("rectified_flow", {"name": "heun", "spacing": "karras"}, "rectified_flow ends in pure noise, where Karras spacing does not exist"),
+        ("rectified_flow", {"name": "euler", "spacing": "log_snr"}, "rectified_flow has an infinite log-SNR at an end"),
+        ("rectified_flow", {"name": "restart", "steps": 3}, "no step of the walk lies between"),
+        (MIRROR, {"name": "guided", "sampler": {"name": "ddim", "eta": 0.5}}, "ddim adds normal noise, which the prior of the space dual"),
+    ],
+)  # fmt: skip
+def test_steps_that_do_not_exist_are_refused_before_training(path: Any, sampler: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"x.yaml: sampler: {message}"):
+        confined("mirror_flow" if path is MIRROR else "flow_matching", path, sampler)
+
+
+def test_steps_of_a_teacher_that_do_not_exist_are_refused_before_training() -> None:
+    settings = {"method": {"name": "consistency_distillation", "intervals": 1000}, "path": TIMESTEPS, "prediction": "v"}
+    rest = {"data": "rings", "model": "mlp", "roles": {"teacher": {"weights": "o"}}, "training": {"samples": 64}}
+    with pytest.raises(ConfigError, match=r"method\.intervals: 1000 steps between 1000 timesteps; take at most 999"):
+        parse_run(Document(settings | rest, "x.yaml"))
 
 
 @pytest.mark.parametrize(
