@@ -133,9 +133,9 @@ def derivative_along(
 
     "jvp": exact, forward-mode automatic differentiation in one pass, attention by its plain formula (flash kernels have no forward
     derivative). "difference": central difference over `step` along (dx, dt), two calls and no demands on network or engine; its error is
-    of order step^2 and eps / step.
+    of order step^2 and eps / step. A call of the network after it drops the same units.
     """
-    with torch.no_grad():
+    with torch.no_grad(), same_dropout(x):
         if how == "jvp":
             with sdpa_kernel(SDPBackend.MATH), _ForwardMode():
                 derivative: Tensor = torch.func.jvp(function, (x, t), (dx, dt))[1]

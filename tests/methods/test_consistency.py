@@ -29,12 +29,15 @@ from gentrain.methods.consistency import (
 )
 from gentrain.methods.consistency_distillation import ConsistencyDistillation
 from gentrain.methods.consistency_training import ConsistencyTraining
+from gentrain.methods.continuous_consistency import ContinuousConsistency
 from gentrain.methods.easy_consistency_tuning import EasyConsistencyTuning
 from gentrain.methods.latent_consistency import LatentConsistency
+from gentrain.methods.mean_flow import MeanFlow
 from gentrain.models.base import Condition, Model
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.dit import DiT
 from gentrain.models.inputs import WIDTH, Inputs
+from gentrain.models.loss_weight import LossWeightNetwork
 from gentrain.models.mlp import MLP
 from gentrain.models.reading import read_on
 from gentrain.models.unet import UNet
@@ -144,15 +147,17 @@ class Dropping(nn.Module):
 
 @pytest.mark.parametrize("loss", [
     ConsistencyDistillation().loss, LatentConsistency(guidance=(1.0, 1.0)).loss, partial(ConsistencyTraining().loss, 20),
-    partial(EasyConsistencyTuning().loss, 0.5),
+    partial(EasyConsistencyTuning().loss, 0.5), MeanFlow(derivative="difference").loss,
+    partial(ContinuousConsistency(source="data", derivative="difference").loss, 1.0, []),
 ])  # fmt: skip
 def test_the_student_and_its_target_drop_the_same_units(loss: Any) -> None:
     network, path = Dropping(), RectifiedFlow()
     own = Denoiser(network, path, "velocity")
-    nets = SimpleNamespace(model=own, student=own, target=own, teacher=Denoiser(TinyNetwork(), path, "velocity"))
+    teacher, weighting = Denoiser(TinyNetwork(), path, "velocity"), LossWeightNetwork()
+    nets = SimpleNamespace(model=own, student=own, target=own, teacher=teacher, weighting=weighting)
     loss(nets, batch_of(64), noise_of(64))
-    target, student = network.dropped
-    assert torch.equal(target, student) and 0 < target.mean() < 2
+    *targets, student = network.dropped
+    assert targets and all(torch.equal(target, student) for target in targets) and 0 < student.mean() < 2
 
 
 def test_both_sides_of_a_difference_drop_the_same_units() -> None:
