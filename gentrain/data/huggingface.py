@@ -183,7 +183,10 @@ class TableItems:
                 raise ValueError(f"the label {label} is none of the {self.classes} classes")
             item = {"x": self._decoded(row[self.image]), "label": torch.tensor(label)}
             if self.weight is not None:
-                item["weight"] = torch.tensor(float(row[self.weight]))
+                weight = float(row[self.weight])
+                if not 0 <= weight < float("inf"):
+                    raise ValueError(f"the weight {weight:g} is none; weights are finite and not negative")
+                item["weight"] = torch.tensor(weight)
         except Exception as error:
             raise corrupt(f"row {number}", error) from error
         return item

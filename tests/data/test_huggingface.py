@@ -194,6 +194,17 @@ def test_labels_that_no_class_has_are_corrupt(parquet: Path) -> None:
         split[2]
 
 
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_that_no_loss_can_have_are_corrupt(weight: float, tmp_path: Path) -> None:
+    columns = {"image": [{"bytes": png(i), "path": None} for i in range(2)], "label": [0, 1], "weight": [1.0, weight]}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data/train-00000-of-00001.parquet")
+    split = data(tmp_path, classes=["a", "b"], held_out=0.0, weight="weight").split("train")
+    assert split[0]["weight"] == 1
+    with pytest.raises(CorruptItem, match=r"row 1: the weight .* is none; weights are finite and not negative"):
+        split[1]
+
+
 def test_items_travel_to_other_processes_without_what_they_hold(parquet: Path) -> None:
     split: Any = data(parquet, streaming=True).split("train")
     first = split[0]
