@@ -11,6 +11,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import math
 import pkgutil
 import sys
 import types
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, Field, TypeAdapter, ValidationError
 
 from gentrain.document import COMMAND_LINE as COMMAND_LINE
 from gentrain.document import ConfigError, Document, environment, join, reads_environment
@@ -187,12 +188,15 @@ def _build(schema: Any, value: Any, key: str, document: Document) -> Any:
         raise document.error(key, f"expected {describe(schema)}, got {_shown(value)}")
     given = environment(value, lambda message: document.error(key, message))
     try:
-        return _adapter(schema).validate_python(given)
+        built = _adapter(schema).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int) or (isinstance(value, Mapping) and part in value))
         got = first["input"] if given == value else value  # what the environment gives is not shown
         raise document.error(key + place, f"expected {describe(schema)}, got {_shown(got)} ({first['msg']})") from None
+    if not (_finite(built) or _allows_infinity(schema)):
+        raise document.error(key, f"expected {describe(schema)}, got {_shown(value)} (Input should be finite)")
+    return built
 
 
 def _shown(value: Any) -> str:
@@ -208,6 +212,16 @@ def _holds_bool(value: Any) -> bool:
 def _allows_bool(schema: Any) -> bool:
     """pydantic takes true for 1; a config that says true where a number belongs is a mistake."""
     return schema in (bool, Any, dict, list) or isinstance(schema, bool) or any(map(_allows_bool, typing.get_args(schema)))
+
+
+def _finite(value: Any) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return math.isfinite(value) if isinstance(value, float) else all(map(_finite, inner))
+
+
+def _allows_infinity(schema: Any) -> bool:
+    """A field that has a meaning for .inf says so with pydantic's AllowInfNan."""
+    return schema in (Any, dict, list) or isinstance(schema, AllowInfNan) or any(map(_allows_infinity, typing.get_args(schema)))
 
 
 @cache

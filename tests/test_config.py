@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import yaml
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AllowInfNan, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gentrain import config
 from gentrain.config import (
@@ -72,6 +72,7 @@ class Drawing:
     title: str = "untitled"
     copies: PositiveInt = 1
     scale: float = 1.0
+    reach: Annotated[float, Field(gt=0), AllowInfNan()] | None = None
     limit: NonNegativeInt | None = None
     style: Style = option(Style)
     backdrop: Shape | None = None
@@ -197,6 +198,10 @@ def test_a_registered_class_is_built_without_a_name_and_as_nothing_else() -> Non
     assert build(Circle, load(None, ["name=circle"])) == Circle(1.0)
     with pytest.raises(ConfigError, match=r"no shape is called 'polygon'; available: circle"):
         build(Circle, load(None, ["name=polygon", "corners=3"]))
+
+
+def test_infinity_is_a_number_only_where_it_means_something(tmp_path: Path) -> None:
+    assert draw(tmp_path, main="shape: circle\nreach: .inf\n").reach == float("inf")
 
 
 def test_numbers_read_as_people_write_them(tmp_path: Path) -> None:
@@ -408,6 +413,18 @@ MISTAKES = [
         "expected a number >= 0 and <= 1, got 1.5",
     ),
     ("out of range by an override", "shape: circle\n", "shape.radius=-1", COMMAND_LINE, "shape.radius", "expected a number > 0, got -1"),
+    ("infinity for a number", "shape: circle\nscale: .inf\n", None, MAIN, "scale", "expected a number, got inf (Input should be finite)"),
+    ("no number for one", "shape: circle\nscale: .nan\n", None, MAIN, "scale", "expected a number, got nan (Input should be finite)"),
+    ("infinity in a list", "shape: {name: polygon, corners: 2, sides: [1, .inf]}\n", None, MAIN, "shape.sides", "got [1, inf]"),
+    ("infinity in a mapping", "shape: circle\nweights: {a: 1, b: -.inf}\n", None, MAIN, "weights", "got {'a': 1, 'b': -inf}"),
+    (
+        "minus infinity where .inf means something",
+        "shape: circle\nreach: -.inf\n",
+        None,
+        MAIN,
+        "reach",
+        "expected a number > 0 or null, got -inf",
+    ),
     ("fraction for a count", "shape: circle\ncopies: 1.5\n", None, MAIN, "copies", "expected a whole number > 0, got 1.5"),
     ("true for a number", "shape: circle\ncopies: true\n", None, MAIN, "copies", "expected a whole number > 0, got True"),
     ("true among numbers", "shape: {name: polygon, corners: 2, sides: [1, true]}\n", None, MAIN, "shape.sides", "got [1, True]"),

@@ -63,6 +63,12 @@ def check_guidance(weight: float, data: Data, key: str = "guidance", without: fl
         raise ConfigError(f"the data have neither classes nor captions to guide by; set it to {without:g}", key=key)
 
 
+def check_step(step: float) -> None:
+    """Raises ValueError where a central difference would be one of rounding errors: of order 1e-7 / step."""
+    if step < 1e-5:
+        raise ValueError(f"step {step:g} is lost in the rounding of float32; set it to 1e-5 or more")
+
+
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     """sqrt((a - b)^2 + c^2) - c, elementwise (arXiv:2310.04378, code release): quadratic below c, |a - b| above.
 

@@ -14,7 +14,15 @@ from torch import Tensor
 from gentrain.config import Fraction, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Frozen, Loss, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import ConsistencyFunction, Derivative, check_guidance, derivative_along, guided_velocity, time_of_ratio
+from gentrain.methods.consistency import (
+    ConsistencyFunction,
+    Derivative,
+    check_guidance,
+    check_step,
+    derivative_along,
+    guided_velocity,
+    time_of_ratio,
+)
 from gentrain.models.loss_weight import LossWeight
 from gentrain.models.reading import read_on
 from gentrain.noise import Noise
@@ -68,6 +76,7 @@ class ContinuousConsistency(ConsistencyFunction):
     step: PositiveFloat = option(0.005, "of the central difference", unit="rad")
 
     def __post_init__(self) -> None:
+        check_step(self.step)
         longest = TrigFlow().t_max / 4
         if self.step >= longest:
             raise ValueError(f"step {self.step:g} leaves no times between the path's ends; set it below {longest:.2g}")

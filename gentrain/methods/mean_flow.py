@@ -13,7 +13,7 @@ from torch import Tensor
 from gentrain.config import Fraction, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Loss, Method, Nets, Role, Trained, Update, condition_of
-from gentrain.methods.consistency import Derivative, check_guidance, derivative_along
+from gentrain.methods.consistency import Derivative, check_guidance, check_step, derivative_along
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser, Prediction, drop_condition
 from gentrain.noise import Noise
@@ -74,6 +74,7 @@ class MeanFlow(Method):
             raise ValueError("mixing 1 leaves nothing of the data's velocity; set it below 1")
         if self.guidance != 1 and self.label_dropout == 0:
             raise ValueError("guidance mixes in the null class, which label_dropout 0 does not train; raise that, or set guidance to 1")
+        check_step(self.step)
         if self.step >= 0.5:
             raise ValueError(f"step {self.step:g} reaches over the whole path, of length 1, and beyond; set it below 0.5")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import AllowInfNan, Field, PositiveFloat
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
@@ -19,7 +19,7 @@ from gentrain.paths.space import Space
 
 log = logging.getLogger(__name__)
 
-Degrees = Annotated[float, Field(ge=1)]  # below 1/2 single draws are infinite in float32
+Degrees = Annotated[float, Field(ge=1), AllowInfNan()]  # below 1/2 single draws are infinite in float32
 _MEASURED = 10_000  # items from which mean and deviation are taken, at most
 
 

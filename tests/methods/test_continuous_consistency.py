@@ -203,6 +203,8 @@ def test_roles_and_mistakes() -> None:
         build(Method, Document({"name": "continuous_consistency", "source": "data", "guidance": 2}, "x.yaml"))
     with pytest.raises(ConfigError, match=r"step 0\.4 leaves no times between the path's ends; set it below 0\.39"):
         build(Method, Document({"name": "continuous_consistency", "derivative": "difference", "step": 0.4}, "x.yaml"))
+    with pytest.raises(ConfigError, match="step 1e-06 is lost in the rounding of float32; set it to 1e-5 or more"):
+        build(Method, Document({"name": "continuous_consistency", "step": 1e-6}, "x.yaml"))
     settings: dict[str, Any] = {
         "method": {"name": "continuous_consistency", "source": "data"}, "data": "rings", "model": "mlp", "training": {"samples": 10},
         "engine": {"name": "deepspeed", "zero_stage": 3},

@@ -145,6 +145,7 @@ def test_mistakes_are_told_as_the_configuration_loads() -> None:
         ({"mixing": 1}, "mixing 1 leaves nothing"),
         ({"guidance": 2, "label_dropout": 0}, "the null class, which label_dropout 0 does not train"),
         ({"step": 0.5}, "step 0.5 reaches over the whole path"),
+        ({"step": 1e-6}, "step 1e-06 is lost in the rounding of float32"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(Method, Document({"name": "mean_flow", **settings}, "x.yaml"))
