@@ -132,17 +132,18 @@ def _unknown(run: RunConfig) -> bool:
     return run.data.to_come or any(run.model_of(role).to_come for role in run.method.roles)
 
 
-def plan_tables(runs: Mapping[str, RunConfig], limit: int | None) -> list[Table | str]:
+def plan_tables(runs: Mapping[str, RunConfig], limit: int | None, alone: bool = False) -> list[Table | str]:
     """Roles, placement and memory of each run. Raises ConfigError when its networks do not fit its data.
 
     Args:
         limit: bytes that one process has; None: not known.
+        alone: no earlier stage has still to write what the data read, so that what is wrong with them is a mistake.
     """
     found: list[Table | str] = []
     for name, run in runs.items():
         found.append(roles_table(name, run))
         if not _unknown(run):
-            found += memory_report(name, run, limit)
+            found += memory_report(name, run, limit, alone)
     return found
 
 
@@ -154,7 +155,7 @@ def stages_table(stages: Mapping[str, Stage]) -> Table:
     return table
 
 
-def memory_report(name: str, run: RunConfig, limit: int | None) -> list[Table | str]:
+def memory_report(name: str, run: RunConfig, limit: int | None, alone: bool = False) -> list[Table | str]:
     """What one process of the run needs, role by role, what it would need otherwise, and whether `limit` bytes are enough.
 
     `roles_table` says whether its networks fit the data.
@@ -163,7 +164,7 @@ def memory_report(name: str, run: RunConfig, limit: int | None) -> list[Table | 
     try:
         memory = planner.memory(run)
     except ConfigError as error:
-        if (error.key or "").startswith("path.space"):
+        if (error.key or "").startswith(("path.space", "data") if alone else "path.space"):
             raise
         # what an earlier stage has still to write
         return [f"{name}: its memory is not known yet: {escape(str(error))}"]

@@ -171,6 +171,15 @@ def test_methods_of_a_plugin_are_shown(gentrain: Command, folder: Path) -> None:
 # --- the way from a configuration to results -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("data, message", [
+    ("{name: augmented, data: rings, flip: 0.5}", "data: rings has no images"),
+    ("{name: resampled, data: rings, balance: given, repeat: {rose: 3}}", "data.repeat: there is no class 'rose'"),
+])  # fmt: skip
+def test_plan_tells_what_is_wrong_with_the_data_of_a_single_run(gentrain: Command, data: str, message: str) -> None:
+    status, printed = gentrain("plan", "toy.yaml", f"data={data}")
+    assert status == 2 and message in printed and "not known yet" not in printed
+
+
 def test_plan_starts_nothing_and_writes_nothing(gentrain: Command, folder: Path) -> None:
     before = sorted(folder.rglob("*"))
     status, printed = gentrain("plan", "recipe.yaml", "stages.generator.run.cluster={place: ray, workers: 2}")

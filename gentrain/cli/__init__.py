@@ -302,11 +302,13 @@ def plan(
     from gentrain.cluster.submissions import place_of
     from gentrain.config import load, to_yaml
     from gentrain.recipes.base import RecipeConfig
+    from gentrain.training.run import RunConfig
 
     loaded, runs = _loaded(config, overrides)
     place_of(load(config, overrides or (), {"output": f"runs/{config.stem}"}))
     limit = _device_memory() if memory is None else int(memory * 2**30)
-    found = plan_tables(runs, limit)  # before anything is printed: building the networks shows whether they fit the data
+    # before anything is printed: building the networks shows whether they fit the data
+    found = plan_tables(runs, limit, alone=isinstance(loaded, RunConfig))
     _say(to_yaml(loaded))
     held = [stages_table(loaded.stages)] if isinstance(loaded, RecipeConfig) else []
     console.print(*held, *found, sep="\n", highlight=False)
