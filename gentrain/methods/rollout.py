@@ -111,6 +111,8 @@ class RewardedRollout(Method):
     def check(self, path: Path) -> None:
         if isinstance(path, ReflectedHeat) or not isinstance(path.space, Free):
             raise ValueError(f"{self.registered_name} needs x_t = alpha x0 + sigma eps with normal noise in free space")
+        with errors_about("sampler"):
+            self.sampler.check(path)
 
     def check_data(self, data: Data) -> None:
         with errors_about("reward"):

@@ -8,6 +8,7 @@ from gentrain.methods.draft import DRaFT
 from gentrain.methods.rollout import draws_of, first_jump, roll_out
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.rectified_flow import RectifiedFlow
+from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.ddim import DDIM
 from gentrain.samplers.euler import Euler
@@ -85,3 +86,5 @@ def test_what_does_not_fit_is_refused() -> None:
 
     with pytest.raises(ValueError, match="normal noise in free space"):
         DRaFT(reward=Of(lambda x: x[:, 0])).check(ReflectedHeat())
+    with pytest.raises(ConfigError, match="sampler: 1000 steps between 1000 timesteps; take at most 999"):
+        DRaFT(reward=Of(lambda x: x[:, 0]), sampler=Consistency(steps=1000)).check(VariancePreserving())
