@@ -20,6 +20,12 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def require_few(steps: int) -> None:
+    """Raises ValueError for more steps than can be meant: networks tell about 1,000 times apart."""
+    if steps > 100_000:
+        raise ValueError(f"{steps} steps are more than any network tells apart, about 1000; take at most 100000")
+
+
 @dataclass(kw_only=True)
 class Path(Component, kind="path"):
     """Time runs from data (t_min) to noise (t_max). Every function takes t of any shape and works in t's dtype and device.
@@ -99,6 +105,7 @@ class Path(Component, kind="path"):
 
     def jump_times(self, steps: int) -> Tensor:
         """As `sampling_times`, for networks that go to clean data from any of them: t_min, where such a call changes nothing, is none."""
+        require_few(steps)
         times = self.sampling_times(steps)
         return times if float(times[-1]) > self.t_min * (1 + 1e-6) else self.sampling_times(steps + 1)[:-1]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gentrain.config import option
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
-from gentrain.paths.base import Path
+from gentrain.paths.base import Path, require_few
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.guidance import guided_x0
 
@@ -34,6 +34,7 @@ class GridSampler(Sampler):
     )
 
     def grid(self, path: Path) -> Grid:
+        require_few(self.steps)
         rules = {"path": path.sampling_times, "karras": path.karras_times, "log_snr": path.log_snr_times, "uniform": path.uniform_times}
         return grid_of(path, rules[self.spacing](self.steps))
 

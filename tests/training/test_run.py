@@ -135,6 +135,8 @@ TIMESTEPS = {"name": "variance_preserving"}
           for name in ("euler", "heun", "ddim", "dpm_solver", "sde_dpm_solver", "restart")),
         *((TIMESTEPS, {"name": name, "steps": 1000}, "1000 steps between 1000 timesteps; take at most 999")
           for name in ("consistency", "flow_map")),
+        *(("rectified_flow", {"name": name, "steps": 10**9}, "1000000000 steps are more than any network tells apart")
+          for name in ("euler", "ddim", "consistency", "flow_map")),
         (TIMESTEPS, {"name": "guided", "sampler": "heun", "steps": 1001}, "1001 steps on a path of 1000 timesteps"),
         ("rectified_flow", {"name": "heun", "spacing": "karras"}, "rectified_flow ends in pure noise, where Karras spacing does not exist"),
         ("rectified_flow", {"name": "euler", "spacing": "log_snr"}, "rectified_flow has an infinite log-SNR at an end"),
