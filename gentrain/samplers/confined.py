@@ -14,6 +14,7 @@ from gentrain.domains.base import Domain
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
+from gentrain.paths.base import Path
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.euler import Euler
 from gentrain.samplers.guidance import guided_x0
@@ -45,6 +46,9 @@ class Confined(Sampler):
     domain: Domain = option(help="the convex set")
     by: Literal["projection", "thresholding", "rejection"] = option("projection", "how samples are forced inside")
     attempts: PositiveInt = option(100, "rounds after which rejection gives up")
+
+    def check(self, path: Path) -> None:
+        Euler(steps=self.steps).check(path)
 
     def sample(self, denoiser: Denoiser, shape: tuple[int, ...], noise: Noise, condition: Condition | None = None) -> Tensor:
         """Raises ValueError when some samples were outside in all of `attempts` rounds."""

@@ -137,6 +137,7 @@ TIMESTEPS = {"name": "variance_preserving"}
           for name in ("consistency", "flow_map")),
         *(("rectified_flow", {"name": name, "steps": 10**9}, "1000000000 steps are more than any network tells apart")
           for name in ("euler", "ddim", "consistency", "flow_map")),
+        (TIMESTEPS, {"name": "confined", "domain": "box", "steps": 1001}, "1001 steps on a path of 1000 timesteps"),
         (TIMESTEPS, {"name": "guided", "sampler": "heun", "steps": 1001}, "1001 steps on a path of 1000 timesteps"),
         ("rectified_flow", {"name": "heun", "spacing": "karras"}, "rectified_flow ends in pure noise, where Karras spacing does not exist"),
         ("rectified_flow", {"name": "euler", "spacing": "log_snr"}, "rectified_flow has an infinite log-SNR at an end"),
