@@ -151,6 +151,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RecipeConfig
     for name, stage in recipe.stages.items():
         stage.place(recipe.directory / name)
     _check_order(recipe, document.error)
+    _check_samplers(recipe, document.error)
     return recipe
 
 
@@ -192,6 +193,19 @@ def _check_order(recipe: RecipeConfig, error: Callable[[str, str], ConfigError])
             what = "its own output" if late[0] == name else f"the output of {late[0]!r}, which comes later; put {late[0]!r} first"
             raise error(f"stages.{name}", f"it reads {what}")
         seen.add(name)
+
+
+def _check_samplers(recipe: RecipeConfig, error: Callable[[str, str], ConfigError]) -> None:
+    """Of stages that draw from a run of the recipe: before it is trained."""
+    runs = {str(recipe.directory / name): stage.trained for name, stage in recipe.stages.items()}
+    for name, stage in recipe.stages.items():
+        run, sampler = runs.get(str(getattr(stage, "run", None))), getattr(stage, "sampler", None)
+        if run is None or sampler is None or any(run.model_of(role).to_come for role in run.method.roles):
+            continue  # of a pipeline that is to come nobody knows the path
+        try:
+            run.drawn_with(sampler)
+        except ConfigError as wrong:
+            raise error(f"stages.{name}.sampler", wrong.message) from wrong
 
 
 def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:

@@ -209,6 +209,13 @@ def test_a_stage_that_fails_is_recorded_and_runs_again(
     assert _run(copy) == ALL_SKIPPED | {"rough": f"going on: the last attempt {said}"}
 
 
+def test_a_sampler_that_cannot_draw_from_the_run_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    text = TOY.replace("{name: euler, steps: 4}", "{name: heun, spacing: karras}")
+    with pytest.raises(ConfigError, match=r"toy\.yaml: stages\.fine\.sampler: rectified_flow ends in pure noise, where Karras spacing"):
+        _run(tmp_path, text=text)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_that_was_killed_runs_again(copy: Path) -> None:
     states = _states(copy)
     states["fine"]["status"] = "running"  # what a kill leaves behind
