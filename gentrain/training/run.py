@@ -241,12 +241,20 @@ class RunConfig:
         sampler = sampler or self.sampler
         if isinstance(self.path.space, Inside) and not sampler.keeps_inside and self.method.generator is not None:
             log.warning("%s does not know the walls: its samples may lie outside; take reflected_ode", sampler.registered_name)
-        if sampler.guidance != 1 and getattr(self.method, "label_dropout", None) == 0:
+        if sampler.guidance != 1 and self._nothing_to_guide_by():
+            log.warning("guidance %g changes nothing, for the data have neither classes nor captions; set it to 1", sampler.guidance)
+        elif sampler.guidance != 1 and getattr(self.method, "label_dropout", None) == 0:
             log.warning(
                 "guidance %g needs the null class, which method.label_dropout = 0 does not train: raise that, or set sampler.guidance to 1",
                 sampler.guidance,
             )
         return sampler
+
+    def _nothing_to_guide_by(self) -> bool:
+        try:
+            return not (self.data.to_come or self.data.class_names or self.data.captions)
+        except (OSError, ValueError):  # data that are not here
+            return False
 
     def fit_space(self) -> None:
         """Completes the data set and the path's space with what they take from the items. Raises ConfigError."""

@@ -83,6 +83,14 @@ def test_guidance_without_a_null_class_is_told(caplog: pytest.LogCaptureFixture,
     assert any("the null class" in message for message in caplog.messages) == warned
 
 
+def test_guidance_without_a_condition_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"method": "flow_matching", "model": "mlp", "training": {"samples": 1}, "sampler": {"name": "euler", "guidance": 3}}
+    parse_run(Document({**settings, "data": "rings"}, "test"))
+    assert caplog.text == ""
+    parse_run(Document({**settings, "data": {"name": "unlabelled", "data": "rings"}}, "test"))
+    assert "guidance 3 changes nothing, for the data have neither classes nor captions" in caplog.text
+
+
 WALLED = {"name": "rectified_flow", "space": {"name": "inside", "domain": {"name": "box", "low": -1.0, "high": 1.0}}}
 HEAT = {"name": "reflected_heat"}
 MIRROR = {"name": "rectified_flow", "space": {"name": "dual", "domain": {"name": "box", "low": -1.0, "high": 1.0}}}
