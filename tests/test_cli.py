@@ -171,6 +171,14 @@ def test_methods_of_a_plugin_are_shown(gentrain: Command, folder: Path) -> None:
 # --- the way from a configuration to results -------------------------------------------------------------------------------
 
 
+def test_what_is_told_of_a_configuration_is_told_once(start: Callable[..., subprocess.Popen[str]], folder: Path) -> None:
+    (folder / "free.yaml").write_text(TOY.replace("{name: rings, held_out: 200}", "{name: unlabelled, data: rings}"))
+    printed, _ = start("train", "free.yaml", "sampler.guidance=3").communicate(timeout=120)
+    assert "trained" in printed and printed.count("guidance 3 changes nothing") == 1
+    printed, _ = start("sample", "runs/free", "count=4").communicate(timeout=120)
+    assert "samples" in printed and printed.count("guidance 3 changes nothing") == 1
+
+
 @pytest.mark.parametrize("data, message", [
     ("{name: augmented, data: rings, flip: 0.5}", "data: rings has no images"),
     ("{name: resampled, data: rings, balance: given, repeat: {rose: 3}}", "data.repeat: there is no class 'rose'"),

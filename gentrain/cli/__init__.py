@@ -78,11 +78,29 @@ def _options(
     refuse_others()
 
 
+class _Once(logging.Filter):
+    """One command reads a configuration several times: what is to be told of it is told once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name != "gentrain.training.run":
+            return True
+        said = record.getMessage()
+        fresh = said not in self._told
+        self._told.add(said)
+        return fresh
+
+
 def main() -> None:
     """Entry point: turns expected errors into one clear message and an exit status."""
     if goes_on():
         receive()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    handler.addFilter(_Once())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("gentrain").setLevel(logging.INFO)
     try:
         status = _guarded(app)
