@@ -14,6 +14,8 @@ from gentrain.config import Component, option
 from gentrain.domains.base import Domain
 from gentrain.noise import Noise
 
+ENDLESS = 2**30  # more items than this are none that are held or listed: those of a toy are made when they are asked for
+
 
 class CorruptItem(Exception):
     """An item that cannot be read. The message names it. The loader counts it, logs it and puts another in its place."""
@@ -216,6 +218,12 @@ def refuse_buckets(items: Items) -> None:
     """Raises ValueError for items of several shapes, for data sets that make others of them."""
     if isinstance(items, BucketItems):
         raise ValueError("items of several shapes cannot be chosen from, marked or mixed; leave out `buckets`")
+
+
+def refuse_endless(items: Items) -> None:
+    """Raises ValueError for items that are made when they are asked for, and too many to look at all."""
+    if len(items) > ENDLESS:
+        raise ValueError("the data set has no end of items, so that none can be chosen by their classes; take it as it is")
 
 
 def check_split(name: str) -> None:

@@ -9,10 +9,8 @@ import torch
 from pydantic import PositiveInt
 
 from gentrain.config import ConfigError, option, register
-from gentrain.data.base import BatchItems, Data, Items, TensorItems, refuse_buckets
+from gentrain.data.base import BatchItems, Data, Items, TensorItems, refuse_buckets, refuse_endless
 from gentrain.domains.base import Domain
-
-_ENDLESS = 2**32  # items of a toy are made when asked for: none of them can be picked out by their labels
 
 
 @register("chosen")
@@ -63,8 +61,7 @@ class Chosen(Data):
     def split(self, name: str) -> Items:
         items = self.data.split(name)
         refuse_buckets(items)
-        if len(items) > _ENDLESS:
-            raise ValueError(f"{self.data.registered_name} has no end of items, from which none can be chosen")
+        refuse_endless(items)
         everything = torch.arange(len(items))
         batch = items.batch(everything) if isinstance(items, BatchItems) else _stacked(items)
         rows = torch.isin(batch["label"], torch.tensor(self._kept())).nonzero()[:, 0]

@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from gentrain.config import ConfigError, option, register
-from gentrain.data.base import BatchItems, BlockItems, Items, Wrapped, check_split, refuse_buckets
+from gentrain.data.base import ENDLESS, BatchItems, BlockItems, Items, Wrapped, check_split, refuse_buckets, refuse_endless
 from gentrain.data.loader import order
 
 
@@ -98,12 +98,16 @@ class Resampled(Wrapped):
         if name == "held_out":
             return items
         refuse_buckets(items)
+        refuse_endless(items)
         if isinstance(items, BlockItems):
             raise ValueError("items that are read block by block cannot be repeated; set data.data.streaming to false")
         labels = labels_of(items)
         if int(labels.min()) < 0:
             raise ValueError("some items have no class, so that classes cannot be balanced")
-        factors = self._factors(torch.bincount(labels, minlength=len(self.class_names)))
+        counts = torch.bincount(labels, minlength=len(self.class_names))
+        factors = self._factors(counts)
+        if float(counts.double() @ factors.double()) > ENDLESS:
+            raise ValueError(f"an epoch would have more than {ENDLESS} items; lower data.repeat")
         rows = repeated(labels, factors)
         if not len(rows):
             raise ValueError("no item comes at all; raise data.repeat")

@@ -134,6 +134,13 @@ def test_mistakes_are_told(fields: dict[str, Any], message: str) -> None:
         Resampled(Counted(), **fields).fit()
 
 
+def test_data_without_end_and_epochs_without_end_are_refused() -> None:
+    with pytest.raises(ValueError, match="the data set has no end of items, so that none can be chosen by their classes"):
+        Resampled(Rings()).split("train")
+    with pytest.raises(ValueError, match=r"an epoch would have more than \d+ items; lower data\.repeat"):
+        Resampled(Digits(), balance="given", repeat={"3": 1e9}).split("train")
+
+
 # --- weights in the loss ---
 
 
