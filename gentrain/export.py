@@ -21,6 +21,7 @@ from gentrain.models.conditional import ConditionalNetwork
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.space import Free
 from gentrain.samplers.base import Sampler
+from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.few_step import FewStep, call_times
 from gentrain.samplers.one_step import OneStep, as_affine
 
@@ -98,7 +99,7 @@ def export(
     Args:
         out: must not exist, or be an empty directory; it appears whole or not at all.
         denoiser: of a `ConditionalNetwork` with its full weights.
-        sampler: whose steps the directory's scheduler takes; OneStep and FewStep need none.
+        sampler: whose steps the directory's scheduler takes; OneStep, FewStep and Consistency need none.
         class_names: one per class; empty without classes.
         licence: of the data, for the card.
         config: the resolved configuration; `config["method"]["name"]` is named in the card.
@@ -162,24 +163,23 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
         raise ValueError("no pipeline of diffusers reads this network's control; draw samples with gentrain instead")
     if not isinstance(path.space, Free):
         raise ValueError(f"no diffusers pipeline undoes the space {path.space.registered_name}; draw samples with gentrain instead")
-    scheduler = sampler.diffusers_scheduler(path, denoiser.prediction)
-    calls = None
-    if isinstance(sampler, OneStep | FewStep):
-        calls = [as_affine(denoiser, float(t)) for t in call_times(path, sampler.sigma, sampler.steps)]
+    scheduler, calls = sampler.diffusers_scheduler(path, denoiser.prediction), _calls(denoiser, sampler)
     if scheduler is None and calls is None:
         raise ValueError(
             f"no diffusers scheduler takes the steps of sampler {sampler.registered_name} ({sampler.steps} steps) on path "
             f"{path.registered_name} with prediction {denoiser.prediction}; sampler euler has one for rectified_flow with velocity, "
-            "variance_preserving with eps, x0 or v, and variance_exploding with edm"
+            "variance_preserving with eps, x0 or v, and variance_exploding with edm; consistency without guidance, one_step and few_step "
+            "need none; draw with gentrain by others"
         )
     if getattr(sampler, "eta", 0):
         raise ValueError("a sampler that draws fresh noise on the way cannot draw the same images elsewhere; export with eta: 0")
-    plain = network.num_classes is None and network.space_to_depth == network.time_scale == 1 and isinstance(network.backbone, UNet2DModel)
+    backbone = network.without_inputs()
+    plain = network.num_classes is None and network.space_to_depth == network.time_scale == 1 and isinstance(backbone, UNet2DModel)
     if plain and isinstance(scheduler, DDIMScheduler):
-        return DDIMPipeline(network.backbone, scheduler)
+        return DDIMPipeline(backbone, scheduler)
     edm = type(scheduler).__name__.startswith("EDM")  # their timesteps are log(sigma) / 4
     return ClassConditionalPipeline(
-        network.backbone,
+        backbone,
         scheduler,
         num_classes=network.num_classes,
         class_names={str(index): name for index, name in enumerate(class_names)},
@@ -190,6 +190,17 @@ def _pipeline(denoiser: Denoiser, sampler: Sampler, class_names: Sequence[str]) 
         init_noise_sigma=sampler.start(path) if edm else None,
         calls=calls,
     )
+
+
+def _calls(denoiser: Denoiser, sampler: Sampler) -> list[dict[str, float]] | None:
+    """What a sampler does in each call that goes to clean data, for `ClassConditionalPipeline`; None of others."""
+    if isinstance(sampler, OneStep | FewStep):
+        times = call_times(denoiser.path, sampler.sigma, sampler.steps)
+    elif isinstance(sampler, Consistency) and sampler.guidance == 1:
+        times = denoiser.path.jump_times(sampler.steps)
+    else:
+        return None
+    return [as_affine(denoiser, float(t)) for t in times]
 
 
 def _add_code(directory: Path, pipeline: type) -> None:

@@ -21,6 +21,7 @@ from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.trigflow import TrigFlow
 from gentrain.paths.variance_exploding import VarianceExploding
 from gentrain.paths.variance_preserving import VariancePreserving
+from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.ddim import DDIM
 from gentrain.samplers.dpm_solver import DPMSolver
 from gentrain.samplers.euler import Euler
@@ -55,6 +56,12 @@ CASES = {
     "three steps, rectified flow": (DEEP, (1, 8, 8), 3, RectifiedFlow(), "velocity", FewStep(steps=3)),
     "two steps, variance preserving": (UNET, (1, 8, 8), 0, VariancePreserving(), "eps", FewStep(steps=2, sigma=1.7)),
     "two steps, EDM": (SLOW, (1, 8, 8), 3, VarianceExploding(), "edm", FewStep(steps=2)),
+    "consistency, rectified flow": (DEEP, (1, 8, 8), 3, RectifiedFlow(), "velocity", Consistency(steps=3)),
+    "consistency, variance preserving": (UNET, (1, 8, 8), 0, VariancePreserving(), "v", Consistency(steps=2)),
+    "consistency, EDM": (UNET, (1, 8, 8), 3, VarianceExploding(), "edm", Consistency(steps=2)),
+    "flow map": (DEEP, (1, 8, 8), 3, RectifiedFlow(), "velocity", Euler(steps=4, guidance=2.0)),
+    "flow map without classes": (UNET, (3, 4, 8), 0, RectifiedFlow(), "velocity", Euler(steps=4)),
+    "flow map, transformer": (TRANSFORMER, (3, 6, 6), 3, RectifiedFlow(), "velocity", Euler(steps=4, guidance=2.0)),
 }
 
 # draws with every exported directory; importing gentrain would fail
@@ -93,9 +100,11 @@ class ThenDrawn(Noise):
         return torch.randn(shape, generator=self.generator)
 
 
-def denoiser_of(model, shape, num_classes, path, prediction):
+def denoiser_of(model, shape, num_classes, path, prediction, inputs=()):
     torch.manual_seed(0)
     network = model.build(shape, num_classes).eval()
+    if inputs:
+        network.add_inputs(inputs)
     for parameter in network.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return Denoiser(network, path, prediction)
@@ -111,7 +120,8 @@ def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
     expected = {}
     for number, (name, (model, shape, num_classes, path, prediction, sampler)) in enumerate(CASES.items()):
-        denoiser = denoiser_of(model, shape, num_classes, path, prediction)
+        inputs = ("end", "augment") if name.startswith("flow map") else ()  # an absent end is t, which is not nothing
+        denoiser = denoiser_of(model, shape, num_classes, path, prediction, inputs)
         directory = root / str(number)
         write(directory / "model", denoiser, sampler, CLASSES[:num_classes])
         label = torch.arange(ROWS) % 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -66,6 +67,17 @@ class ConditionalNetwork(nn.Module):
             self.backbone.class_embedding = _Added()
             width = self.backbone.get_submodule("time_embedding.linear_2").out_features
         self.inputs = Inputs(names, width)
+
+    def without_inputs(self) -> nn.Module:
+        """The backbone alone, which answers as this network does where nothing is given for its inputs."""
+        if self.inputs is None:
+            return self.backbone
+        backbone, added = copy.deepcopy(self.backbone), self.inputs(torch.zeros(1), None)
+        embeddings = [module.weight for module in backbone.modules() if isinstance(module, _WithAdded)]
+        with torch.no_grad():
+            for weight in embeddings or [backbone.get_parameter("time_embedding.linear_2.bias")]:
+                weight += torch.as_tensor(added).reshape(-1)
+        return backbone
 
     def add_control(self, form: Form) -> None:
         """Has the network read a control; its output stays as it is until the branch learns. Raises ValueError when it does not fit."""
