@@ -51,6 +51,9 @@ def test_a_weaker_model_of_something_else_is_refused(tmp_path: Path) -> None:
     for weak in (other_path, other_data):
         with pytest.raises(ConfigError, match=r"sampler\.weak: .* is of other data or another path than"):
             generate(strong, Guided(sampler=Euler(), steps=2, weak=weak), labels)
+    student = trained(tmp_path / "student", method="consistency_training")
+    with pytest.raises(ConfigError, match=r"sampler\.weak: .* holds a student of consistency_training, which euler does not draw from"):
+        generate(strong, Guided(sampler=Euler(), steps=2, weak=student), labels)
     with pytest.raises(ConfigError, match="is not a run's directory"):
         generate(strong, Guided(sampler=Euler(), steps=2, weak=str(tmp_path / "nowhere")), labels)
 
