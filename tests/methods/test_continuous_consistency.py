@@ -218,6 +218,7 @@ def test_roles_and_mistakes() -> None:
 def test_a_derivative_through_a_fast_time_embedding_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     settings: dict[str, Any] = {
         "method": {"name": "continuous_consistency", "source": "data"}, "data": "rings", "model": "mlp", "training": {"samples": 10},
+        "engine": "torch",
     }  # fmt: skip
     run = parse_run(Document(settings, "x.yaml"))
     assert caplog.text == ""  # a run that is opened to be drawn from

@@ -100,9 +100,10 @@ def test_a_student_is_no_teacher(tmp_path: Path) -> None:
         Roles(run_of(taught_by("next", student)), ALONE)
     settings = values(tmp_path / "more", "consistency_training") | {"roles": {"model": {"weights": str(student)}}}
     Roles(run_of(settings), ALONE)  # which may well begin from one
-    flow_map = _trained(values(tmp_path / "map", "mean_flow"), stop_at=1)
+    mlp = {"model": {"name": "mlp", "width": 8, "depth": 1}}
+    flow_map = _trained(values(tmp_path / "map", "mean_flow") | mlp, stop_at=1)
     with pytest.raises(ConfigError, match=r"roles\.teacher\.weights: .* is given 'end', too, and this role's is not; name a run without"):
-        Roles(run_of(taught_by("third", flow_map)), ALONE)
+        Roles(run_of(taught_by("third", flow_map) | mlp), ALONE)
 
 
 def test_a_network_that_does_not_fit_the_data_is_a_mistake_of_its_key(tmp_path: Path) -> None:
