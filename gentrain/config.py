@@ -188,15 +188,12 @@ def _build(schema: Any, value: Any, key: str, document: Document) -> Any:
         raise document.error(key, f"expected {describe(schema)}, got {_shown(value)}")
     given = environment(value, lambda message: document.error(key, message))
     try:
-        built = _adapter(schema).validate_python(given)
+        return _adapter(schema).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int) or (isinstance(value, Mapping) and part in value))
         got = first["input"] if given == value else value  # what the environment gives is not shown
         raise document.error(key + place, f"expected {describe(schema)}, got {_shown(got)} ({first['msg']})") from None
-    if not (_finite(built) or _allows_infinity(schema)):
-        raise document.error(key, f"expected {describe(schema)}, got {_shown(value)} (Input should be finite)")
-    return built
 
 
 def _shown(value: Any) -> str:
@@ -305,6 +302,9 @@ def _build_nested(schema: Any, value: Any, key: str, document: Document) -> Any:
         raise document.error(join(key, error.key) if error.key else key, hide(error.message)) from None
     except ValueError as error:  # a dataclass' own __post_init__ check
         raise document.error(key, hide(str(error))) from None
+    for name, item in values.items():  # after the checks of its own, which may tell more
+        if not (_finite(arguments[name]) or _allows_infinity(hints[name])):
+            raise document.error(join(key, name), f"expected {describe(hints[name])}, got {_shown(item)} (Input should be finite)")
     if hidden:
         vars(built)[_HIDDEN] = hidden
     return built

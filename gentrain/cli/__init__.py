@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.logging import RichHandler
 from rich.table import Table
 from typer.core import TyperGroup
 
-from gentrain.cli.console import Console
+from gentrain.cli.console import Console, warnings_on
 
 if TYPE_CHECKING:
     from gentrain.training.cluster import Cluster
@@ -78,29 +77,11 @@ def _options(
     refuse_others()
 
 
-class _Once(logging.Filter):
-    """One command reads a configuration several times: what is to be told of it is told once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._told: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.name != "gentrain.training.run":
-            return True
-        said = record.getMessage()
-        fresh = said not in self._told
-        self._told.add(said)
-        return fresh
-
-
 def main() -> None:
     """Entry point: turns expected errors into one clear message and an exit status."""
     if goes_on():
         receive()
-    handler = RichHandler(console=Console(stderr=True), show_path=False)
-    handler.addFilter(_Once())
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[warnings_on(Console(stderr=True))])
     logging.getLogger("gentrain").setLevel(logging.INFO)
     try:
         status = _guarded(app)
@@ -320,13 +301,12 @@ def plan(
     from gentrain.cluster.submissions import place_of
     from gentrain.config import load, to_yaml
     from gentrain.recipes.base import RecipeConfig
-    from gentrain.training.run import RunConfig
 
     loaded, runs = _loaded(config, overrides)
     place_of(load(config, overrides or (), {"output": f"runs/{config.stem}"}))
     limit = _device_memory() if memory is None else int(memory * 2**30)
     # before anything is printed: building the networks shows whether they fit the data
-    found = plan_tables(runs, limit, alone=isinstance(loaded, RunConfig))
+    found = plan_tables(runs, limit, alone=not isinstance(loaded, RecipeConfig))
     _say(to_yaml(loaded))
     held = [stages_table(loaded.stages)] if isinstance(loaded, RecipeConfig) else []
     console.print(*held, *found, sep="\n", highlight=False)
