@@ -25,7 +25,11 @@ from gentrain.paths.base import Path, same_law
 from gentrain.paths.inside import Inside
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.samplers.base import Sampler, samplers_of
+from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.euler import Euler
+from gentrain.samplers.few_step import FewStep
+from gentrain.samplers.lcm import LCM
+from gentrain.samplers.one_step import OneStep
 from gentrain.training.averages import LONGEST
 from gentrain.training.cluster import Cluster
 from gentrain.training.compatibility import check_method, check_optimizers, check_parts
@@ -241,6 +245,12 @@ class RunConfig:
         sampler = sampler or self.sampler
         if isinstance(self.path.space, Inside) and not sampler.keeps_inside and self.method.generator is not None:
             log.warning("%s does not know the walls: its samples may lie outside; take reflected_ode", sampler.registered_name)
+        if isinstance(sampler, Consistency | LCM | OneStep | FewStep) and isinstance(self.method.own_sampler(), Euler):
+            log.warning(
+                "%s takes the x0 prediction for data, and that of a flow is the mean of all that may be: its samples are blurred; take "
+                "euler or another that follows the flow",
+                sampler.registered_name,
+            )
         if sampler.guidance != 1 and self._nothing_to_guide_by():
             log.warning("guidance %g changes nothing, for the data have neither classes nor captions; set it to 1", sampler.guidance)
         elif sampler.guidance != 1 and getattr(self.method, "label_dropout", None) == 0:

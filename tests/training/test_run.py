@@ -83,6 +83,17 @@ def test_guidance_without_a_null_class_is_told(caplog: pytest.LogCaptureFixture,
     assert any("the null class" in message for message in caplog.messages) == warned
 
 
+@pytest.mark.parametrize("sampler", ["consistency", "lcm", "one_step", "few_step", "flow_map", "heun"])
+def test_samplers_that_take_the_mean_of_a_flow_for_data_are_told(sampler: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"data": "rings", "model": "mlp", "training": {"samples": 1}, "sampler": sampler}
+    parse_run(Document({**settings, "method": "flow_matching"}, "test"))
+    assert (f"{sampler} takes the x0 prediction for data" in caplog.text) == (sampler not in ("flow_map", "heun"))
+    caplog.clear()
+    if sampler in ("consistency", "lcm"):
+        parse_run(Document({**settings, "method": "consistency_training"}, "test"))
+        assert caplog.text == ""
+
+
 def test_guidance_without_a_condition_is_told(caplog: pytest.LogCaptureFixture) -> None:
     settings = {"method": "flow_matching", "model": "mlp", "training": {"samples": 1}, "sampler": {"name": "euler", "guidance": 3}}
     parse_run(Document({**settings, "data": "rings"}, "test"))
