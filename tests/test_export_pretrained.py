@@ -95,6 +95,26 @@ def test_a_pipeline_is_trained_resumed_exported_and_draws_the_same_images(
     assert torch.equal(after, drawn(original, side))
 
 
+def test_what_no_role_reads_is_given_back(tmp_path: Path) -> None:
+    """A safety checker of the pipeline's own module, and an image processor under its former name: as Stable Diffusion 1 was published."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    values, directory = settings(tmp_path, "stable_diffusion", "run", adapter=ADAPTER), tmp_path / "stable_diffusion"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 32, "patch_size": 16}))
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    parts = StableDiffusionPipeline.from_pretrained(directory, safety_checker=None).components
+    StableDiffusionPipeline(**parts | {"safety_checker": checker, "feature_extractor": processor}).save_pretrained(directory)
+    index = directory / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"feature_extractor": ["transformers", "CLIPFeatureExtractor"]}))
+    exported = reloaded(Export(run=str(trained(values))).write(tmp_path / "out"))
+    assert exported.feature_extractor.crop_size["height"] == 32
+    for name, value in exported.safety_checker.state_dict().items():
+        assert torch.equal(value, checker.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("family", PIPELINES)
 def test_an_adapter_alone_draws_as_the_merged_pipeline_does(tmp_path: Path, family: str) -> None:
     run = trained(settings(tmp_path, family, "run", adapter=ADAPTER))
