@@ -250,8 +250,9 @@ def _write_card(
     if loaded in use and loaded.startswith(SNAPSHOT):
         use = f"from huggingface_hub import {SNAPSHOT}\n{use}"
     task = "text-to-image" if family.takes_text else "unconditional-image-generation"
+    begun_with = None if family.source.is_local else family.source.directory  # by which the hub lists what was made of a repository
     card = ModelCard.from_template(
-        ModelCardData(library_name="diffusers", pipeline_tag=task, tags=["gentrain"]),
+        ModelCardData(library_name="diffusers", pipeline_tag=task, tags=["gentrain"], base_model=begun_with),
         template_str=_CARD,
         cell=cell,
         name=name,

@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import ModelCard
 
 from gentrain.config import ConfigError
 from gentrain.models.families.source import Source, outputs_to_come
@@ -101,6 +102,7 @@ def test_a_pipeline_is_trained_from_where_it_lies_and_given_back(tmp_path: Path,
     written = UNet2DConditionModel.from_pretrained(merged / "unet").state_dict()
     assert all(torch.equal(written[name.removeprefix("backbone.")], value) for name, value in network.merged().items())
     adapter = Export(run=str(run), form="adapter").write(tmp_path / "adapter")
+    assert ModelCard.load(adapter / CARD).data.base_model == (None if place == "a directory" else "ada/flowers")
     code, told = code_of(adapter), {}
     assert said.replace("{root}", str(tmp_path)) in code
     exec(code.replace('"adapter"', repr(str(adapter))), told)
