@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,6 +149,12 @@ def test_tensorboard_gets_numbers_images_and_the_configuration(tmp_path: Path) -
     assert b"flow_matching" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Of a stand-in: it is found."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: package if name == package else found(name, *args))
+
+
 def test_wandb_is_called_as_it_wants_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own step never falls, so that ours is a number of its own."""
     calls: list[Any] = []
@@ -160,7 +167,7 @@ def test_wandb_is_called_as_it_wants_to_be(tmp_path: Path, monkeypatch: pytest.M
         init=lambda **given: calls.append(given) or run, Settings=lambda **given: given, Image=lambda file: f"image {Path(file).name}"
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: fake)
+    installed(monkeypatch, "wandb")
     trained(settings(tmp_path, {"name": "wandb", "project": "mine"}))
     given, defined, *told, last = calls
     assert (given["project"], given["mode"], given["resume"], given["dir"]) == ("mine", "offline", "allow", str(tmp_path))
@@ -188,3 +195,66 @@ def test_mlflow_keeps_one_run_for_all_attempts(tmp_path: Path) -> None:
     losses = [line["loss/model"] for line in records(tmp_path)]
     assert [metric.value for metric in sorted(history, key=lambda metric: metric.step)] == pytest.approx(losses)
     assert {each.path for each in client.list_artifacts(run.info.run_id)} == {"config.yaml", "samples"}
+
+
+def test_mlflow_is_called_as_it_wants_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stood in for: its experiments and runs are kept from one attempt to the next."""
+    experiments: dict[str, str] = {}
+    runs: dict[str, dict[str, Any]] = {}
+
+    class Client:
+        def __init__(self, uri: str):
+            self.uri = uri
+
+        def get_experiment_by_name(self, name: str) -> Any:
+            return SimpleNamespace(experiment_id="7") if name in experiments else None
+
+        def create_experiment(self, name: str, artifacts: str | None) -> str:
+            experiments[name] = f"{self.uri} {artifacts}"
+            return "7"
+
+        def search_runs(self, ids: list[str], wanted: str, max_results: int) -> list[Any]:
+            assert ids == ["7"] and max_results == 1
+            return [SimpleNamespace(info=SimpleNamespace(run_id=key)) for key in runs if wanted == f"tags.`gentrain.identity` = '{key}'"]
+
+        def create_run(self, experiment: str, tags: dict[str, str], run_name: str) -> Any:
+            (key,) = tags.values()
+            runs[key] = {"name": run_name, "told": [], "status": []}
+            return SimpleNamespace(info=SimpleNamespace(run_id=key))
+
+        def set_terminated(self, key: str, status: str = "FINISHED") -> None:
+            runs[key]["status"].append(status)
+
+        def log_text(self, key: str, text: str, file: str) -> None:
+            runs[key]["told"].append((file, "name: flow_matching" in text))
+
+        def log_batch(self, key: str, metrics: list[Any]) -> None:
+            runs[key]["told"].append({name: (value, step) for name, value, _, step in metrics})
+
+        def log_artifact(self, key: str, file: str, folder: str) -> None:
+            runs[key]["told"].append((folder, Path(file).name))
+
+    entities: Any = SimpleNamespace(Metric=lambda *given: given)
+    fake: Any = SimpleNamespace(MlflowClient=Client, entities=entities)
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    installed(monkeypatch, "mlflow")
+    trained(settings(tmp_path, "mlflow"), stop_after=1)
+    trained(settings(tmp_path, "mlflow"))
+    assert experiments == {"gentrain": f"sqlite:///{tmp_path}/mlflow/mlflow.db {(tmp_path / 'mlflow/artifacts').as_uri()}"}
+    ((_, run),) = runs.items()
+    assert run["name"] == tmp_path.name and run["status"][0] == "RUNNING" and run["status"][-1] == "FINISHED"
+    assert [each for each in run["told"] if isinstance(each, tuple)] == [
+        ("config.yaml", True), ("config.yaml", True), ("samples", "000000000024.png"),
+    ]  # fmt: skip
+    told = [each for each in run["told"] if isinstance(each, dict)]
+    for line, numbers in zip(records(tmp_path), told, strict=True):
+        assert numbers["loss/model"] == (line["loss/model"], line["samples"])
+    trained(settings(tmp_path / "far", {"name": "mlflow", "uri": "http://tracking:5000", "experiment": "far"}))
+    assert experiments["far"] == "http://tracking:5000 None" and len(runs) == 2
+
+
+def test_names_of_metrics_are_in_letters_that_mlflow_allows() -> None:
+    from gentrain.training.trackers.mlflow import _name
+
+    assert _name("loss/model, 0.1 to 1 [a]") == "loss/model_ 0.1 to 1 _a_"
