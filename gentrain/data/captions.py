@@ -6,6 +6,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +51,16 @@ def caption_in(data: bytes | str, field: str) -> str | None:
         raise ValueError("no object")
     if field not in content:
         return None
-    if not isinstance(content[field], str):
+    return caption_from(content[field], field)
+
+
+def caption_from(text: Any, field: str) -> str:
+    """The caption in a field, or a column, as one line. Raises ValueError for what is no text."""
+    if not isinstance(text, str):
         raise ValueError(f"{field!r} is no text")
-    if len(content[field]) > MOST:
+    if len(text) > MOST:
         raise ValueError(f"a caption of more than {MOST:,} characters")
-    return one_line(content[field])
+    return one_line(text)
 
 
 def one_line(text: str) -> str:

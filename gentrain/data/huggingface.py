@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gentrain.config import ConfigError, Fraction, option, register
 from gentrain.data.base import Data, EmptySplit, check_split, import_for
+from gentrain.data.captions import Captions, caption_from
 from gentrain.data.decode import ImageDecoder, corrupt
 from gentrain.noise import Noise, derive
 
@@ -30,7 +31,8 @@ class HuggingFace(Data):
 
     Local: the library makes files that are mapped into memory, and items are read in any order. `streaming`: nothing but parquet files,
     which stay where they are; an item is read with its row group, and the order shuffles row groups, and the rows of `together` of them.
-    Images are cropped as those of image_folder. The order is the same on any number of ranks and goes on where a run stopped, either way.
+    Images are cropped as those of image_folder. With `caption` they have texts in place of classes. The order is the same on any number of
+    ranks and goes on where a run stopped, either way.
     """
 
     path: str = option(help="name on the hub (owner/name), a directory of parquet files or images, or one that save_to_disk has written")
@@ -41,6 +43,7 @@ class HuggingFace(Data):
     held_out: Fraction = option(0.1, "part of train_split that is kept from training, chosen by row, where held_out_split is null")
     image: str = option("image", "column of the images")
     label: str | None = option("label", "column of the classes; null = none")
+    caption: str | None = option(None, "column of the captions, for images without classes (`label: null`); null = none")
     weight: str | None = option(None, "column of the weights that rows have in the loss; null = all alike")
     size: PositiveInt = option(64, "height and width that samples get", unit="pixels")
     colours: Literal["rgb", "grey"] = option("rgb", "3 channels or 1")
@@ -50,6 +53,10 @@ class HuggingFace(Data):
     classes: list[str] | None = option(None, "names of the labels 0, 1, ...; null = those that the data set names, which a run records")
     rows: PositiveInt | None = option(None, "of train_split, which a run records: another number of them is refused")
     licence: str = option("not stated", "origin and licence of the images, for the model card")
+
+    def __post_init__(self) -> None:
+        if self.caption is not None and (self.label is not None or self.classes):
+            raise ConfigError("captioned images have no classes; set data.label to null and leave out data.classes", key="label")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,6 +70,27 @@ class HuggingFace(Data):
         if names is None:
             raise ValueError(f"the column {self.label!r} names no classes; list them in data.classes, or set data.label to null")
         return list(names)
+
+    @property
+    def captions(self) -> Sequence[str]:
+        return () if self.caption is None else self._captions.all
+
+    @cached_property
+    def _captions(self) -> Captions:
+        """Of the rows of train_split, then of those of held_out_split."""
+        names = [self.train_split, *([self.held_out_split] if self.held_out_split is not None else [])]
+        return Captions([text for name in names for text in self._texts(name)])
+
+    def _texts(self, split: str) -> Iterator[str]:
+        table, column = self._table(split), str(self.caption)
+        self._columns(table)
+        for number, text in enumerate(table[column]):
+            try:
+                yield caption_from(text, column)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.path}: row {number} of {split}: {error}; give every image a text (an empty one will do)"
+                ) from error
 
     @property
     def weighted(self) -> bool:
@@ -81,8 +109,9 @@ class HuggingFace(Data):
 
     def split(self, name: str) -> TableItems:
         check_split(name)
+        before = 0  # rows whose captions come before those of the table
         if name == "held_out" and self.held_out_split is not None:
-            table = self._table(self.held_out_split)
+            table, before = self._table(self.held_out_split), len(self._table(self.train_split))
             rows = torch.arange(len(table))
         else:
             table = self._table(self.train_split)
@@ -95,7 +124,10 @@ class HuggingFace(Data):
         self._columns(table)
         kind = StreamedItems if isinstance(table, ParquetTable) else TableItems
         decoder = ImageDecoder(self.size, self.colours, self.max_pixels)
-        return kind(table, rows, self.image, self.label, self.weight, len(self.class_names), decoder, self.together, self._roots())
+        captions = None if self.caption is None else self._captions.places[before + rows]
+        return kind(
+            table, rows, self.image, self.label, self.weight, len(self.class_names), decoder, self.together, self._roots(), captions
+        )
 
     def _roots(self) -> list[Path]:
         from datasets import config
@@ -107,7 +139,7 @@ class HuggingFace(Data):
     def _columns(self, table: Any) -> Mapping[str, Any]:
         """Name -> the library's description. Raises ConfigError when a column of ours is not there."""
         features: Mapping[str, Any] = table.features
-        for key in ("image", "label", "weight"):
+        for key in ("image", "label", "caption", "weight"):
             name = getattr(self, key)
             if name is not None and name not in features:
                 raise ConfigError(f"{self.path} has no column {name!r}; its columns: {', '.join(features)}", key=f"data.{key}")
@@ -159,6 +191,7 @@ class TableItems:
     Args:
         table: what gives a row by its number. rows: [N] int64, numbers of those that belong to the split.
         roots: where images may lie that the table names by their paths.
+        captions: [N] int64, places of the rows' texts, if there are any.
     """
 
     table: Any
@@ -170,6 +203,7 @@ class TableItems:
     decoder: ImageDecoder
     together: int
     roots: Sequence[Path] = ()
+    captions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -187,6 +221,8 @@ class TableItems:
                 if not 0 <= weight < float("inf"):
                     raise ValueError(f"the weight {weight:g} is none; weights are finite and not negative")
                 item["weight"] = torch.tensor(weight)
+            if self.captions is not None:
+                item["caption"] = self.captions[index]
         except Exception as error:
             raise corrupt(f"row {number}", error) from error
         return item
@@ -264,7 +300,10 @@ class ParquetTable:
         """The row group of each row: [N] -> [N]."""
         return torch.bucketize(rows, self.sizes.cumsum(0), right=True)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int | str) -> Any:
+        """A row, by its number, or the values of a column in all rows, by its name: as of the library's tables."""
+        if isinstance(number, str):
+            return self._column(number)
         block = int(self.block_of(torch.tensor([number])))
         if block not in self._held:
             self._held[block] = self._read(block)
@@ -272,6 +311,14 @@ class ParquetTable:
                 self._held.popitem(last=False)
         self._held.move_to_end(block)
         return self._held[block][number - int(self.sizes[:block].sum())]
+
+    def _column(self, name: str) -> Iterator[Any]:
+        import pyarrow.parquet
+
+        for file in self.files:
+            with _opened(file) as opened:
+                for batch in pyarrow.parquet.ParquetFile(opened).iter_batches(columns=[name]):
+                    yield from batch.column(0).to_pylist()
 
     def _read(self, block: int) -> list[dict[str, Any]]:
         import pyarrow.parquet

@@ -237,3 +237,44 @@ def test_a_name_on_the_hub_is_told_to_be_out_of_reach(monkeypatch: pytest.Monkey
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(ValueError, match="nobody/nothing"):
         HuggingFace("nobody/nothing").split("train")
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 rows, of which every third has the same text, and 4 of a test split."""
+    folder = tmp_path_factory.mktemp("captioned")
+    (folder / "data").mkdir()
+    for name, first, count in (("train", 0, 30), ("test", 100, 4)):
+        texts = ["the same" if i % 3 == 0 else f"number\n{i}" for i in range(first, first + count)]
+        table(first, count).add_column("text", texts).to_parquet(folder / f"data/{name}-00000-of-00001.parquet", batch_size=7)
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("held_out_split", [None, "test"])
+def test_captions_belong_to_their_images_in_both_splits(captioned: Path, streaming: bool, held_out_split: str | None) -> None:
+    read = data(captioned, label=None, caption="text", streaming=streaming, held_out_split=held_out_split, held_out=0.3)
+    read.fit()
+    assert not read.class_names and len(read.captions) == len(set(read.captions)) and "the same" in read.captions
+    assert list(read.captions) == sorted(read.captions) and ("number 100" in read.captions) == (held_out_split is not None)
+    seen = set()
+    for name in ("train", "held_out"):
+        split = read.split(name)
+        for batch in (next(iter(Loader(split, seed=0, batch_size=len(split))))[0],):
+            for x, place in zip(batch["x"], batch["caption"].tolist(), strict=True):
+                value = value_of(x)
+                seen.add(value)
+                assert read.captions[place] == ("the same" if value % 3 == 0 else f"number {value}")
+    assert seen == set(range(30)) | (set(range(100, 104)) if held_out_split else set())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captions_that_cannot_be_meant_are_told(streaming: bool, tmp_path: Path, captioned: Path) -> None:
+    (tmp_path / "data").mkdir()
+    table(0, 3).add_column("text", ["one", None, "three"]).to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"row 1 of train: 'text' is no text; give every image a text"):
+        data(tmp_path, label=None, caption="text", streaming=streaming).split("train")
+    with pytest.raises(ConfigError, match="has no column 'words'; its columns: image, label, weight, text"):
+        data(captioned, label=None, caption="words", streaming=streaming).split("train")
+    with pytest.raises(ConfigError, match=r"label: captioned images have no classes; set data\.label to null"):
+        data(captioned, caption="text")
