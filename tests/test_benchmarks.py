@@ -1,0 +1,77 @@
+"""Benchmarks, each called at a tiny size on the CPU: the first machine that runs one in earnest shall not find it broken."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gentrain.training.optimizers import Optimizer
+from gentrain.training.world import join, leave
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def benchmark(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    join()
+    yield
+    leave()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_cuda_device_the_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark("gpu").main() is None
+    assert capsys.readouterr().out == "no CUDA device\n"
+
+
+def test_the_benchmark_of_the_loader_reads_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None) -> None:
+    loader = benchmark("loader")
+    for name, value in {"SIDE": 24, "SIZE": 8, "BATCH": 4}.items():
+        monkeypatch.setattr(loader, name, value)
+    for number, (name, data) in enumerate(loader.written(tmp_path, 40).items()):
+        assert loader.speed(data, 0) > 0, name
+        if number == 0:
+            assert 0 <= loader.waits(data, 0, tmp_path / "run") < 1
+
+
+def test_imports_are_summed_by_library() -> None:
+    told = (
+        "import time:       100 |        300 |   torch.nn\nimport time:  50 | 50 | torch\nother\nimport time:   7 | 7 |     json.decoder\n"
+    )
+    assert benchmark("startup").imports(told) == {"torch": 150e-6, "json": 7e-6}
+
+
+def test_samplers_are_counted_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = benchmark("sampling")
+    for name, value in {"STEPS": 2, "COUNT": 50, "SEEDS": 2}.items():
+        monkeypatch.setattr(sampling, name, value)
+    network, denoiser = sampling.trained()
+    for name, calls in (("euler", 8), ("heun", 7), ("restart", 63)):
+        counted, distances = sampling.measured(sampling.SAMPLERS[name](64 if name == "restart" else 8), network, denoiser)
+        assert counted == calls and len(distances) == 2 and all(map(math.isfinite, distances))
+
+
+def test_every_optimiser_may_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers = benchmark("optimizers")
+    monkeypatch.setattr(optimizers, "HELD_OUT", 256)
+    for name, kind in Optimizer.available().items():
+        chosen, found = optimizers.best_lr(kind(**optimizers.SETTINGS.get(name, {})), 4)
+        assert math.isfinite(found.loss) and isinstance(chosen, kind)
+    monkeypatch.setattr(optimizers, "DRAWN", 50)
+    assert 0 < optimizers.distance(found.denoiser, 0) < 10
