@@ -157,3 +157,22 @@ def test_levels_beyond_a_paths_ends_leave_the_loss_finite() -> None:
     """A log-normal law reaches pure noise on a rectified flow, where sigma / alpha is infinite."""
     method = EasyConsistencyTuning(times=LogNormal(mean=30.0, std=0.1))
     assert 0 < loss_of(method, nets_of(RF), batch_of(ROWS)) < float("inf")
+
+
+def test_continuous_consistency_counts_in_units_of_the_data() -> None:
+    """Noise on its TrigFlow has the deviation that the path gives the data; the network's own path is another."""
+    method = ContinuousConsistency(derivative="difference")
+    wide, narrow = (loss_of(method, nets_of(RectifiedFlow(sigma_data=size)), batch_of(ROWS)) for size in (1.0, 0.5))
+    assert abs(wide / narrow - 1) > 1e-3
+
+
+def test_the_guidance_that_latent_consistency_builds_in_is_that_of_samplers() -> None:
+    """A teacher's velocity of 1 given a label and of 2 without, guided by 3, is one of 2 + 3 (1 - 2) = -1."""
+
+    def loss(guidance: float, given: float, free: float) -> float:
+        nets = nets_of(RF)
+        nets.teacher = Denoiser(lambda x, t, c: torch.where(c["label"] < 0, free, given)[:, None].expand_as(x), RF, "velocity")
+        return loss_of(LatentConsistency(guidance=(guidance, guidance), count=5, stride=200), nets, batch_of(ROWS))
+
+    assert loss(3.0, 1.0, 2.0) == pytest.approx(loss(1.0, -1.0, -1.0), rel=1e-5)
+    assert loss(3.0, 1.0, 2.0) != pytest.approx(loss(1.0, 1.0, 2.0), rel=1e-2)
