@@ -1,7 +1,7 @@
 """Likelihoods on paths without walls against closed forms: where the model knows the score, bound and flow are the law's own.
 
-Mutations that these tests were seen to catch: sigma in place of sigma / alpha, either sign of the divergence, half or twice the diffusion
-term, no prior, a prior of deviation 1, no decoder, times in place of ratios, the divergence by x_t in place of y.
+Mutations that these tests were seen to catch: the divergence's sign, twice the diffusion term, no prior, the decoder's constant, x_t in
+place of y, Euler's steps.
 """
 
 from __future__ import annotations
