@@ -150,7 +150,7 @@ def peak(values: dict[str, Any]) -> tuple[int, int]:
     torch.set_num_threads(1)
     run, watches = parse_run(Document(values, "benchmark")), []
     planned, world = memory_of(run).peak, join()
-    next(batches(run, world, {}, 0))
+    next(batches(run, world, run.codec(), {}, 0))
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
 

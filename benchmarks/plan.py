@@ -82,7 +82,7 @@ def reachable() -> dict[int, int]:
 def measure(world: World, run: RunConfig, steps: int = 2) -> Found:
     """What this rank of a real run holds. Every rank calls it."""
     clock = Clock(0, run.training.batch_size, steps * run.training.batch_size)
-    read = [next(batches(run, world, {}, 0)) for _ in range(steps)]  # the data set comes into memory before anything is counted
+    read = [next(batches(run, world, run.codec(), {}, 0)) for _ in range(steps)]  # the data come into memory before anything is counted
     before = reachable()
     roles = Roles(run, world)
     gradients: dict[str, int] = {}
