@@ -14,7 +14,7 @@ from gentrain.config import ConfigError, option, register
 from gentrain.methods.base import condition_of
 from gentrain.metrics import free_likelihood, likelihood
 from gentrain.metrics.base import Metric, bootstrap_interval
-from gentrain.metrics.likelihood import bits_per_dim, dequantised
+from gentrain.metrics.likelihood import bits_per_dim, dequantised, level_points
 from gentrain.models.denoiser import Denoiser
 from gentrain.models.tokens import TokenModel
 from gentrain.noise import Noise, derive
@@ -75,6 +75,11 @@ class Likelihood(Stage):
         x, condition = run.path.space.encode(part["x"]), condition_of(part)
         walls = isinstance(denoiser.path, ReflectedHeat)
         kind, box = (likelihood, denoiser.path.box) if walls else (free_likelihood, free_likelihood.IMAGES)  # type: ignore[attr-defined]
+        if self.levels is not None:
+            points = level_points(box, self.levels, x)
+            place = (x.double() - points[0]) / (points[1] - points[0])
+            if float((place - place.round()).abs().max()) > 0.01:
+                raise ConfigError(f"the data do not lie on {self.levels} levels; name as many as they have, or leave it out", key="levels")
         with torch.no_grad():
             bound = kind.variational_bound(denoiser, x, noise, condition, self.draws, self.levels)
         if not self.steps:

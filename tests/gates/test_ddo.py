@@ -163,7 +163,7 @@ def test_the_recipe_of_digits_runs_in_miniature(tmp_path: FilePath) -> None:
     best = {**small, **short, "run.cluster": "{place: inline, workers: 1}", "concurrent": 0, "count": 150}
     changes: dict[str, dict[str, Any]] = {"judge": {"run.training.samples": 1_000}, "scale": {**small, **short, "steps": 4}}
     changes |= {key: {**best, "actors": 0} for key in ("start", "control")}
-    changes |= {f"round{number}": {**best, "likelihood": 4, "levels": 16} for number in (1, 2, 3)}
+    changes |= {f"round{number}": {**best, "likelihood": 4, "levels": 256} for number in (1, 2, 3)}
     changes |= {f"fakes{number}": {"count": 40, "actors": 0} for number in (1, 2, 3)}
     for name in ("before", "after", "plain"):
         changes |= {name: {"count": 150, "actors": 0}, f"{name}_guided": {"count": 150, "actors": 0, "sampler.steps": 2}}

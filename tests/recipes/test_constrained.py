@@ -122,6 +122,9 @@ def test_likelihood_of_a_flow_and_of_what_has_none(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(free_likelihood, "flow_log_density", lambda denoiser, x, *_: torch.zeros(len(x), dtype=torch.float64))
     metrics, _ = Likelihood(str(out / "model"), count=20, levels=17, draws=1, steps=1).measure()
     assert metrics[1].value == pytest.approx(math.log2(17 / 2), rel=1e-5)  # a density of 1 on cells of width 2 / 17
+    with pytest.raises(ConfigError, match="do not lie on 16 levels") as caught:
+        Likelihood(str(out / "model"), count=20, levels=16).measure()
+    assert caught.value.key == "levels"
     for name, message in (("mirror", "in the space dual"), ("judge", "which generates nothing")):
         with pytest.raises(ConfigError, match=message) as caught:
             Likelihood(run=str(out / name)).execute(tmp_path / "bits")
