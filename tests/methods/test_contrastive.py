@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gentrain.config import ConfigError, Document
-from gentrain.methods.contrastive import same_caption, sigmoid_contrastive_loss, softmax_contrastive_loss
+from gentrain.methods.contrastive import Contrastive, same_caption, sigmoid_contrastive_loss, softmax_contrastive_loss
 from gentrain.metrics.retrieval import recall
 from gentrain.models.towers import pieces, unpack
 from gentrain.noise import Noise
@@ -220,6 +221,15 @@ def test_a_caption_that_repeats_is_a_match() -> None:
     caption, group = torch.tensor([4, 2, 4]), RankGroup(1)
     assert same_caption(caption, group).tolist() == [[1, -1, 1], [-1, 1, -1], [1, -1, 1]]
     assert same_caption(caption, group).dtype == torch.int8
+
+
+def test_the_text_of_another_pair_with_the_same_caption_is_a_hit() -> None:
+    """Of three images the first has the third's text nearest, the second its own, the third the second's."""
+    image, text = torch.eye(3)[[2, 1, 1]], torch.eye(3)
+    batch = {"x": image, "tokens": text, "caption": torch.tensor([4, 2, 4])}
+    nets = SimpleNamespace(towers=lambda x, tokens: torch.cat([x, tokens, torch.zeros(3, 2)], 1), group=RankGroup(1))
+    logs = Contrastive(shift=0).pair_loss(nets, batch, Noise(0, torch.arange(3))).logs  # type: ignore[arg-type]
+    assert logs["top1"].item() == pytest.approx(2 / 3)
 
 
 def built(**changes: Any) -> torch.nn.Module:
