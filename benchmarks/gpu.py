@@ -169,9 +169,39 @@ def table_of(size: str, device: torch.device, steps: int, batch: int, entries: d
             assert all(map(math.isfinite, found.losses))
             table.add_row(*row(name, found, hands["bf16" if "bf16" in name else "fp32"], memory_of(run).peak))
         except Exception as error:  # what one entry lacks, the others may have
-            table.add_row(name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:60])
+            table.add_row(name, _told(error))
         _reset(device)
     return table
+
+
+def kernels(parameters: int, device: torch.device, steps: int) -> Table:
+    """One step of AdamW over so many parameters: torch's fused kernel, which runs take, beside DeepSpeed's where it can be built."""
+    table = Table("AdamW", "ms a step", title=f"{parameters:,} parameters, float32")
+    makers = {"torch, loops": {"foreach": False}, "torch, foreach": {"foreach": True}, "torch, fused": {"fused": True}}
+    for name in [*makers, *(["DeepSpeed's FusedAdam"] if device.type == "cuda" else [])]:
+        weights = [torch.nn.Parameter(torch.zeros(each, device=device)) for each in [parameters // 64] * 64]
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        try:
+            optimizer = torch.optim.AdamW(weights, **makers[name]) if name in makers else _fused(weights)
+            clock = _Clock(device, max(1, steps // 3))
+            for _ in range(WARM_UP + steps):
+                optimizer.step()
+                clock.step()
+            table.add_row(name, f"{1e3 / statistics.median(clock.speeds):.3f}")
+        except Exception as error:  # it is compiled as it is made
+            table.add_row(name, _told(error))
+    return table
+
+
+def _fused(weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam(weights)  # type: ignore[no-any-return]
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:60]
 
 
 def machine(device: torch.device) -> str:
@@ -185,7 +215,7 @@ def machine(device: torch.device) -> str:
     return (
         f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, torch {torch.__version__}, CUDA {torch.version.cuda}, "
         f"DeepSpeed {deepspeed.__version__}, SDPA may use {', '.join(attention)}, "
-        f"DeepSpeed's FusedAdam {'can' if FusedAdamBuilder().is_compatible(verbose=False) else 'cannot'} be built (not used: torch's is)"
+        f"DeepSpeed's FusedAdam {'can' if FusedAdamBuilder().is_compatible(verbose=False) else 'cannot'} be built"
     )
 
 
@@ -206,6 +236,7 @@ def main(
     with tempfile.TemporaryDirectory() as root:
         for each in size:
             console.print(table_of(each, place, steps, batch, {name: ENTRIES[name] for name in entry}, root))
+    console.print(kernels(2**22 if device == "cpu" else 2**28, place, steps))
     leave()
 
 

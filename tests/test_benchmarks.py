@@ -40,6 +40,37 @@ def test_without_a_cuda_device_the_benchmark_says_so(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "no CUDA device\n"
 
 
+@pytest.mark.timeout(240)
+def test_the_benchmark_of_a_gpu_fills_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None) -> None:
+    """All engines against the loop by hand; compiling takes minutes and is left out."""
+    gpu, cpu = benchmark("gpu"), torch.device("cpu")
+    monkeypatch.setattr(gpu, "WARM_UP", 4)
+    monkeypatch.setitem(gpu.SIZES, "tiny", ["model.channels=[8,16]", "model.norm_groups=4", "model.attention=[]"])
+    entries = {name: entry for name, entry in gpu.ENTRIES.items() if "compiled" not in name}
+    table = gpu.table_of("tiny", cpu, 3, 4, entries, str(tmp_path))
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[0] for row in rows] == list(entries)
+    for name, steps, hand, ratio, peak, hand_peak, planned, losses in rows:
+        assert float(steps) > 0 and float(hand) > 0, (name, steps)
+        assert float(ratio) == pytest.approx(float(hand) / float(steps), rel=0.05)
+        assert (peak, hand_peak) == ("0.00", "0.00") and float(planned) >= 0
+        assert len(losses.split()) == 3 and all(0.3 < float(loss) < 4 for loss in losses.split())
+    first, *others = [[float(loss) for loss in row[7].split()] for row in rows]
+    assert all(each == pytest.approx(first, abs=0.05) for each in others)  # every engine starts alike, in bf16 too
+    assert gpu.machine(cpu).startswith("cpu, torch ")
+    steps = dict(zip(*(list(column.cells) for column in gpu.kernels(640, cpu, 3).columns), strict=True))
+    assert list(steps) == ["torch, loops", "torch, foreach", "torch, fused"] and all(float(value) > 0 for value in steps.values())
+
+
+def test_an_entry_that_fails_is_told_of_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None) -> None:
+    gpu = benchmark("gpu")
+    monkeypatch.setattr(gpu, "WARM_UP", 1)
+    monkeypatch.setitem(gpu.SIZES, "tiny", ["model.channels=[8]", "model.norm_groups=4", "model.attention=[]"])
+    monkeypatch.setattr(gpu, "measured", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory\nmore")))
+    table = gpu.table_of("tiny", torch.device("cpu"), 3, 4, {"torch fp32": []}, str(tmp_path))
+    assert [next(iter(column.cells)) for column in table.columns][:2] == ["torch fp32", "RuntimeError: out of memory"]
+
+
 def test_the_benchmark_of_the_loader_reads_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None) -> None:
     loader = benchmark("loader")
     for name, value in {"SIDE": 24, "SIZE": 8, "BATCH": 4}.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,23 @@ def test_a_memory_snapshot_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "run/profile/rank-0-memory.pickle").stat().st_size > 1000
 
 
-def test_fused_steps_are_those_of_the_reference() -> None:
-    """AdamW's fused kernel against the loop over single operations."""
+def deepspeed_fused(parameters: list[torch.nn.Parameter], **rule: Any) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    if not FusedAdamBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's FusedAdam cannot be built")
+    return FusedAdam(parameters, **rule)
+
+
+@pytest.mark.parametrize("fused", [partial(torch.optim.AdamW, fused=True), deepspeed_fused], ids=["torch", "deepspeed"])
+def test_fused_steps_are_those_of_the_reference(fused: Any) -> None:
+    """AdamW's fused kernels against the loop over single operations."""
     start, gradients = torch.randn(1000, device=DEVICE), torch.randn(10, 1000, device=DEVICE)
     found = []
-    for fused in (False, True):
+    for make in (partial(torch.optim.AdamW, foreach=False), fused):
         p = torch.nn.Parameter(start.clone())
-        optimizer = torch.optim.AdamW([p], lr=0.01, weight_decay=0.1, fused=fused, foreach=False)
+        optimizer = make([p], lr=0.01, weight_decay=0.1)
         for gradient in gradients:
             p.grad = gradient.clone()
             optimizer.step()
