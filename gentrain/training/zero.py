@@ -146,7 +146,8 @@ class DeepSpeedEngine(Engine):
             buffers=0,
             gradients=kept,
             passing=arriving + amid,
-            stepping=max(_as_float32(size) * max(pieces), norm, bucket + copy - (kept if passes == 1 else 0)),
+            # stage 2 keeps the passes before; else gradients are kept once the copy is gone
+            stepping=max(_as_float32(size) * max(pieces), norm, bucket + copy - (0 if self.zero_stage == 2 and passes > 1 else kept)),
         )
 
     def _held_stage_3(self, groups: list[list[nn.Parameter]], optimizer: Optimizer, ranks: int) -> Held:

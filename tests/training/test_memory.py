@@ -116,7 +116,9 @@ def test_the_first_change_that_is_enough_is_named() -> None:
     told, memory, limit = planned(run, share=0.9)
     assert told == ["engine.zero_stage=1"] and memory.peak <= limit
     told, memory, limit = planned(run, share=0.01)
-    assert memory.peak > limit and told[0] == "engine.zero_stage=3" and "engine.precision=bf16" in told
+    # stage 3 would hold more than it shares out of so small a network: it is left out
+    assert memory.peak > limit and "zero_stage: 1" in told[1] and "offload_optimizer: true" in told[1]
+    assert told[2] == "engine.precision=bf16"
 
 
 def test_changes_that_would_be_refused_are_not_named() -> None:
