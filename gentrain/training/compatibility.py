@@ -124,6 +124,8 @@ def warn_of_fast_times(run: RunConfig) -> None:
 
 
 def _check_followers(run: RunConfig) -> None:
+    if not any(isinstance(role, Trained) for role in run.method.roles.values()):
+        return  # as_is has no updates
     for update in run.method.updates(Clock(0, run.training.batch_size, run.training.samples)):
         if not isinstance(update, Follow):
             continue

@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AllowInfNan
 
 from gentrain.config import option, register
 from gentrain.methods.base import Batch, Clock, Loss, Nets, Update
@@ -24,7 +26,7 @@ class Troubled(ThreeRoles):
     role: str = option("student", "whose loss")
     start: int = option(0, "first sample")
     end: int = option(0, "after the last")
-    factor: float = option(1.0, "of the loss, and so of its gradient")
+    factor: Annotated[float, AllowInfNan()] = option(1.0, "of the loss, and so of its gradient")
     added: float = option(0.0, "to the loss: what leaves its gradient as it is")
     seen: str = option("", "file for the positions of the samples that each rank sees")
 
