@@ -93,7 +93,7 @@ DYNAMIC_IMPORTS = {  # packages of components, and plugins; a package that is as
     "gentrain/data/base.py": {"importlib.import_module"},
     "gentrain/models/families/source.py": {"importlib.import_module"},
 }
-TENSORS_ONLY = {"gentrain/metrics/likeness.py"}  # a file of an installed package, which is in torch's format; weights_only=True
+TENSORS_ONLY = {"gentrain/metrics/features.py"}  # published networks, which are in torch's format; weights_only=True
 
 
 def _loads_tensors_only(call: ast.Call) -> bool:
