@@ -181,3 +181,13 @@ def test_our_own_towers() -> None:
     image, text = network.image(x), network.text(tokens)
     torch.testing.assert_close(scores, torch.nn.functional.cosine_similarity(image, text, dim=1))
     assert torch.autograd.grad(scores.sum(), x)[0].abs().max() > 0
+
+
+def test_our_own_towers_see_no_more_than_pictures_have() -> None:
+    torch.manual_seed(0)
+    towers = Towers(width=8, channels=(8, 8), norm_groups=4, buckets=64)
+    networks = {"towers": towers.build((3, 24, 24), 0).eval().requires_grad_(False)}
+    reward = TowerSimilarity(model=towers)
+    reward.check_data(Captioned())
+    x = 3 * images()
+    torch.testing.assert_close(reward(x, ASKED, networks), reward(x.clamp(-1, 1), ASKED, networks))
