@@ -10,7 +10,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from gentrain.config import option, register
+from gentrain.config import ConfigError, option, register
 from gentrain.data.base import Data
 from gentrain.methods.base import Batch, Clock, Group, Loss, Method, Nets, Role, Trained, Update
 from gentrain.methods.classifier import shift_images
@@ -50,6 +50,10 @@ class Contrastive(Method):
 
     roles: ClassVar[dict[str, Role]] = {"towers": Trained(denoiser=False)}
 
+    def __post_init__(self) -> None:
+        if 0 < self.examined < 5:
+            raise ConfigError(f"expected 0 or at least 5, which recall @5 ranks, got {self.examined}", key="examined")
+
     def check_data(self, data: Data) -> None:
         if len(data.shape) != 3:
             raise ValueError(f"contrastive is for images with captions, {data.registered_name} has samples of shape {data.shape}")
@@ -67,6 +71,8 @@ class Contrastive(Method):
         yield Update("towers", self.pair_loss)
 
     def pair_loss(self, nets: Nets, batch: Batch, noise: Noise) -> Loss:
+        if "tokens" not in batch:
+            raise ConfigError("contrastive trains an image and a text tower; set model: towers", key="model")
         towers, x = cast(nn.Module, nets.towers), batch["x"]
         if self.shift:
             x = shift_images(x, noise.randint(-self.shift, self.shift + 1, (len(x), 2)), self.shift)

@@ -293,11 +293,17 @@ def test_words_share_groups_of_letters() -> None:
         ({"model": {"name": "towers", "channels": [12]}}, "not divisible by norm_groups"),
         ({"model": {"name": "towers", "channels": [8, 8, 8]}}, "do not fit 3 levels"),
         ({"data": {"name": "mnist5k"}}, "need data with captions"),
+        ({"method": {"name": "contrastive", "examined": 4}}, "0 or at least 5"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         built(**changes)
+
+
+def test_another_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model: towers"):
+        Contrastive().pair_loss(SimpleNamespace(), {"x": torch.zeros(2, 3, 8, 8)}, Noise(0, torch.arange(2)))
 
 
 def test_recall_counts_ties_against_itself() -> None:
