@@ -22,7 +22,7 @@ from gentrain.training.loop import Outcome
 from gentrain.training.run import RunConfig, load_run
 from tests.test_configs import CONFIGS, PIECES, ROOT
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 
 BATCH = 8
 FEWER: dict[str, int] = {"count": 64, "steps": 2, "held_out": 16, "actors": 0}  # of data, and of other stages

@@ -27,7 +27,7 @@ class Troubled(ThreeRoles):
     start: int = option(0, "first sample")
     end: int = option(0, "after the last")
     factor: Annotated[float, AllowInfNan()] = option(1.0, "of the loss, and so of its gradient")
-    added: float = option(0.0, "to the loss: what leaves its gradient as it is")
+    added: Annotated[float, AllowInfNan()] = option(0.0, "to the loss: what leaves its gradient as it is")
     seen: str = option("", "file for the positions of the samples that each rank sees")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
