@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
-from gentrain.config import option, register
+from gentrain.config import register
 from gentrain.extractors.base import Map, OfImage
 from gentrain.models.control import Form
 from gentrain.models.hub import fetched, files_of
-from gentrain.models.image_text import local_file, read_json, read_preprocessing
+from gentrain.models.image_text import FromPretrained, local_file, read_json, read_preprocessing
 from gentrain.rewards.base import Networks
 
 
@@ -54,17 +54,8 @@ _loaded = cache(_Pretrained)
 
 
 @dataclass(kw_only=True)
-class _OfDirectory(OfImage):
+class _OfDirectory(FromPretrained, OfImage):
     model_class: ClassVar[str]
-
-    directory: str = option(
-        help="a directory that save_pretrained of the model and of its image processor wrote, or a repository on the hub"
-    )
-    revision: str | None = option(None, "branch, tag or commit of the repository; null = main")
-
-    def __post_init__(self) -> None:
-        if Path(self.directory).is_dir():
-            self.directory = str(Path(self.directory).absolute())
 
     def found(self, x: Tensor, output: str) -> Tensor:
         return _loaded(self.directory, self.revision, self.model_class, x.device)(x, output)

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from gentrain.config import Component, option, register
 from gentrain.data.base import import_for, packaged_file
 from gentrain.metrics.inception import Inception
-from gentrain.models.image_text import Side
+from gentrain.models.image_text import FromPretrained, Side
 
 _LITE0_SIDE = 128  # pixels EfficientNet is shown
 _INCEPTION = "6726825d"  # begin of the SHA-256 of pt_inception-2015-12-05-6726825d.pth, the weights that FID is defined by
@@ -106,17 +106,8 @@ class InceptionFeatures(Features):
 
 @register("image_encoder")
 @dataclass
-class ImageEncoder(Features):
+class ImageEncoder(FromPretrained, Features):
     """The image side of a model of transformers: what a CLIP or a SigLIP embeds images as; of others, such as DINOv2, the first token."""
-
-    directory: str = option(
-        help="a directory that save_pretrained of the model and of its image processor wrote, or a repository on the hub"
-    )
-    revision: str | None = option(None, "branch, tag or commit of the repository; null = main")
-
-    def __post_init__(self) -> None:
-        if Path(self.directory).is_dir():
-            self.directory = str(Path(self.directory).absolute())
 
     @property
     def told(self) -> str:

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 
 from gentrain.config import option
@@ -32,9 +32,7 @@ class Adapter:
     """What a role learns in place of its whole network: W + alpha / rank * B A in each layer that is named."""
 
     rank: NonNegativeInt = option(8, "of the change to each layer; 0 = the role learns its whole network", source="arXiv:2106.09685")
-    alpha: Annotated[PositiveFloat, Field(allow_inf_nan=False)] | None = option(
-        None, "the change is scaled by alpha / rank; null = rank, a factor of 1"
-    )
+    alpha: PositiveFloat | None = option(None, "the change is scaled by alpha / rank; null = rank, a factor of 1")
     targets: tuple[str, ...] = option(
         ("attention",), "layers: attention, feed_forward, linear, convolutions (all of that kind), or ends of their names (to_q)"
     )

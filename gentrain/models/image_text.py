@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from gentrain.config import option
 from gentrain.models.hub import fetched, files_of
 from gentrain.models.text import minilm_directory
 
@@ -24,6 +25,18 @@ MINILM = "minilm"  # stands for the directory of the packaged text encoder
 _IMAGE_SIDES = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
 _TEXT_SIDES = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}
 _OWN_SIDES = {"clip": "CLIPConfig", "siglip": "SiglipConfig"}
+
+
+@dataclass
+class FromPretrained:
+    """A part of a configuration that names such a model."""
+
+    directory: str = option(help="a directory that save_pretrained of the model and of its processor wrote, or a repository on the hub")
+    revision: str | None = option(None, "branch, tag or commit of the repository; null = main")
+
+    def __post_init__(self) -> None:
+        if Path(self.directory).is_dir():
+            self.directory = str(Path(self.directory).absolute())
 
 
 def local_file(directory: str, revision: str | None, name: str) -> Path:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, NonNegativeFloat
+from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from gentrain.config import ConfigError, option, register
@@ -50,7 +50,7 @@ class Pretrained(Model):
     variant: str | None = option(None, "of the weights' files, such as fp16; they become float32 either way")
     prompt: str = option("{}", "template of the prompts; {} is the caption, or the name of the class")
     null_prompt: str = option("", "what stands for no condition, in training and in guidance")
-    guidance_input: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = option(
+    guidance_input: NonNegativeFloat = option(
         3.5, "guidance weight that a network is told which reads one (FLUX.1 dev)", source="the default of diffusers' FluxPipeline"
     )
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from gentrain.config import option, register
 from gentrain.data.base import Data
 from gentrain.models.hub import fetched, files_of
-from gentrain.models.image_text import PREPROCESSING, local_file, read_json, read_preprocessing
+from gentrain.models.image_text import PREPROCESSING, FromPretrained, local_file, read_json, read_preprocessing
 from gentrain.rewards.base import Asked, Networks, Reward, Texts, check_images
 
 _TOWERS = ("clip", "siglip")  # model_type in config.json
@@ -54,16 +54,13 @@ _loaded = cache(_Pretrained)
 
 
 @dataclass
-class _OfDirectory(Reward):
+class _OfDirectory(FromPretrained, Reward):
     licence: ClassVar[str] = "that of the weights; see their model card"
     kinds: ClassVar[tuple[str, ...]] = _TOWERS
 
-    directory: str = option(help="a directory that save_pretrained of the model and of its processor wrote, or a repository on the hub")
-    revision: str | None = option(None, "branch, tag or commit of the repository; null = main")
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         if Path(self.directory).is_dir():
-            self.directory = str(Path(self.directory).absolute())
             kind = read_json(local_file(self.directory, None, "config.json")).get("model_type")
             if kind not in self.kinds:
                 raise ValueError(
