@@ -135,7 +135,7 @@ class DeepSpeedEngine(Engine):
                 buffers=largest,
                 gradients=0,
                 passing=amid + (bucket if self.zero_stage == 2 else bucket + size * total),
-                stepping=bucket + max(norm, copy),
+                stepping=bucket + copy + norm,  # what reduces may hold the flat copy for a while
                 host=(8 + size) * sum(pieces) + largest + sums,  # masters, their gradients, and what is to become weights
             )
         arriving = bucket + (kept if passes > 1 else 0) if self.zero_stage == 2 else bucket + size * total - kept
@@ -146,8 +146,8 @@ class DeepSpeedEngine(Engine):
             buffers=0,
             gradients=kept,
             passing=arriving + amid,
-            # stage 2 keeps the passes before; else gradients are kept once the copy is gone
-            stepping=max(_as_float32(size) * max(pieces), norm, bucket + copy - (0 if self.zero_stage == 2 and passes > 1 else kept)),
+            # what is kept is copied out of the bucket while what reduces may still hold the flat one; stage 2 adds it to the passes before
+            stepping=max(_as_float32(size) * max(pieces), norm, bucket + copy + (kept if self.zero_stage == 2 and passes > 1 else 0)),
         )
 
     def _held_stage_3(self, groups: list[list[nn.Parameter]], optimizer: Optimizer, ranks: int) -> Held:

@@ -113,7 +113,7 @@ def test_the_first_change_that_is_enough_is_named() -> None:
     told, memory, limit = planned(run, share=0.99)  # activations are nearly all of it
     assert told == ["training.micro_batches=2"] and memory.peak <= limit
     run = run_of(settings("zero0", 2, batch_size=2, micro_batches=1))  # one row per process: nothing to portion
-    told, memory, limit = planned(run, share=0.9)
+    told, memory, limit = planned(run, share=0.92)
     assert told == ["engine.zero_stage=1"] and memory.peak <= limit
     told, memory, limit = planned(run, share=0.01)
     # stage 3 would hold more than it shares out of so small a network: it is left out
@@ -171,8 +171,8 @@ def test_more_passes_keep_gradients_beside_those_that_leave() -> None:
     one, two = (engine.held(parameters, AdamW(), 2, passes) for passes in (1, 2))
     size = 4 * 4096**2
     assert one == replace(two, passing=one.passing, stepping=one.stepping) and two.passing - one.passing == size // 2
-    # the bucket, and the bucket flat: before gradients are kept, and beside those that are
-    assert one.gradients + one.stepping == 2 * size == two.stepping
+    # the bucket, and the bucket flat, beside what is kept of this pass and of those before
+    assert one.stepping == 2 * size and two.stepping - one.stepping == size // 2 == one.gradients
 
 
 def test_a_bucket_that_leaves_amid_the_backward_is_made_flat_beside_activations() -> None:
