@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from emoji import EMOJI_DATA
 
 from gentrain.cluster.launch import launch
 from gentrain.cluster.sweeps import is_sweep, load_sweep
@@ -25,7 +26,8 @@ from tests.test_configs import CONFIGS, PIECES, ROOT
 pytestmark = pytest.mark.timeout(1200)
 
 BATCH = 8
-FEWER: dict[str, int] = {"count": 64, "steps": 2, "held_out": 16, "actors": 0}  # of data, and of other stages
+FEWER: dict[str, int] = {"count": 32, "steps": 2, "train": 64, "held_out": 8, "actors": 0}  # of data, other stages and their samplers
+EMOJI = 16  # one of so many is drawn, embedded, encoded; and those that configurations ask for
 # Directories that are not called like the file that fills them: the file, and its stage.
 ELSEWHERE = {"runs/tokens": ("recipes/digits_as_tokens", "tokens"), "runs/tokens_model": ("recipes/digits_as_tokens", "start")}
 ONE_PLACE = ("emoji_", "unlearn_pipeline")  # recipes that go on from each other
@@ -37,6 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (root / "configs").symlink_to(ROOT / "configs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        drawn = {text: entry for i, (text, entry) in enumerate(EMOJI_DATA.items()) if i % EMOJI == 0 or entry["en"] in (":cat:", ":dog:")}
+        patch.setattr("emoji.EMOJI_DATA", drawn)
         yield
 
 
@@ -46,6 +50,7 @@ def shorten(run: RunConfig) -> None:
     training.log_every, training.checkpoint_every, training.preview_every = BATCH, 2 * BATCH, 0
     training.data_workers, run.cluster = 0, Cluster()
     fewer(run.data)
+    fewer(run.sampler)
 
 
 def fewer(part: object) -> None:
@@ -116,6 +121,7 @@ def make(stage: Stage, directory: Path) -> None:
     if isinstance(stage, Train):
         shorten(stage.run)
     fewer(stage)
+    fewer(getattr(stage, "sampler", None))
     stage.execute(directory)
     if isinstance(stage, Train):
         check(directory)
