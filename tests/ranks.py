@@ -1,4 +1,7 @@
-"""Runs a function on several ranks that talk over loopback, as a test calls for it."""
+"""Runs a function on several ranks that talk over loopback, as a test calls for it.
+
+Ranks are forks of one process that has imported what takes seconds, begun by the first call and ended with the tests.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,19 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 240
+PRELOADED = ["tests.distributed.cases", "deepspeed", "torch._dynamo", "torch.utils.tensorboard"]
 
 
 def _rank_main(function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], results: Any) -> None:
+    os.environ.clear()
     os.environ.update(environment)
+    import numpy as np
     import torch
 
     from gentrain.training.world import join, leave
 
     torch.set_num_threads(1)
+    np.random.seed()  # forks would draw the same where processes of their own do not
     try:
         world = join(timeout_s=60)
         results.put((world.rank, True, pickle.dumps(function(world, *arguments))))  # by value: tensors must outlive this process
@@ -49,9 +56,10 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     results = context.Queue()
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(size):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
