@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,33 @@ METHODS: dict[str, dict[str, Any]] = {
 STARTS = {"sfd": "teacher", "gradient_ascent": "model"}  # the role that takes the teacher's weights, where it is not called original
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """teacher: what is unlearned."""
-    root = tmp_path_factory.mktemp("runs")
-    model = {"model": {"name": "dropout_mlp", "dropout": 0}}
+MODEL: dict[str, Any] = {"model": {"name": "dropout_mlp", "dropout": 0}}
 
-    def settings(name: str, method: str, engine: Any) -> dict[str, Any]:
-        given = values(root / f"{name}-{method}", METHODS[method], engine) | model
-        if method == "saliency_unlearn":
-            given["method"] = {**METHODS[method], "saliency": str(root / "mask")}
-            given["optimizer"] = {"name": "adamw", "lr": 0.01}  # weight decay would move what does not learn
-        return given | {"roles": {STARTS.get(method, "original"): {"weights": str(root / "teacher")}}}
 
-    teacher = values(root / "teacher", "flow_matching") | model
+def settings_of(root: Path, name: str, method: str, engine: Any) -> dict[str, Any]:
+    """Of a run in root/name-method, which begins from root/teacher; see `prepare`."""
+    given = values(root / f"{name}-{method}", METHODS[method], engine) | MODEL
+    if method == "saliency_unlearn":
+        given["method"] = {**METHODS[method], "saliency": str(root / "mask")}
+        given["optimizer"] = {"name": "adamw", "lr": 0.01}  # weight decay would move what does not learn
+    return given | {"roles": {STARTS.get(method, "original"): {"weights": str(root / "teacher")}}}
+
+
+def prepare(root: Path) -> Job:
+    """Writes a mask; returns what trains the teacher, that is made to forget."""
+    teacher = values(root / "teacher", "flow_matching") | MODEL
     save_config(run_of(teacher))  # what a run's weights are read by
     (root / "mask").mkdir()
     network, generator = build_network(run_of(teacher), "model"), torch.Generator().manual_seed(0)
     mask = {name: torch.randint(2, p.shape, generator=generator, dtype=torch.uint8) for name, p in network.named_parameters()}
     save_file(mask, root / "mask" / MASK)
-    assert train_three_ways(settings, METHODS, [Job(teacher)], trace=True) == [("finished", "")]
+    return Job(teacher)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    assert train_three_ways(partial(settings_of, root), METHODS, [prepare(root)], trace=True) == [("finished", "")]
     return root
 
 
