@@ -60,12 +60,12 @@ class Average(Stage):
             with run.storage.open(f"{samples:012d}") as checkpoint:
                 for name, value in checkpoint.shards(f"{role}.power{each}").whole().items():
                     weights[name] = weights.get(name, torch.zeros((), dtype=torch.float64)) + factor * value.double()
-        _make_run(run, names[-1], role, weights, directory)
+        make_run(run, names[-1], role, weights, directory)
         told = {"run": self.run, "length": self.length, "checkpoints": names, "missing": missing, "factors": factors.tolist()}
         (directory / AVERAGE).write_text(json.dumps(told, indent=1))
 
 
-def _make_run(run: RunConfig, name: str, role: str, weights: dict[str, Tensor], directory: Path) -> None:
+def make_run(run: RunConfig, name: str, role: str, weights: dict[str, Tensor], directory: Path) -> None:
     """A run of the checkpoint `name` with another average, without what only training needs."""
     copies = LocalStorage(directory / CHECKPOINTS)
     copies.prepare(name)
