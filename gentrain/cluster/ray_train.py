@@ -14,6 +14,7 @@ from gentrain.cluster.attempts import Started, backoff, last_failure, note, shor
 from gentrain.cluster.exporter import Exporter, failures
 from gentrain.cluster.milestone import Milestone
 from gentrain.cluster.network import Network
+from gentrain.cluster.rewards import RewardFleet as RewardFleet  # gives the reward `fleet` its actors, here and in workers
 from gentrain.cluster.session import ClusterLost
 from gentrain.cluster.stopping import STOP_FILE, STOPPED, StopFile, StopFlag, interruptible
 from gentrain.cluster.workers import introductions

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from gentrain.cluster import session
 from gentrain.cluster.exporter import gauge, histogram
-from gentrain.config import ConfigError, Document, build, to_dict
+from gentrain.config import ConfigError, Document, build, loaded_plugins, to_dict
 from gentrain.data.base import Data
 from gentrain.rewards.base import Reward
+from gentrain.rewards.fleet import Fleet
 
 
 class RewardFailed(RuntimeError):
@@ -72,10 +73,11 @@ class RewardFleet:
     Args:
         reward: needs no networks of the method; it is built anew in each actor from its configuration.
         data: what the reward's `check_data` reads.
-        actors: size of the fleet, one core each, at most as many as there are. batch: images of a call.
+        actors: size of the fleet, at most one for each core of the cluster. batch: images of a call.
         timeout_s: for a call, from when its actor takes it. start_s: for an actor to load the reward.
         retries: of a batch. max_bytes: of the images that wait or are under way; `submit` waits for scores when there are more.
-        plugins: files that register the reward, where it is the user's own.
+        plugins: files that register the reward, where it is the user's own; None = those of this process.
+        cores: that each actor holds; with 0 they start beside workers that hold all there are.
 
     Raises ConfigError when the reward cannot live in an actor.
     """
@@ -83,13 +85,15 @@ class RewardFleet:
     def __init__(
         self, reward: Reward, data: Data, actors: int = 2, batch: int = 16, timeout_s: float = 60.0, retries: int = 3,
         max_bytes: int = 256 << 20, start_s: float = 120.0, plugins: list[str] | None = None,
+        cores: float = 1.0,
     ):  # fmt: skip
         if reward.networks():
             raise ConfigError(f"{reward.registered_name} reads networks of the method, which its actors do not hold", key="reward")
         session.start()
         import ray
 
-        self._ray, self._settings = ray, (to_dict(reward), to_dict(data), plugins or [])
+        self._ray, self._settings = ray, (to_dict(reward), to_dict(data), loaded_plugins() if plugins is None else plugins)
+        self._cores = cores
         self._batch, self._timeout_s, self._retries, self._max_bytes, self._start_s = batch, timeout_s, retries, max_bytes, start_s
         self._queue: deque[_Batch] = deque()
         self._running: dict[Any, tuple[Any, _Batch, float]] = {}  # object -> actor, batch, deadline
@@ -119,7 +123,7 @@ class RewardFleet:
         self._queue.clear()
 
     def _hire(self) -> None:
-        actor = self._ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(Scorer).remote(*self._settings)
+        actor = self._ray.remote(num_cpus=self._cores, max_restarts=0, max_task_retries=0)(Scorer).remote(*self._settings)
         self._starting[actor.ready.remote()] = (actor, time.monotonic() + self._start_s)
 
     def submit(self, images: Tensor, asked: Mapping[str, Tensor]) -> int:
@@ -225,3 +229,6 @@ class RewardFleet:
         waiting.missing -= len(scores)
         if waiting.missing == 0:
             self._done.append((part.ticket, self._tickets.pop(part.ticket).scores))
+
+
+Fleet.opener = RewardFleet  # rewards know nothing of Ray

@@ -24,6 +24,7 @@ class Troubled(BlackBox):
     range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
 
     directory: str = option(help="where it notes")
+    dies_first: bool = option(False, "the process ends at the first images, once")
     dies_at: int = option(-1, "image at which the process ends, once")
     hangs_at: int = option(-1, "image at which it sleeps, once")
     fails_at: int = option(-1, "image at which it raises, always")
@@ -37,7 +38,7 @@ class Troubled(BlackBox):
 
     def score(self, images: Tensor, asked: Asked) -> Tensor:
         numbers = images[:, 0, 0, 0].long()
-        if self.dies_at in numbers and self._once("died"):
+        if (self.dies_first or self.dies_at in numbers) and self._once("died"):
             os._exit(1)
         if self.hangs_at in numbers and self._once("hung"):
             time.sleep(100)

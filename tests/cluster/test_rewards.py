@@ -16,6 +16,11 @@ from gentrain.config import ConfigError, Document, build, load_plugins
 from gentrain.data.digits import MNIST5k
 from gentrain.rewards.base import Reward
 from gentrain.rewards.networks import ClassifierProbability
+from gentrain.training.callbacks import MetricsFile
+from gentrain.training.loop import Outcome, train
+from gentrain.training.run import save_config
+from gentrain.training.world import World
+from tests.distributed.cases import difference, records, run_of, state_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -87,3 +92,36 @@ def test_a_reward_that_always_fails_is_given_up_with_its_words(tmp_path: Path) -
 def test_a_reward_that_reads_a_role_is_refused() -> None:
     with pytest.raises(ConfigError, match="reward: classifier reads networks of the method"):
         RewardFleet(ClassifierProbability(), MNIST5k())
+
+
+def test_a_run_learns_from_a_fleet_what_it_learns_without_though_an_actor_dies(tmp_path: Path) -> None:
+    load_plugins(Document({"plugins": [PLUGIN]}, "test"))
+    common: dict[str, Any] = {
+        "data": "digits", "path": "variance_preserving", "prediction": "eps", "engine": "torch",
+        "model": {"name": "unet", "channels": [8, 16], "attention": [], "norm_groups": 4},
+        "training": {"samples": 32, "batch_size": 16, "log_every": 16, "preview_every": 0},
+    }  # fmt: skip
+
+    def learn(name: str, method: dict[str, Any], **more: Any) -> Path:
+        run = run_of({**common, "method": method, "output": str(tmp_path / name), **more})
+        save_config(run)
+        assert train(run, World(0, 1, torch.device("cpu")), lambda: False, [MetricsFile]) is Outcome.FINISHED
+        return tmp_path / name
+
+    roles = {"model": {"weights": str(learn("begin", {"name": "diffusion"}))}}
+    found = []
+    for name in ("alone", "fleet"):
+        (tmp_path / f"notes_{name}").mkdir()
+        reward: dict[str, Any] = {"name": "test_troubled", "directory": str(tmp_path / f"notes_{name}"), "dies_first": name == "fleet"}
+        if name == "fleet":
+            reward = {"name": "fleet", "reward": reward, "batch": 4}
+        found.append(learn(name, {"name": "ddpo", "reward": reward, "sampler": {"name": "ddim", "steps": 2, "eta": 1}}, roles=roles))
+    alone, fleet = found
+    assert (tmp_path / "notes_fleet" / "died").exists() and len(scored(tmp_path / "notes_fleet")) == 32
+    assert scored(tmp_path / "notes_fleet") == scored(tmp_path / "notes_alone")
+    assert records(alone) == records(fleet) and difference(state_of(alone), state_of(fleet)) == 0
+
+
+def test_a_fleet_of_a_reward_that_reads_a_role_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reward: classifier reads the network 'judge' of the method"):
+        build(Reward, Document({"name": "fleet", "reward": "classifier"}, "test"))
