@@ -225,11 +225,10 @@ def evaluate(run: Path, overrides: JudgeOverrides = None) -> int:
 
     Example: gentrain evaluate runs/quickstart/generator judge=runs/quickstart/judge
     """
-    from gentrain.recipes.evaluate import Evaluate, refuse_former_weights, weights_of
+    from gentrain.recipes.evaluate import Evaluate, own_samples
     from gentrain.training.run import open_run
 
-    samples = {GENERATED: str(run / GENERATED)}
-    refuse_former_weights(run, weights_of(run / GENERATED), f"{run / GENERATED} holds samples")
+    samples = {GENERATED: own_samples(run, run / GENERATED)}
     _execute(Evaluate, {"samples": samples, "data": _plain(open_run(run).data)}, overrides, run / EVALUATION)
     _print_metrics(run / EVALUATION)
     return 0

@@ -76,12 +76,14 @@ class Model(Component, kind="model"):
     """A network as configured. Heavy libraries are imported in `build`, when a run needs them.
 
     `classifies`: what it builds is a classifier, not a network for denoising. `decoded`: it is given data, or samples as decoded.
-    `of_tokens`: it says how likely tokens are, see `TokenModel`.
+    `of_tokens`: it says how likely tokens are, see `TokenModel`. `read_by`: fields that decide how its weights are read, also where the
+    shapes would fit: a run whose weights another one takes must have had the same.
     """
 
     classifies: ClassVar[bool] = False
     decoded: ClassVar[bool] = False
     of_tokens: ClassVar[bool] = False
+    read_by: ClassVar[tuple[str, ...]] = ()
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """A network for samples of `shape` ((C, H, W) or (D,)), initialised from torch's global generator.

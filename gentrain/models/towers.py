@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path as FilePath
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize, pad
 from torch.utils.checkpoint import checkpoint
@@ -128,6 +128,9 @@ class Towers(Model):
     """
 
     decoded: ClassVar[bool] = True
+    read_by: ClassVar[tuple[str, ...]] = (
+        "image", "image_revision", "text", "text_revision", "lock", "width", "channels", "norm_groups", "buckets",
+    )  # fmt: skip
 
     width: PositiveInt | None = option(
         None, "entries of an embedding; null = as many as the locked side, else a pretrained side has, else 128; others get a projection"
@@ -143,7 +146,11 @@ class Towers(Model):
     channels: tuple[PositiveInt, ...] = option((16, 32, 64), "of a scratch image tower's levels; each after the first halves the grid")
     norm_groups: PositiveInt = option(8, "groups of a scratch image tower's normalisation; divides every level's channels")
     buckets: PositiveInt = option(4096, "numbers that words and groups of letters are hashed to, for a scratch text tower")
-    initial_scale: float = option(INITIAL_SCALE, "t', logarithm of the inverse temperature", source="arXiv:2303.15343, section 3.2")
+    initial_scale: Annotated[float, Field(le=math.log(100))] = option(
+        INITIAL_SCALE,
+        "t', logarithm of the inverse temperature; the loss clips it at ln 100, where it no longer learns",
+        source="arXiv:2303.15343, section 3.2",
+    )
     initial_bias: float = option(
         -10.0, "of the logits; for a batch of N pairs -log(N - 1) are the odds of a match", source="arXiv:2303.15343, section 3.2"
     )

@@ -163,6 +163,17 @@ def refuse_former_weights(run: Path, drew: str | None, what: str) -> None:
         raise ConfigError(f"{what} of other weights than the run's newest checkpoint; {remedy}", source=str(run))
 
 
+def own_samples(run: Path, place: Path) -> str:
+    """The directory of a run's samples. Raises ConfigError for a run that draws none, and for samples of former weights."""
+    method = open_run(run).method
+    if method.generator is None:
+        other = {"classifier": "name it as the judge of a generator's run", "contrastive": "measure it with the stage `retrieval`"}
+        remedy = other.get(method.registered_name, "name a generator's run")
+        raise ConfigError(f"{run} holds a {method.registered_name}, which draws nothing that could be compared; {remedy}")
+    refuse_former_weights(run, weights_of(place), f"{place} holds samples")
+    return str(place)
+
+
 def load_judge(directory: str, data: Data | None) -> tuple[Any, Data]:
     """A judge's network and `data`, or the data that it was trained on. Raises ConfigError when it cannot judge samples of `data`."""
     judge, run = load_network(directory)

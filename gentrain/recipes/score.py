@@ -15,6 +15,7 @@ from gentrain.metrics.base import Metric, bootstrap_interval, proportion
 from gentrain.recipes.base import Stage
 from gentrain.recipes.evaluate import read_held_out, read_samples, write_metrics
 from gentrain.rewards.base import Reward
+from gentrain.training.given import refuse_other_reading, source_of
 from gentrain.training.roles import load_network
 
 _BATCH = 64  # images at once
@@ -93,8 +94,13 @@ def require_weights(reward: Reward, weights: dict[str, str], data: Data) -> None
 
 
 def read_weights(reward: Reward, weights: dict[str, str]) -> dict[str, Any]:
-    """The networks that the reward reads."""
-    return {role: load_network(weights[role])[0] for role in reward.networks()}
+    """The networks that the reward reads. Raises ConfigError when a run's is read otherwise than it was trained."""
+    networks = {}
+    for role, judge in reward.networks().items():
+        networks[role], run = load_network(weights[role])
+        if judge.model is not None:
+            refuse_other_reading(run, source_of(run, role), judge.model, f"weights.{role}")
+    return networks
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gentrain.config import ConfigError
 from gentrain.methods.base import Trained
+from gentrain.models.base import Model
 from gentrain.paths.base import same_law
 from gentrain.samplers.euler import Euler
 from gentrain.training.run import CONFIG, RunConfig, described, open_run
@@ -19,16 +20,18 @@ def source_of(run: RunConfig, role: str) -> str:
 
 def refuse_other_law(run: RunConfig, role: str) -> None:
     """Raises ConfigError when the weights that a role starts from were trained on another path, as another prediction or with another scale
-    of time than the run reads them, follow no flow where one is needed, or are drawn from otherwise where one call is.
+    of time than the run reads them, follow no flow where one is needed, are drawn from otherwise where one call is, or by a model that
+    reads otherwise.
 
     Weights that are not there yet, which only a plan may meet, are not looked at.
     """
     weights = run.role_settings(role).weights
-    if weights is None or not run.method.roles[role].denoiser or not (Path(weights) / CONFIG).is_file():
+    if weights is None or not (Path(weights) / CONFIG).is_file():
         return
     theirs = open_run(weights, f"roles.{role}.weights")
     source = source_of(theirs, role)
-    if not theirs.method.roles[source].denoiser:
+    refuse_other_reading(theirs, source, run.model_of(role), f"roles.{role}.weights")
+    if not run.method.roles[role].denoiser or not theirs.method.roles[source].denoiser:
         return
     if run.method.roles[role].flow:
         try:
@@ -47,3 +50,12 @@ def refuse_other_law(run: RunConfig, role: str) -> None:
     if theirs.prediction != run.prediction or not same_law(theirs.path, run.path):
         said = f"path: {described(theirs.path)} and prediction: {theirs.prediction}"
         raise ConfigError(f"{weights} was trained otherwise than it is read here; give this run its {said}", key=f"roles.{role}.weights")
+
+
+def refuse_other_reading(theirs: RunConfig, source: str, model: Model, key: str) -> None:
+    """Raises ConfigError, about `key`, when `model` reads the weights of a role of a run otherwise than the run's own model does."""
+    trained = theirs.model_of(source)
+    for name in model.read_by if trained.registered_name == model.registered_name else ():
+        if getattr(trained, name) != getattr(model, name):
+            said = f"{theirs.output} was trained with {trained.registered_name} of {name}: {getattr(trained, name)}"
+            raise ConfigError(f"{said}, and is read here with {name}: {getattr(model, name)}; make them equal", key=key)

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from gentrain.config import ConfigError, Document, build
+from gentrain.models.base import Model
 from gentrain.recipes.base import Stage
-from gentrain.recipes.evaluate import read_metrics
+from gentrain.recipes.evaluate import own_samples, read_metrics
 from gentrain.recipes.score import Score, _moved
+from gentrain.training.given import refuse_other_law
 from gentrain.training.loop import Outcome, train
 from gentrain.training.run import parse_run, save_config
 from gentrain.training.world import World
@@ -117,3 +119,36 @@ def test_labels_of_other_data_are_refused(samples: str, towers: str, tmp_path: P
     save_file({"x": x, "label": torch.tensor([0, 99])}, Path(samples) / "samples.safetensors")
     with pytest.raises(ConfigError, match="label 99 is none of the 36 of the data"):
         stage(samples, {"name": "brightness"}).execute(tmp_path / "out")
+
+
+OTHERWISE = r"towers: .*/run was trained with towers of buckets: 256, and is read here with buckets: 128; make them equal"
+
+
+def test_towers_that_would_be_read_otherwise_are_refused(samples: str, towers: str, tmp_path: Path) -> None:
+    """Hashed to other numbers the texts would be other texts, though every shape fits."""
+    reward = {"name": "towers", "model": {"width": 16, "channels": [8], "buckets": 128}}
+    with pytest.raises(ConfigError, match=r"weights\." + OTHERWISE):
+        stage(samples, reward, weights={"towers": towers}).execute(tmp_path / "out")
+    settings = {
+        "method": {"name": "draft", "reward": reward, "sampler": {"name": "ddim", "steps": 2, "eta": 1}},
+        "data": CaptionedPatches.registered_name,
+        "path": "variance_preserving",
+        "model": {"name": "unet", "channels": [8], "attention": []},
+        "engine": "torch",
+        "training": {"samples": 8, "batch_size": 4},
+        "roles": {"model": {"weights": "nowhere"}, "towers": {"weights": towers}},
+        "output": str(tmp_path / "run"),
+    }
+    with pytest.raises(ConfigError, match=r"roles\.towers\.weights: .*/run was trained with towers of buckets: 256"):
+        refuse_other_law(parse_run(Document(settings, "test")), "towers")
+
+
+def test_towers_draw_nothing_that_could_be_evaluated(towers: str) -> None:
+    with pytest.raises(ConfigError, match="holds a contrastive, which draws nothing that could be compared; measure it with the stage"):
+        own_samples(Path(towers), Path(towers) / "generated")
+
+
+def test_a_temperature_that_the_loss_clips_is_refused() -> None:
+    assert build(Model, Document({"name": "towers", "initial_scale": 4.6}, "test"))
+    with pytest.raises(ConfigError, match=r"initial_scale: expected a number <= 4\.605"):
+        build(Model, Document({"name": "towers", "initial_scale": 4.61}, "test"))
