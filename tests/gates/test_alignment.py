@@ -1,4 +1,5 @@
-"""Methods that follow the reward of what the model draws: every engine gives the curve of one rank, with whole networks and adapters."""
+"""Methods that follow a reward: every engine gives the curve of one rank, and a resumed run the uninterrupted one, with whole networks
+and with adapters."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import test_alignment as rollouts
+from tests.distributed import test_rewards as distilled
 from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all
-from tests.distributed.test_alignment import METHODS, TOLERANCE, begin, settings
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.gate, pytest.mark.distributed, pytest.mark.timeout(1800)]
@@ -17,28 +19,42 @@ pytestmark = [pytest.mark.gate, pytest.mark.distributed, pytest.mark.timeout(180
 Record = Callable[[str, object], None]
 ENGINES: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
 ADAPTER = {"adapter": {"rank": 2, "targets": ["linear"]}}
-RUNS = [(method, {}) for method in METHODS] + [("rocm", ADAPTER)]
+Run = tuple[Any, str, dict[str, Any]]  # the file of tests whose `settings` it has, its kind there, what is added
+RUNS: list[Run] = [
+    *((rollouts, method, {}) for method in rollouts.METHODS),
+    (rollouts, "rocm", ADAPTER),
+    *((distilled, kind, {}) for kind in distilled.KINDS),
+    *((distilled, kind, ADAPTER) for kind in ("direct", "proxy")),
+]
 
 
-def job(root: FilePath, run: tuple[str, dict[str, Any]], engine: str, ranks: int) -> Job:
-    method, more = run
-    return Job(settings(root, f"{engine}-{ranks}-{'adapter' if more else 'whole'}", method, ENGINES[engine]) | more)
+def job(root: FilePath, run: Run, engine: str, ranks: int, stop_at: int | None = None, name: str = "whole") -> Job:
+    module, kind, more = run
+    place = f"{name}-{engine}-{ranks}-{'adapter' if more else 'all'}"
+    return Job(module.settings(root, place, kind, ENGINES[engine]) | more, stop_at=stop_at)
+
+
+def place(job: Job) -> FilePath:
+    return FilePath(job.settings["output"])
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> FilePath:
     """What the runs begin from, and every run on one rank with the reference engine."""
     root = tmp_path_factory.mktemp("runs")
-    run_ranks(1, train_all, [*begin(root), *(job(root, run, "torch", 1) for run in RUNS)])
+    run_ranks(1, train_all, [*rollouts.begin(root), *distilled.begin(root), *(job(root, run, "torch", 1) for run in RUNS)])
     return root
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_give_the_curve_of_one(root: FilePath, engine: str, record_property: Record) -> None:
-    outcomes = run_ranks(2, train_all, [job(root, run, engine, 2) for run in RUNS])
-    assert outcomes == [[("finished", "")] * len(RUNS)] * 2
-    for run in RUNS:
-        reference, other = (FilePath(job(root, run, e, n).settings["output"]) for e, n in (("torch", 1), (engine, 2)))
+def test_two_ranks_give_the_curve_of_one_and_resume(root: FilePath, engine: str, record_property: Record) -> None:
+    whole = [job(root, run, engine, 2) for run in RUNS]
+    halves = [job(root, run, engine, 2, stop_at, "halves") for run in RUNS for stop_at in (3, None)]
+    ended = [("finished", "")] * len(RUNS) + [("stopped", ""), ("finished", "")] * len(RUNS)
+    assert run_ranks(2, train_all, [*whole, *halves]) == [ended] * 2
+    for run, other, resumed in zip(RUNS, map(place, whole), map(place, halves[1::2]), strict=True):
+        reference = place(job(root, run, "torch", 1))
         apart = max(record_difference(records(reference), records(other)), difference(state_of(reference), state_of(other)))
         record_property(f"largest relative difference, {other.name}", apart)
-        assert apart <= TOLERANCE, other.name
+        assert len(records(reference)) == 6 and apart <= rollouts.TOLERANCE, other.name
+        assert records(resumed) == records(other) and difference(state_of(resumed), state_of(other)) == 0, resumed.name
