@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from gentrain.export import METRICS, appearing, cell, refuse_present
 from gentrain.models.adapters import Adapted, OnBase
+from gentrain.models.control_net import ControlNet
 from gentrain.models.families.base import Family
 from gentrain.models.families.source import SNAPSHOT
 from gentrain.models.pretrained import PretrainedNetwork
+from gentrain.paths.base import Path as Path_
 from gentrain.paths.base import convert_time
 from gentrain.paths.variance_preserving import VariancePreserving
 from gentrain.samplers.base import Sampler
@@ -36,9 +38,9 @@ _LORA_USE = """from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({origin})
 pipeline.load_lora_weights("{name}")  # needs peft"""
 
-_CONTROL_USE = """from diffusers import ControlNetModel, {cls}
+_CONTROL_USE = """from diffusers import {cls}, {net}
 
-controlnet = ControlNetModel.from_pretrained("{name}")
+controlnet = {net}.from_pretrained("{name}")
 pipeline = {cls}.from_pretrained({origin}, controlnet=controlnet)"""
 
 _LCM_USE = """
@@ -61,12 +63,17 @@ pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, clip_s
 pipeline.scheduler.init_noise_sigma = {start}  # the noise that its one call reads
 images = pipeline(prompt, timesteps=[{timestep}], guidance_scale=1).images  # the guidance is built in"""
 
-_FLOW_ONE_STEP_USE = """
-from diffusers import FlowMatchEulerDiscreteScheduler
+_FLOW_STEPS_USE = """
+{imports}from diffusers import FlowMatchEulerDiscreteScheduler
 
-pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
-pipeline.scheduler.init_noise_sigma = {start}  # the noise that its one call reads
-images = pipeline(prompt, sigmas=[{start}], guidance_scale=1).images  # the guidance is built in"""
+pipeline.scheduler = FlowMatchEulerDiscreteScheduler({settings})
+{noise}
+images = pipeline(prompt, {given}sigmas={sigmas}, guidance_scale={guidance:g}).images  # the guidance is built in"""
+
+_NOISE = "pipeline.scheduler.init_noise_sigma = {start}  # the noise that its first call reads"
+
+_OWN_NOISE = """# prompt: a list; height, width: in pixels. The noise that its first call reads:
+latents = {start} * torch.randn(len(prompt), {channels}, height // {factor}, width // {factor})"""
 
 _FEW_STEP_USE = """
 from diffusers import LCMScheduler
@@ -74,13 +81,6 @@ from diffusers import LCMScheduler
 pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, original_inference_steps=1000, clip_sample=False)
 pipeline.scheduler.init_noise_sigma = {start}  # the noise that its first call reads
 images = pipeline(prompt, timesteps={timesteps}, guidance_scale=1).images  # the guidance is built in"""
-
-_FLOW_FEW_STEP_USE = """
-from diffusers import FlowMatchEulerDiscreteScheduler
-
-pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-pipeline.scheduler.init_noise_sigma = {start}  # the noise that its first call reads
-images = pipeline(prompt, sigmas={sigmas}, guidance_scale=1).images  # the guidance is built in"""
 
 _PEFT_USE = """from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -160,16 +160,20 @@ def export_pretrained(
             use = _write_adapter(partial, network, family) + how_to_draw(sampler, inner)
             _write_card(partial, out.name, use, "An adapter", family, licence, config, metrics)
         return out
-    if (form == "control_net") != (inner.control is not None):
+    branch = inner.control
+    if branch is not None and not isinstance(branch, ControlNet):
+        raise ValueError(f"diffusers has no ControlNet for a {family.pipelines[0]}; draw samples with gentrain instead")
+    if (form == "control_net") != (branch is not None):
         has = "learnt a control, which no pipeline holds; set form=control_net"
-        raise ValueError(f"the run {has if inner.control is not None else 'learnt no control; export the pipeline'}")
+        raise ValueError(f"the run {has if branch is not None else 'learnt no control; export the pipeline'}")
     if isinstance(network, OnBase):
         network.fold()
-    if inner.control is not None:
+    if branch is not None:
         with appearing(out) as partial:
-            inner.control.net.save_pretrained(partial)
-            draw = how_to_draw(sampler, inner).replace("pipeline(prompt, ", "pipeline(prompt, image=control, ")
-            use = _CONTROL_USE.replace("{cls}", inner.control.pipeline) + draw
+            branch.net.save_pretrained(partial)  # type: ignore[operator]
+            given = "image" if family.control_is == "image" else "control_image"
+            draw = how_to_draw(sampler, inner).replace("pipeline(prompt, ", f"pipeline(prompt, {given}=control, ")
+            use = _CONTROL_USE.replace("{cls}", family.control_pipeline).replace("{net}", str(family.control_net)) + draw
             _write_card(partial, out.name, use, "A ControlNet", family, licence, config, metrics)
         return out
     pipeline = family.source.pipeline(**{family.denoiser: inner.pipelines_own()})
@@ -183,23 +187,35 @@ def export_pretrained(
 def how_to_draw(sampler: Sampler | None, network: PretrainedNetwork) -> str:
     """Code that draws with a student of few steps or one as `sampler` does, to follow what loads it; empty for other samplers."""
     path = network.family.law()[0]
+    if isinstance(sampler, OneStep | FewStep) and not isinstance(path, VariancePreserving):
+        return _in_flow_steps(sampler, network.family, path)
     if isinstance(sampler, OneStep):
-        use = _ONE_STEP_USE if isinstance(path, VariancePreserving) else _FLOW_ONE_STEP_USE
-        return use.format(start=round(sampler.start(path), 5), timestep=round(time_at(path, sampler.sigma)))
+        return _ONE_STEP_USE.format(start=round(sampler.start(path), 5), timestep=round(time_at(path, sampler.sigma)))
     if isinstance(sampler, FewStep):
-        calls = call_times(path, sampler.sigma, sampler.steps).tolist()
-        use = _FEW_STEP_USE if isinstance(path, VariancePreserving) else _FLOW_FEW_STEP_USE
-        rounded = {"timesteps": [round(time) for time in calls], "sigmas": [round(time, 5) for time in calls]}
-        return use.format(start=round(sampler.start(path), 5), **rounded)
+        calls = [round(time) for time in call_times(path, sampler.sigma, sampler.steps).tolist()]
+        return _FEW_STEP_USE.format(start=round(sampler.start(path), 5), timesteps=calls)
     if not isinstance(sampler, LCM):
         return ""
-    told = (1, "the guidance is built in") if network.inputs is None else (sampler.guidance, "which the network reads")
+    built_in = (network.family.guidance_told, "the guidance is built in")
+    told = built_in if network.inputs is None else (sampler.guidance, "which the network reads")
     guidance = "guidance_scale={:g}).images  # {}".format(*told)
     if isinstance(path, VariancePreserving):
         return _LCM_USE.format(count=sampler.count, steps=sampler.steps, guidance=guidance)
     timesteps = lcm_sampling_timesteps(sampler.steps, sampler.count, sampler.stride).double()
     times = convert_time(timesteps, sampler.grid, path)
     return _FLOW_LCM_USE.format(sigmas=[round(time, 5) for time in times.tolist()], guidance=guidance)
+
+
+def _in_flow_steps(sampler: OneStep | FewStep, family: Family, path: Path_) -> str:
+    start = round(sampler.start(path), 5)
+    calls = [time_at(path, sampler.sigma)] if isinstance(sampler, OneStep) else call_times(path, sampler.sigma, sampler.steps).tolist()
+    if family.scales_noise:
+        own = {"imports": "", "noise": _NOISE.format(start=start), "given": ""}
+    else:
+        noise = _OWN_NOISE.format(start=start, channels=family.channels, factor=family.factor) + family.packing
+        own = {"imports": "import torch\n", "noise": noise, "given": f"height=height, width=width, {family.call_settings}latents=latents, "}
+    settings = "" if isinstance(sampler, OneStep) else "stochastic_sampling=True"
+    return _FLOW_STEPS_USE.format(settings=settings, sigmas=[round(time, 5) for time in calls], guidance=family.guidance_told, **own)
 
 
 def _write_adapter(directory: Path, network: Adapted, family: Family) -> str:

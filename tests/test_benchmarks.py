@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -106,3 +107,36 @@ def test_every_optimiser_may_be_compared(monkeypatch: pytest.MonkeyPatch) -> Non
         assert math.isfinite(found.loss) and isinstance(chosen, kind)
     monkeypatch.setattr(optimizers, "DRAWN", 50)
     assert 0 < optimizers.distance(found.denoiser, 0) < 10
+
+
+def test_the_frontier_is_drawn_from_the_scores_of_its_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frontier = benchmark("frontier")
+
+    def metric(name: str, value: float, better: str) -> dict[str, Any]:
+        return {"name": name, "value": value, "low": value - 0.02, "high": value + 0.01, "better": better, "definition": "of a test"}
+
+    values = {"teacher; w = 1": (0.8, 4.0), "SiD; w = 2": (0.98, 7.0), "SiD; w = 1.5": (0.95, 4.5), "told no guidance": (0.5, 50.0)}
+    metrics = [metric(f"Frechet distance, {name}", d, "lower") for name, (_, d) in values.items()]
+    metrics += [metric(f"class accuracy, {name}", a, "higher") for name, (a, _) in values.items()]
+    lines = frontier.points_of(metrics)
+    assert {name: [(w, a["value"], d["value"]) for w, a, d in points] for name, points in lines.items()} == {
+        "teacher": [(1, 0.8, 4.0)], "SiD": [(1.5, 0.95, 4.5), (2, 0.98, 7.0)],
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="has no scores yet"):
+        frontier.main(tmp_path, tmp_path / "out.svg")
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "metrics.json").write_text(json.dumps({"metrics": metrics}))
+    frontier.main(tmp_path, tmp_path / "out.svg")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2:] == [
+        "| teacher | 1 | 0.800 (0.780 to 0.810) | 4.0 (4.0 to 4.0) |",
+        "| SiD | 1.5 | 0.950 (0.930 to 0.960) | 4.5 (4.5 to 4.5) |",
+        "| SiD | 2 | 0.980 (0.960 to 0.990) | 7.0 (7.0 to 7.0) |",
+    ]
+    assert (tmp_path / "out.svg").read_text().count("<!-- SiD -->") == 1  # in the legend
+    first = (tmp_path / "out.svg").read_bytes()
+    frontier.main(tmp_path, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_bytes() == first
+    (tmp_path / "scores" / "metrics.json").write_text(json.dumps({"metrics": metrics[3:4]}))
+    with pytest.raises(SystemExit, match="tells of no samples"):
+        frontier.main(tmp_path, tmp_path / "out.svg")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from gentrain.models.base import Condition
-from gentrain.models.control import DiTControl, Form, UNetControl, branch_of, control_in
+from gentrain.models.control import Form, TransformerControl, UNetControl, branch_of, control_in
 from gentrain.models.inputs import Inputs
 
 
@@ -54,7 +54,7 @@ class ConditionalNetwork(nn.Module):
         super().__init__()
         self.backbone, self.num_classes, self.space_to_depth, self.time_scale = backbone, num_classes, space_to_depth, time_scale
         self.inputs: Inputs | None = None
-        self.control: UNetControl | DiTControl | None = None
+        self.control: UNetControl | TransformerControl | None = None
 
     def add_inputs(self, names: Sequence[str]) -> None:
         """Has the network read further entries of the condition, see `Inputs`; its output stays as it is until they learn."""

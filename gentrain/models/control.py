@@ -149,34 +149,49 @@ class UNetControl(nn.Module):
             yield
 
 
-class DiTControl(nn.Module):
-    """Of diffusers' DiTTransformer2DModel: a copy of the first half of its blocks that sees the control, added after each of these.
+class TransformerControl(nn.Module):
+    """Of diffusers' DiTTransformer2DModel and PixArtTransformer2DModel: a copy of the first half of their blocks that sees the control,
+    added after each of these.
 
     As PixArt-delta's ControlNet-Transformer (arXiv:2401.05252, section 4).
+
+    Args:
+        grid: rows and columns of tokens, over which an image lies. Raises ValueError where it does not.
     """
 
-    def __init__(self, dit: Any, form: Form):
+    def __init__(self, transformer: Any, form: Form, grid: tuple[int, int]):
         super().__init__()
-        width, side = dit.inner_dim, dit.config.sample_size // dit.config.patch_size
-        self.hint = Hint(form, width, (side, side))
-        self.blocks = deepcopy(dit.transformer_blocks[: (len(dit.transformer_blocks) + 1) // 2])
+        width = transformer.inner_dim
+        self.hint = Hint(form, width, grid)
+        self.blocks = deepcopy(transformer.transformer_blocks[: (len(transformer.transformer_blocks) + 1) // 2])
         self.zeros = nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in self.blocks)
 
-    def begin(self, dit: Any) -> None:
-        self.blocks.load_state_dict(dit.transformer_blocks[: len(self.blocks)].state_dict())
+    def begin(self, transformer: Any) -> None:
+        self.blocks.load_state_dict(transformer.transformer_blocks[: len(self.blocks)].state_dict())
 
     @contextmanager
-    def steering(self, dit: Any, sample: Tensor, t: Tensor, labels: Any, control: Tensor) -> Iterator[None]:
-        hint = self.hint(control)
-        hidden = dit.pos_embed(sample) + (hint.flatten(2).transpose(1, 2) if hint.ndim == 4 else hint[:, None])
-        added = []
-        for block, zero in zip(self.blocks, self.zeros, strict=True):
-            hidden = block(hidden, timestep=t, class_labels=labels)
-            added.append(zero(hidden))
-        with adding(dit.transformer_blocks[: len(self.blocks)], added):
+    def steering(self, transformer: Any, sample: Tensor, t: Tensor, labels: Any, control: Tensor) -> Iterator[None]:
+        """Within it the transformer obeys the control. What its blocks are called with beside their tokens, the copies are, too."""
+        hint, hidden = self.hint(control), None
+        hint = hint.flatten(2).transpose(1, 2) if hint.ndim == 4 else hint[:, None]
+
+        def hook(copy: nn.Module, zero: nn.Module) -> Any:
+            def add(module: nn.Module, arguments: Any, more: Any, output: Tensor) -> Tensor:
+                nonlocal hidden
+                hidden = copy(arguments[0] + hint if hidden is None else hidden, *arguments[1:], **more)
+                return output + zero(hidden)
+
+            return add
+
+        with ExitStack() as stack:
+            for block, copy, zero in zip(transformer.transformer_blocks, self.blocks, self.zeros, strict=False):  # the first half
+                stack.callback(block.register_forward_hook(hook(copy, zero), with_kwargs=True).remove)
             yield
 
 
-def branch_of(backbone: nn.Module, form: Form) -> UNetControl | DiTControl:
+def branch_of(backbone: Any, form: Form) -> UNetControl | TransformerControl:
     """The branch for a backbone of diffusers. Raises ValueError when the form does not suit it."""
-    return UNetControl(backbone, form) if hasattr(backbone, "mid_block") else DiTControl(backbone, form)
+    if hasattr(backbone, "mid_block"):
+        return UNetControl(backbone, form)
+    side = backbone.config.sample_size // backbone.config.patch_size
+    return TransformerControl(backbone, form, (side, side))

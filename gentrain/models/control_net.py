@@ -1,50 +1,55 @@
-"""diffusers' ControlNetModel as the branch of a pipeline's UNet."""
+"""diffusers' ControlNets as the branch of a pipeline's denoiser."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gentrain.models.control import Form
 from gentrain.models.families.base import Family
 
-_WIDTHS = (16, 32, 96, 256)  # of the layers that shrink the control to the latents' size, each but the first by 2
-_COPIED = ("conv_in", "time_embedding", "class_embedding", "add_embedding", "down_blocks", "mid_block")
-
 
 class ControlNet(nn.Module):
-    """A ControlNetModel of a UNet2DConditionModel. Controls of one channel are given as three, as pipelines give theirs.
+    """The ControlNet of a denoiser whose family has one. Controls of one channel are given as three, as pipelines give theirs.
 
-    Raises ValueError when there is none for the family's denoiser, or the form is not that of images.
+    Raises ValueError when the form is not that of images, or the pipeline's sizes do not suit it.
     """
 
-    def __init__(self, family: Family, unet: Any, form: Form):
-        from diffusers import ControlNetModel
-
+    def __init__(self, family: Family, network: Any, form: Form):
         super().__init__()
-        if not family.control_net:
-            raise ValueError(f"controls are for Stable Diffusion 1, 2 and XL among pipelines, not for a {family.pipelines[0]}")
         if len(form.shape) != 3:
             raise ValueError("a pipeline's network takes controls that are images, such as down_sampling or soft_edges")
-        halvings = family.factor.bit_length() - 1
-        if halvings >= len(_WIDTHS):
-            raise ValueError(f"a ControlNet shrinks its control by at most 8, latents of this pipeline are {family.factor} times smaller")
-        channels = 3 if form.shape[0] == 1 else form.shape[0]
-        widths = _WIDTHS[: halvings + 1]
-        self.net = ControlNetModel.from_unet(
-            unet, conditioning_channels=channels, conditioning_embedding_out_channels=widths, load_weights_from_unet=False
-        )
-        self.channels = channels
-        self.pipeline = family.pipelines[0].replace("Pipeline", "ControlNetPipeline")  # of diffusers, that takes it
+        self.channels = 3 if form.shape[0] == 1 else form.shape[0]
+        if self.channels != 3 and family.control_is != "image":
+            raise ValueError(f"the ControlNet of a {family.pipelines[0]} takes controls of 1 or 3 channels, not of {self.channels}")
+        self.family, self.net = family, family.control_branch(network, self.channels)
+        self._vae: list[nn.Module] = []  # not among its modules: it never learns, and no checkpoint holds it
 
-    def begin(self, unet: Any) -> None:
-        """Becomes a copy of the UNet's way down and middle, whose weights have been given to it since."""
-        for name in _COPIED:
+    def begin(self, network: Any) -> None:
+        """Becomes a copy of the denoiser's first part, whose weights have been given to it since."""
+        for name in self.family.control_copies:
             copy = getattr(self.net, name, None)
             if copy is not None:
                 own = copy.state_dict()
-                copy.load_state_dict({key: value for key, value in getattr(unet, name).state_dict().items() if key in own})
+                copy.load_state_dict({key: value for key, value in getattr(network, name).state_dict().items() if key in own})
 
-    def forward(self, x: Tensor, t: Tensor, controlnet_cond: Tensor, **told: Any) -> Any:
-        return self.net(x, t, controlnet_cond=controlnet_cond.to(x.dtype).expand(-1, self.channels, -1, -1), **told)
+    def forward(self, control: Tensor, dtype: torch.dtype, **told: Any) -> Any:
+        """What the ControlNet of diffusers makes of a control [B, 1 or channels, H, W] in [0, 1] and what it is told beside."""
+        control = control.expand(-1, self.channels, -1, -1)
+        if self.family.control_is == "latents":
+            control = self._latents(control.float())
+        elif self.family.control_is == "signed":
+            control = 2 * control - 1
+        return self.net(controlnet_cond=control.to(dtype), **told, return_dict=False)
+
+    @torch.no_grad()
+    def _latents(self, control: Tensor) -> Tensor:
+        """The means of the control's latents, as of any image."""
+        if isinstance(control, FakeTensor):  # a plan, which reads no weights
+            return control.new_empty(len(control), self.family.channels, *(side // self.family.factor for side in control.shape[-2:]))
+        if not self._vae:
+            self._vae.append(self.family.source.load("vae").eval().requires_grad_(False))
+        return self.family.posterior(self._vae[0].to(control.device), 2 * control - 1)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -19,7 +20,7 @@ from gentrain.data.base import Data
 from gentrain.data.latents import DEVIATION, Latents
 from gentrain.models.base import Codec, Condition, Model
 from gentrain.models.conditional import class_index
-from gentrain.models.control import CONTROL, Form, control_in
+from gentrain.models.control import CONTROL, Form, TransformerControl, control_in
 from gentrain.models.control_net import ControlNet
 from gentrain.models.families.base import Family, Texts, family_of
 from gentrain.models.families.source import Source, is_to_come
@@ -153,7 +154,7 @@ class PretrainedNetwork(nn.Module):
         for name, value in null.items():  # the pipeline's, so that no checkpoint need hold them
             self.register_buffer(f"null_{name}", value.clone(), persistent=False)
         self.inputs: Inputs | None = None
-        self.control: ControlNet | None = None
+        self.control: ControlNet | TransformerControl | None = None
         self._embedding = (backbone.get_submodule(family.time_embedding) if family.time_embedding else None,)
         known = getattr(self._embedding[0], "cond_proj", None)
         if known is not None:  # a latent consistency model
@@ -169,11 +170,17 @@ class PretrainedNetwork(nn.Module):
             self._read_guidance()
 
     def add_control(self, form: Form) -> None:
-        """Has the network read a control by a ControlNet; its output stays as it is until that learns. Raises ValueError."""
-        self.control = ControlNet(self.family, self.backbone, form)
+        """Has the network read a control, by a ControlNet of diffusers where it has one for it, else by a branch of our own; its output
+        stays as it is until that learns. Raises ValueError.
+        """
+        if self.family.control_net is not None:
+            self.control = ControlNet(self.family, self.backbone, form)
+            return
+        token = self.family.factor * self.backbone.config.patch_size  # type: ignore[operator, union-attr]
+        self.control = TransformerControl(self.backbone, form, tuple(side // token for side in form.shape[-2:]))  # type: ignore[arg-type]
 
     def begin_control(self) -> None:
-        """Has the ControlNet begin as a copy of the network's weights of now."""
+        """Has the branch begin as a copy of the network's weights of now."""
         assert self.control is not None
         self.control.begin(self.backbone)
 
@@ -203,10 +210,14 @@ class PretrainedNetwork(nn.Module):
         if self.inputs is not None and "guidance" in (condition or {}):
             given["guidance"] = self.inputs(t, condition)
         control = control_in(self.control, condition)
-        if self.control is not None and control is not None:
+        steered: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.control, ControlNet) and control is not None:
             given[CONTROL] = self.family.steering(self.control, x.to(dtype), t, given, control)
+        elif isinstance(self.control, TransformerControl) and control is not None:
+            steered = self.control.steering(self.backbone, x, t, None, control)
         # t stays as it is: half precision cannot tell neighbouring times apart
-        return self.family.predict(self.backbone, x.to(dtype), t, given)
+        with steered:
+            return self.family.predict(self.backbone, x.to(dtype), t, given)
 
     def _filled(self, name: str, condition: Condition | None, rows: int) -> Tensor:
         null: Tensor = getattr(self, f"null_{name}")

@@ -98,7 +98,7 @@ class Export(Stage):
         if self.form == "adapter":
             raise ConfigError("the network came from no pipeline of diffusers; its adapter goes with it: form=pipeline", key="form")
         if self.form == "control_net":
-            raise ConfigError("diffusers' ControlNets are for UNets of pipelines; draw samples with gentrain instead", key="form")
+            raise ConfigError("diffusers' ControlNets are for networks of its pipelines; draw samples with gentrain instead", key="form")
         if isinstance(network, OnBase):
             denoiser = Denoiser(network.fold(), denoiser.path, denoiser.prediction)
         return export(

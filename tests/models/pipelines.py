@@ -35,12 +35,13 @@ def clip_config(tokenizer: Any, width: int = 16) -> Any:
     )  # fmt: skip
 
 
-def autoencoder(channels: int = 4, **config: Any) -> Any:
+def autoencoder(channels: int = 4, levels: int = 2, **config: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1, latent_channels=channels, norm_num_groups=4, sample_size=SIDE, **config,
+        block_out_channels=(8,) * (levels - 1) + (16,), down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1, latent_channels=channels, norm_num_groups=4, sample_size=SIDE,
+        **config,
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def stable_diffusion_3(directory: Path) -> Path:
     return directory
 
 
-def flux(directory: Path, guidance: bool = True) -> Path:
+def flux(directory: Path, guidance: bool = True, levels: int = 2) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
@@ -147,7 +148,7 @@ def flux(directory: Path, guidance: bool = True) -> Path:
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance,
     )  # fmt: skip
-    vae = autoencoder(scaling_factor=0.3611, shift_factor=0.1159)
+    vae = autoencoder(levels=levels, scaling_factor=0.3611, shift_factor=0.1159)
     second, encoder = t5()
     parts = (FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModel(clip_config(tokenizer)), tokenizer, encoder, second, transformer)
     FluxPipeline(*parts).save_pretrained(directory)
@@ -168,13 +169,14 @@ def pixart_sigma(directory: Path) -> Path:
     return directory
 
 
-def sana(directory: Path) -> Path:
+def sana(directory: Path, layers: int = 1, timestep_scale: float = 0.5) -> Path:
     from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 
     torch.manual_seed(0)
     transformer = SanaTransformer2DModel(
-        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
-        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=SIDE // 2, timestep_scale=0.5,
+        patch_size=1, in_channels=4, out_channels=4, num_layers=layers, num_attention_heads=2, attention_head_dim=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=SIDE // 2,
+        timestep_scale=timestep_scale,
     )  # fmt: skip
     vae = AutoencoderDC(
         in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),

@@ -192,7 +192,7 @@ def test_a_class_must_be_named_where_it_is_the_control(root: Path) -> None:
 def test_no_pipeline_of_diffusers_is_written_that_would_lack_the_control(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="draw samples with gentrain"):
         Export(run=str(root / "label")).write(tmp_path / "out")
-    with pytest.raises(ConfigError, match="UNets of pipelines"):
+    with pytest.raises(ConfigError, match="networks of its pipelines"):
         Export(run=str(root / "label"), form="control_net").write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

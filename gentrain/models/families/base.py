@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,12 @@ class Family(Component, kind="family"):
         takes_text: its conditions are prompts; else classes, of which `num_classes` tells the number.
         text_components: what turns prompts into conditions; optional_components: what helps them where the pipeline has it.
         guidance_input: what a network that reads the guidance weight is told.
-        control_net: diffusers' ControlNetModel is made for its denoiser.
+        control_net: diffusers' class of ControlNets for its denoiser; None: there is none.
+        control_copies: the parts of the denoiser of which a ControlNet begins as a copy, of lists of blocks the first ones.
+        control_is: what its pipelines give it of an image: "image" in [0, 1], "signed" in [-1, 1], or its "latents".
+        scales_noise: its pipelines multiply the noise they begin with by their scheduler's init_noise_sigma; others are given the latents,
+            which `packing` (code, of `latents` and `pipeline`) brings into the form that they take.
+        call_settings: what a pipeline is called with beside, so that it draws at the size it is asked for: code.
         time_embedding: the denoiser's layer that is given what latent consistency models make of a guidance weight; None: it has none.
     """
 
@@ -40,7 +46,12 @@ class Family(Component, kind="family"):
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     optional_components: ClassVar[tuple[str, ...]] = ()
     time_embedding: ClassVar[str | None] = None
-    control_net: ClassVar[bool] = False
+    control_net: ClassVar[str | None] = None
+    control_copies: ClassVar[tuple[str, ...]] = ()
+    control_is: ClassVar[Literal["image", "signed", "latents"]] = "image"
+    scales_noise: ClassVar[bool] = True
+    packing: ClassVar[str] = ""
+    call_settings: ClassVar[str] = ""
 
     def __init__(self, source: Source, guidance_input: float = 1.0):
         self.source, self.guidance_input = source, guidance_input
@@ -82,6 +93,32 @@ class Family(Component, kind="family"):
                 the network reads one and is told it; "control", what `steering` gave.
         """
         raise NotImplementedError
+
+    @property
+    def guidance_told(self) -> float:
+        """The guidance_scale with which its pipelines draw without guidance: what a network that reads one was told in training."""
+        return self.guidance_input if self.config.get("guidance_embeds") else 1.0
+
+    @property
+    def control_pipeline(self) -> str:
+        """The class of diffusers that takes its ControlNet."""
+        return self.pipelines[0].replace("Pipeline", "ControlNetPipeline")
+
+    def control_branch(self, network: Any, channels: int) -> nn.Module:
+        """A `control_net` for the denoiser, of random weights. Raises ValueError where it would not fit.
+
+        channels: of the control.
+        """
+        raise NotImplementedError
+
+    def _control_branch(self, network: Any, **more: Any) -> nn.Module:
+        """The `control_net` of a transformer's sizes, but for those given."""
+        import diffusers
+
+        cls = getattr(diffusers, str(self.control_net))
+        known = inspect.signature(cls.__init__).parameters
+        branch: nn.Module = cls(**{key: value for key, value in network.config.items() if key in known} | more)
+        return branch
 
     def steering(self, branch: nn.Module, x: Tensor, t: Tensor, condition: dict[str, Any], control: Tensor) -> dict[str, Any]:
         """What a ControlNet makes of the control [B, channels, 8 H, 8 W], as further arguments of the denoiser; where it takes one."""
