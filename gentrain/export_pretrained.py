@@ -82,6 +82,9 @@ pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config, origina
 pipeline.scheduler.init_noise_sigma = {start}  # the noise that its first call reads
 images = pipeline(prompt, timesteps={timesteps}, guidance_scale=1).images  # the guidance is built in"""
 
+_NO_STEPS_USE = """
+# A {pipeline} cannot be called at times of its student's own: draw with `gentrain sample`."""
+
 _PEFT_USE = """from diffusers import DiffusionPipeline
 from peft import PeftModel
 
@@ -187,6 +190,8 @@ def export_pretrained(
 def how_to_draw(sampler: Sampler | None, network: PretrainedNetwork) -> str:
     """Code that draws with a student of few steps or one as `sampler` does, to follow what loads it; empty for other samplers."""
     path = network.family.law()[0]
+    if isinstance(sampler, OneStep | FewStep) and not network.family.takes_text:
+        return _NO_STEPS_USE.format(pipeline=network.family.pipelines[0])
     if isinstance(sampler, OneStep | FewStep) and not isinstance(path, VariancePreserving):
         return _in_flow_steps(sampler, network.family, path)
     if isinstance(sampler, OneStep):

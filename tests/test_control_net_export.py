@@ -12,9 +12,11 @@ import torch
 
 from gentrain.config import ConfigError, Document
 from gentrain.models.control import CONTROL
+from gentrain.models.families.source import Source
 from gentrain.noise import Noise, derive
 from gentrain.recipes.export import Export
 from gentrain.training.loop import train
+from gentrain.training.memory import memory_of
 from gentrain.training.roles import load_network
 from gentrain.training.run import parse_run, save_config
 from gentrain.training.world import World
@@ -57,6 +59,9 @@ def test_diffusers_alone_draws_the_same_images_with_the_control(family: str, tmp
         sigma = (-path.log_snr(torch.tensor(440.0, dtype=torch.float64)) / 2).exp().item()  # the card's timesteps are whole numbers
         given_settings["method"]["sigma"] = sigma
     run = parse_run(Document(given_settings, "x.yaml"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "load", lambda *_: pytest.fail("a plan reads no weights"))
+        assert memory_of(run).peak > 0
     save_config(run)
     train(run, ALONE, lambda: False)
     with pytest.raises(ConfigError, match="form=control_net"):

@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gentrain.config import ConfigError
+from gentrain.export_pretrained import how_to_draw
+from gentrain.models.pretrained import Pretrained
 from gentrain.noise import Noise, derive
 from gentrain.recipes.export import Export
 from gentrain.recipes.generate import GRID, INFO, SAMPLES, Generate
 from gentrain.samplers.ddim import DDIM
+from gentrain.samplers.few_step import FewStep
 from gentrain.training.checkpoint import CheckpointError
 from gentrain.training.loop import train
 from gentrain.training.roles import load_network
@@ -226,3 +229,20 @@ def test_previews_are_images(tmp_path: Path) -> None:
     assert len(drawn) == 2
     with Image.open(drawn[0]) as first, Image.open(drawn[1]) as second:
         assert first.tobytes() != second.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("stable_diffusion", "pipeline.scheduler.init_noise_sigma = "),
+        ("stable_diffusion_3", "height=height, width=width, latents=latents, sigmas=[0.71429, 0.35714], guidance_scale=1)"),
+        ("flux", "latents=latents, sigmas=[0.71429, 0.35714], guidance_scale=3.5)"),
+        ("dit", "A DiTPipeline cannot be called at times of its student's own"),
+    ],
+)
+def test_how_to_draw_with_a_student_of_two_steps(family: str, said: str, tmp_path: Path) -> None:
+    """The noise at the level that the first call reads: some pipelines scale it themselves, others do not."""
+    network: Any = Pretrained(directory=str(PIPELINES[family](tmp_path))).build((4, 8, 8), 0)
+    use = how_to_draw(FewStep(steps=2), network)
+    assert said in use and ("latents = 0.71429 * torch.randn" in use) == (family in ("stable_diffusion_3", "flux"))
+    assert ("_pack_latents" in use) == (family == "flux")
