@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 PIECES = {"model", "data", "cluster"}  # folders of pieces
 
+pytestmark = pytest.mark.timeout(600)  # a recipe of many runs, on a crowded machine
+
 
 @pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for path in CONFIGS if path.parent.name not in PIECES])
 def test_a_shipped_configuration_can_be_planned(path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
