@@ -138,14 +138,14 @@ def stable_diffusion_3(directory: Path) -> Path:
     return directory
 
 
-def flux(directory: Path, guidance: bool = True, levels: int = 2) -> Path:
+def flux(directory: Path, guidance: bool = True, levels: int = 2, layers: int = 1) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        patch_size=1, in_channels=16, num_layers=layers, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance,
     )  # fmt: skip
     vae = autoencoder(levels=levels, scaling_factor=0.3611, shift_factor=0.1159)

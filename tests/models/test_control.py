@@ -100,6 +100,28 @@ def test_the_branch_begins_as_a_copy_of_the_weights_that_came_after_it(case: str
         assert torch.equal(below[theirs], below[ours])
 
 
+@pytest.mark.parametrize("case", ["dit, image", "dit, class"])
+def test_each_copy_of_a_block_reads_the_copy_before_it(case: str) -> None:
+    """PixArt-delta's ControlNet-Transformer, written out block by block."""
+    network, x, t, control = built(case)
+    randomised(network.control)
+    dit, branch, told = network.backbone, network.control, {"timestep": t, "class_labels": torch.zeros(5, dtype=torch.int64)}
+    hint = branch.hint(control)
+    hint = hint.flatten(2).transpose(1, 2) if hint.ndim == 4 else hint[:, None]
+    hidden = dit.pos_embed(x)
+    seen = hidden + hint
+    for index, block in enumerate(dit.transformer_blocks):
+        hidden = block(hidden, **told)
+        if index < len(branch.blocks):
+            seen = branch.blocks[index](seen, **told)
+            hidden = hidden + branch.zeros[index](seen)
+    found: list[Tensor] = []
+    handle = dit.norm_out.register_forward_pre_hook(lambda module, given: found.append(given[0]))
+    network(x, t, {CONTROL: control})
+    handle.remove()
+    torch.testing.assert_close(found[0], hidden, rtol=0, atol=1e-5)
+
+
 def test_a_control_that_does_not_lie_on_the_grid_is_refused() -> None:
     network: Any = CASES["unet, class"][0].build(IMAGE, 0)
     with pytest.raises(ValueError, match="12x12 does not lie on a grid of 8x8"):

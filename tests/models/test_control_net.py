@@ -25,7 +25,7 @@ MADE: dict[str, Callable[[Path], Path]] = {
     "stable_diffusion": stable_diffusion,
     "stable_diffusion_xl": stable_diffusion_xl,
     "stable_diffusion_3": stable_diffusion_3,
-    "flux": lambda directory: flux(directory, levels=4),
+    "flux": lambda directory: flux(directory, levels=4, layers=5),  # one more than its ControlNet copies
     "sana": lambda directory: sana(directory, layers=2, timestep_scale=1.0),
 }
 
