@@ -251,8 +251,6 @@ class RunConfig:
                 "euler or another that follows the flow",
                 sampler.registered_name,
             )
-        if sampler.guidance != 1 and self.method.steering is not None and self.method.steering.labels:
-            raise ConfigError("the class is the control here, which has no null to be guided from; set it to 1", key="sampler.guidance")
         if sampler.guidance != 1 and self._nothing_to_guide_by():
             log.warning("guidance %g changes nothing, for the data have neither classes nor captions; set it to 1", sampler.guidance)
         elif sampler.guidance != 1 and getattr(self.method, "label_dropout", None) == 0:

@@ -100,10 +100,6 @@ def test_guidance_without_a_condition_is_told(caplog: pytest.LogCaptureFixture) 
     assert caplog.text == ""
     parse_run(Document({**settings, "data": {"name": "unlabelled", "data": "rings"}}, "test"))
     assert "guidance 3 changes nothing, for the data have neither classes nor captions" in caplog.text
-    labelled = {**settings, "data": "rings", "method": {"name": "flow_matching", "control": "label"}}
-    with pytest.raises(ConfigError, match=r"sampler\.guidance: the class is the control here, which has no null"):
-        parse_run(Document(labelled, "test"))
-    assert parse_run(Document(labelled | {"sampler": "euler"}, "test")).sampler.guidance == 1
 
 
 WALLED = {"name": "rectified_flow", "space": {"name": "inside", "domain": {"name": "box", "low": -1.0, "high": 1.0}}}
