@@ -174,9 +174,7 @@ def export_pretrained(
     if branch is not None:
         with appearing(out) as partial:
             branch.net.save_pretrained(partial)  # type: ignore[operator]
-            given = "image" if family.control_is == "image" else "control_image"
-            draw = how_to_draw(sampler, inner).replace("pipeline(prompt, ", f"pipeline(prompt, {given}=control, ")
-            use = _CONTROL_USE.replace("{cls}", family.control_pipeline).replace("{net}", str(family.control_net)) + draw
+            use = _drawn_with_control(sampler, inner)
             _write_card(partial, out.name, use, "A ControlNet", family, licence, config, metrics)
         return out
     pipeline = family.source.pipeline(**{family.denoiser: inner.pipelines_own()})
@@ -209,6 +207,13 @@ def how_to_draw(sampler: Sampler | None, network: PretrainedNetwork) -> str:
     timesteps = lcm_sampling_timesteps(sampler.steps, sampler.count, sampler.stride).double()
     times = convert_time(timesteps, sampler.grid, path)
     return _FLOW_LCM_USE.format(sigmas=[round(time, 5) for time in times.tolist()], guidance=guidance)
+
+
+def _drawn_with_control(sampler: Sampler | None, network: PretrainedNetwork) -> str:
+    family = network.family
+    given = "image" if family.control_is == "image" else "control_image"
+    draw = how_to_draw(sampler, network).replace("pipeline(prompt, ", f"pipeline(prompt, {given}=control, ")
+    return _CONTROL_USE.replace("{cls}", family.control_pipeline).replace("{net}", str(family.control_net)) + draw
 
 
 def _in_flow_steps(sampler: OneStep | FewStep, family: Family, path: Path_) -> str:
