@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gentrain.config import ConfigError
 from gentrain.data.base import BlockItems, CorruptItem
+from gentrain.data.decode import _OVERHEAD
 from gentrain.data.huggingface import HuggingFace
 from gentrain.data.loader import BlockOrder, Loader
 
@@ -166,12 +167,14 @@ def test_what_save_to_disk_wrote_and_directories_of_images_are_read(tmp_path: Pa
     assert sorted((int(split[i]["label"]), value_of(split[i]["x"])) for i in range(6)) == [(k, v) for k in (0, 1) for v in (40, 80, 120)]
 
 
+PIXELS = 10_000
 HOSTILE = [
     ({"bytes": b"", "path": None}, "no image that can be read"),
     ({"bytes": png(0)[:40], "path": None}, ""),
     ({"bytes": None, "path": "/etc/hostname"}, "lies outside of the data set"),
     ({"bytes": None, "path": "../../etc/hostname"}, "lies outside of the data set"),
     ({"bytes": None, "path": None}, "no image"),
+    ({"bytes": png(0) + bytes(4 * PIXELS + _OVERHEAD), "path": None}, "bytes are more than"),
 ]
 
 
@@ -181,17 +184,23 @@ def test_a_hostile_image_is_named_and_skipped(image: dict[str, Any], message: st
     (tmp_path / "data").mkdir()
     pq.write_table(rows.replace_schema_metadata(table(0, 1).data.schema.metadata), tmp_path / "data/train-00000-of-00001.parquet")
     for streaming in (False, True):
-        split = data(tmp_path, streaming=streaming, held_out=0.0, classes=["a", "b", "c"]).split("train")
+        split = data(tmp_path, streaming=streaming, held_out=0.0, classes=["a", "b", "c"], max_pixels=PIXELS).split("train")
         with pytest.raises(CorruptItem, match=f"row 3: .*{message}"):
             split[3]
         loader = Loader(split, seed=0, batch_size=4)
         assert all(value_of(x) < 3 for x in next(iter(loader))[0]["x"]) and len(loader.corrupt) == 1
 
 
-def test_labels_that_no_class_has_are_corrupt(parquet: Path) -> None:
+def test_labels_that_no_class_has_are_corrupt(parquet: Path, tmp_path: Path) -> None:
     split = data(parquet, classes=["a", "b"], held_out=0.0).split("train")
     with pytest.raises(CorruptItem, match="row 2: the label 2 is none of the 2 classes"):
         split[2]
+    (tmp_path / "data").mkdir()
+    features = datasets.Features({key: FEATURES[key] for key in ("image", "label")})
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(0), "path": None}], "label": [-1]}, features=features)
+    rows.to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
+    with pytest.raises(CorruptItem, match="row 0: the label -1 is none of the 3 classes"):  # the library's word for: not told
+        data(tmp_path, held_out=0.0).split("train")[0]
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])

@@ -74,6 +74,15 @@ def test_autoguidance_moves_away_from_the_weaker_model() -> None:
         torch.testing.assert_close(x, torch.full(SHAPE, expected))
 
 
+def test_both_models_of_autoguidance_are_asked_for_the_same_classes() -> None:
+    """A model that is its own weaker one moves nothing."""
+    denoiser = Denoiser(toy_network, RectifiedFlow(), "velocity")
+    x, t = noise_for().normal(SHAPE), torch.full(SHAPE[:1], 0.5)
+    found = AutoGuided(denoiser, denoiser, 3.0).x0(x, t, CONDITION)
+    torch.testing.assert_close(found, denoiser.x0(x, t, CONDITION))
+    assert (found - denoiser.x0(x, t, None)).abs().max() > 0.01
+
+
 def test_mistakes_name_the_key() -> None:
     def read(values: dict) -> Sampler:
         return build(Sampler, Document({"name": "guided", **values}, "x.yaml"))

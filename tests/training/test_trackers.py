@@ -18,6 +18,7 @@ from gentrain.training.callbacks import MetricsFile, Previews, Trackers
 from gentrain.training.loop import train
 from gentrain.training.settings import weight_settings
 from gentrain.training.trackers import Tracked, Tracker, Tracking
+from gentrain.training.trackers.tensorboard import TensorBoard
 from gentrain.training.world import World
 from tests.distributed.cases import records, run_of, values
 
@@ -153,6 +154,19 @@ def installed(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """Of a stand-in: it is found."""
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: package if name == package else found(name, *args))
+
+
+def test_tensorboard_forgets_what_an_attempt_wrote_after_the_checkpoint_that_the_next_one_goes_on_from(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for begins, seen in ((0, (12, 24, 36)), (12, (24,))):
+        tracking = TensorBoard().start(Tracked(tmp_path, "0" * 16, {}, begins))
+        for samples in seen:
+            tracking.scalars({"loss": float(samples)}, samples)
+        tracking.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [12, 24]
 
 
 def test_wandb_is_called_as_it_wants_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
