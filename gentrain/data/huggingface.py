@@ -309,7 +309,6 @@ class ParquetTable:
             self._held[block] = self._read(block)
             if len(self._held) > self.keep:
                 self._held.popitem(last=False)
-        self._held.move_to_end(block)
         return self._held[block][number - int(self.sizes[:block].sum())]
 
     def _column(self, name: str) -> Iterator[Any]:
