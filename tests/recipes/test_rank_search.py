@@ -5,25 +5,39 @@ from __future__ import annotations
 import builtins
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gentrain.config import ConfigError, Document, build
+from gentrain.config import ConfigError, Document, build, register
 from gentrain.recipes.base import Stage
 from gentrain.recipes.generate import Generate
 from gentrain.recipes.person import Person, picture
 from gentrain.recipes.rank_search import RankSearch
+from gentrain.rewards.base import Asked, Networks, Reward
 from gentrain.training.loop import train
 from gentrain.training.run import save_config
 from gentrain.training.world import World
 from tests.distributed.cases import run_of
 
 SAMPLER = {"name": "ddim", "steps": 2, "eta": 1}
+
+
+@register("test_bright_threes")
+@dataclass
+class BrightThrees(Reward):
+    """Brightness of a 3, darkness of all else."""
+
+    range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+
+    def __call__(self, images: Tensor, asked: Asked, networks: Networks) -> Tensor:
+        level = ((images.clamp(-1, 1) + 1) / 2).flatten(1).mean(1)
+        return torch.where(asked["label"] == 3, level, -level)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +68,14 @@ def test_no_image_is_worse_than_before_and_some_are_better(run: str, tmp_path: P
     assert all(after > before for before, after in zip(found["before"], found["after"], strict=True))
     assert ((x.clamp(-1, 1) + 1) / 2).flatten(1).mean(1).tolist() == pytest.approx(found["after"], abs=1e-5)
     assert (tmp_path / "grid.png").is_file() and not (tmp_path / "checkpoints").exists()
+
+
+def test_each_image_is_judged_as_what_was_asked(run: str, tmp_path: Path) -> None:
+    search(run, reward="test_bright_threes", rounds=3).execute(tmp_path)
+    found, x = told(tmp_path), load_file(tmp_path / "samples.safetensors")["x"]
+    three, seven = ((x.clamp(-1, 1) + 1) / 2).flatten(1).mean(1).tolist()
+    assert found["after"] == pytest.approx([three, -seven], abs=1e-5)
+    assert all(after > before for before, after in zip(found["before"], found["after"], strict=True))
 
 
 def test_weights_that_are_found_are_a_run_that_draws_the_same(run: str, tmp_path: Path) -> None:
