@@ -117,8 +117,11 @@ def test_a_person_orders_candidates_and_is_asked_again_until_it_is_an_order(answ
 
 
 def test_a_person_that_likes_what_a_reward_likes_finds_the_same(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = []
+
     def by_brightness(self: Person, images: Tensor, named: int) -> Tensor:
         """As ranks, of which the rest are told to be alike."""
+        questions.append((len(images), named))
         score = ((images.clamp(-1, 1) + 1) / 2).flatten(3).mean(3).mean(2)
         ranks = torch.zeros_like(score)
         order = score.argsort(dim=0, descending=True, stable=True)[:named]
@@ -130,6 +133,7 @@ def test_a_person_that_likes_what_a_reward_likes_finds_the_same(run: str, tmp_pa
     search(run, rounds=2, reward="brightness").execute(tmp_path / "reward")
     person, reward = (load_file(tmp_path / name / "samples.safetensors")["x"] for name in ("person", "reward"))
     assert torch.equal(person, reward)
+    assert questions == [(4, 2), (3, 1)] * 2  # of the candidates the best two, of the line search the best
     assert told(tmp_path / "person")["oracle"] == "a person"
 
 
