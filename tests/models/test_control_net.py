@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import pixel_unshuffle
 
 from gentrain.models.control import CONTROL, Form
 from gentrain.models.pretrained import Pretrained
@@ -62,6 +63,24 @@ def test_it_begins_without_effect_as_a_copy_and_learns(family: str, channels: in
     assert (steered - free).abs().amax((1, 2, 3)).min() > 1e-4
     assert (network(x, t, {**condition, CONTROL: 1 - control}) - steered).abs().amax((1, 2, 3)).min() > 1e-5
     torch.testing.assert_close(network(x, t, condition), free, rtol=0, atol=0)
+
+
+def test_flux_reads_the_image_in_minus_one_to_one_at_both_kinds_of_blocks(tmp_path: Path) -> None:
+    network, condition = built(MADE["flux"](tmp_path / "pipeline"), Form((1, 32, 32)))
+    with torch.no_grad():
+        for parameter in network.control.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    x, t, control = torch.randn(2, 4, 4, 4), torch.tensor([300.0, 700.0]), torch.rand(2, 1, 32, 32)
+    told = network.family._told(x, t, condition)
+
+    def drawn(image: torch.Tensor, alone: bool = False) -> torch.Tensor:
+        double, single = network.control.net(controlnet_cond=image.expand(-1, 3, -1, -1), **told, return_dict=False)
+        added = {"controlnet_block_samples": double, "controlnet_single_block_samples": None if alone else single}
+        return network.backbone(**told, **added, controlnet_blocks_repeat=True, return_dict=False)[0]
+
+    found = pixel_unshuffle(network(x, t, {**condition, CONTROL: control}), 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, drawn(2 * control - 1), rtol=0, atol=1e-6)
+    assert all((found - each).abs().max() > 1e-4 for each in (drawn(control), drawn(2 * control - 1, alone=True)))
 
 
 @pytest.mark.parametrize("make", [dit, pixart_sigma])
