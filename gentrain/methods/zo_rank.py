@@ -83,7 +83,7 @@ class ZORank(RewardedRollout, Search):
     of the roll-out being the same, moves along `rank_gradient`, and keeps the best of a line search, x_1 itself included. Then the model
     learns to draw from x_1 what it drew from the noise found: it descends the mean squared difference. Only the order of rewards is used,
     so that any increasing function of them teaches the same. Weights themselves are not perturbed: a method does not see them; the stage
-    `ranked` does that, and asks a person.
+    `rank_search` does that, and asks a person.
     """
 
     follows_gradient: ClassVar[bool] = False

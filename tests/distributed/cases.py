@@ -26,6 +26,7 @@ from gentrain.training.storage import LocalStorage
 from gentrain.training.world import World
 
 TIMES = ("seconds", "samples_per_second")  # what no two runs share
+ENGINES: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
 
 
 @register("relay")
@@ -221,6 +222,11 @@ def record_difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> f
     """Largest relative difference of two files of metrics (absolute below 1e-2)."""
     assert [list(line) for line in a] == [list(line) for line in b]
     return max(abs(x[k] - y[k]) / max(abs(x[k]), 1e-2) for x, y in zip(a, b, strict=True) for k in x)
+
+
+def runs_apart(a: Path, b: Path) -> float:
+    """Largest relative difference of two runs, in what they told and in their newest checkpoints."""
+    return max(record_difference(records(a), records(b)), difference(state_of(a), state_of(b)))
 
 
 def train_and_misuse(world: World, jobs: list[Job], engines: dict[str, Any]) -> tuple[list[tuple[str, str]], dict[str, dict[str, str]]]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.adapter_cases import adapted, partial, train_adapted
-from tests.distributed.cases import Job, difference, record_difference, records, state_of
+from tests.distributed.cases import ENGINES, Job, difference, record_difference, records, state_of
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(480)]
 
-ENGINES: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
 PARTS = ("", "partial-")  # begins the names of runs that learn adapters, and of those that learn some parameters
 RESUMED = ("torch", "zero2", "zero3")
 TOLERANCE = 1e-6  # as for whole networks, see test_engines

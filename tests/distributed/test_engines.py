@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from gentrain.training.run import CHECKPOINTS, METRICS
-from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all, train_and_misuse, values
+from tests.distributed.cases import ENGINES, Job, difference, record_difference, records, state_of, train_all, train_and_misuse, values
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(480)]
 
-ENGINES: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
 SHARDED = ("zero1", "zero2", "zero3")
 # Largest relative difference in fp32 after 6 steps, of weights, averages, moments, losses and gradient norms: see docs/engine.md.
 TOLERANCE = 1e-6

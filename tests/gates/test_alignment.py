@@ -11,13 +11,12 @@ import pytest
 
 from tests.distributed import test_alignment as rollouts
 from tests.distributed import test_rewards as distilled
-from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all
+from tests.distributed.cases import ENGINES, Job, difference, records, runs_apart, state_of, train_all
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.gate, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 Record = Callable[[str, object], None]
-ENGINES: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
 ADAPTER = {"adapter": {"rank": 2, "targets": ["linear"]}}
 Run = tuple[Any, str, dict[str, Any]]  # the file of tests whose `settings` it has, its kind there, what is added
 RUNS: list[Run] = [
@@ -54,7 +53,7 @@ def test_two_ranks_give_the_curve_of_one_and_resume(root: FilePath, engine: str,
     assert run_ranks(2, train_all, [*whole, *halves]) == [ended] * 2
     for run, other, resumed in zip(RUNS, map(place, whole), map(place, halves[1::2]), strict=True):
         reference = place(job(root, run, "torch", 1))
-        apart = max(record_difference(records(reference), records(other)), difference(state_of(reference), state_of(other)))
+        apart = runs_apart(reference, other)
         record_property(f"largest relative difference, {other.name}", apart)
         assert len(records(reference)) == 6 and apart <= rollouts.TOLERANCE, other.name
         assert records(resumed) == records(other) and difference(state_of(resumed), state_of(other)) == 0, resumed.name

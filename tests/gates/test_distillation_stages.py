@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.distributed.cases import Job, difference, record_difference, records, run_of, state_of, train_all, values
+from tests.distributed.cases import ENGINES, Job, records, run_of, runs_apart, train_all, values
 from tests.distributed.test_distillation import RUNS, settings_of
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.gate, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 Record = Callable[[str, object], None]
-ENGINES: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
 TOLERANCE = 1e-5
 
 
@@ -37,7 +35,7 @@ def test_two_ranks_give_the_curve_of_one(root: Path, engine: str, record_propert
     assert outcomes == [[("finished", "")] * len(RUNS)] * 2
     for run in RUNS:
         reference, other = root / f"torch-1-{run}", root / f"{engine}-2-{run}"
-        apart = max(record_difference(records(reference), records(other)), difference(state_of(reference), state_of(other)))
+        apart = runs_apart(reference, other)
         record_property(f"largest relative difference, {run}", apart)
         assert apart <= TOLERANCE, run
 
@@ -51,5 +49,4 @@ def test_a_run_is_resumed_at_another_stage_with_the_students_turn(root: Path, st
     assert run_ranks(2, train_all, jobs) == [[("stopped", ""), ("finished", "")]] * 2
     found = records(root / f"from-{stage}-kl")
     assert [index + 1 for index, record in enumerate(found) if "loss/student" in record] == [2, 4, 6]
-    assert record_difference(records(root / "torch-1-kl"), found) <= TOLERANCE
-    assert difference(state_of(root / "torch-1-kl"), state_of(root / f"from-{stage}-kl")) <= TOLERANCE
+    assert runs_apart(root / "torch-1-kl", root / f"from-{stage}-kl") <= TOLERANCE

@@ -37,7 +37,7 @@ from gentrain.samplers.euler import Euler
 from gentrain.samplers.flow_map import FlowMap, flow_map
 from gentrain.samplers.lcm import LCM
 from gentrain.training.roles import load_weights
-from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all
+from tests.distributed.cases import ENGINES, Job, difference, records, runs_apart, state_of, train_all
 from tests.distributed.test_few_step import DERIVED, METHODS, TOLERANCE, settings, teacher
 from tests.methods.few_step import Line, draw, train
 from tests.methods.test_latent_consistency import learnt_slope
@@ -182,7 +182,6 @@ def test_a_student_learns_the_slope_of_ddim_50_and_not_of_the_flow(seed: int, re
     assert std == pytest.approx(1.169, rel=1e-2)
 
 
-ENGINES: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
 FINE: dict[str, dict[str, Any]] = {"jvp": {}, "difference": {"derivative": "difference", "step": 2e-4}}
 RUNS = [(method, {}) for method in METHODS] + [(method, {"derivative": "difference"}) for method in DERIVED]
 
@@ -210,7 +209,7 @@ def test_two_ranks_give_the_curve_of_one_with_every_derivative_claimed(root: Fil
         assert outcomes == [("finished", "")] * len(runs) + [("stopped", ""), ("finished", "")] * len(runs)
     for run in runs:
         reference, other = (FilePath(job(root, run, e, n).settings["output"]) for e, n in (("torch", 1), (engine, 2)))
-        apart = max(record_difference(records(reference), records(other)), difference(state_of(reference), state_of(other)))
+        apart = runs_apart(reference, other)
         record_property(f"largest relative difference, {other.name}", apart)
         assert apart <= TOLERANCE, other.name
         resumed = other.with_name(f"halves-{other.name}")

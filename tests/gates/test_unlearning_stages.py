@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.distributed.cases import Job, difference, record_difference, records, state_of, train_all
+from tests.distributed.cases import ENGINES, Job, runs_apart, train_all
 from tests.distributed.test_unlearning import METHODS, prepare, settings_of
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.gate, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
 Record = Callable[[str, object], None]
-ENGINES: dict[str, Any] = {"torch": "torch"} | {f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)}
 TOLERANCE = 1e-5
 
 
@@ -36,7 +34,7 @@ def test_two_ranks_give_the_curve_of_one(root: Path, engine: str, record_propert
     assert outcomes == [[("finished", "")] * len(methods)] * 2
     for method in methods:
         reference, other = root / f"torch-1-{method}", root / f"{engine}-2-{method}"
-        apart = max(record_difference(records(reference), records(other)), difference(state_of(reference), state_of(other)))
+        apart = runs_apart(reference, other)
         record_property(f"largest relative difference, {method}", apart)
         assert apart <= TOLERANCE, method
 
@@ -48,5 +46,4 @@ def test_an_alternation_is_resumed_at_another_stage(root: Path, stage: int) -> N
     settings = settings_of(root, f"from-{stage}", "sfd", first)
     jobs = [Job(settings, stop_at=3), Job(settings | {"engine": settings["engine"] | then})]
     assert run_ranks(2, train_all, jobs) == [[("stopped", ""), ("finished", "")]] * 2
-    assert record_difference(records(root / "torch-1-sfd"), records(root / f"from-{stage}-sfd")) <= TOLERANCE
-    assert difference(state_of(root / "torch-1-sfd"), state_of(root / f"from-{stage}-sfd")) <= TOLERANCE
+    assert runs_apart(root / "torch-1-sfd", root / f"from-{stage}-sfd") <= TOLERANCE

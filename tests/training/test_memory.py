@@ -175,6 +175,13 @@ def test_more_passes_keep_gradients_beside_those_that_leave() -> None:
     assert one.stepping == 2 * size and two.stepping - one.stepping == size // 2 == one.gradients
 
 
+def test_the_flat_copy_lies_beside_the_norm_of_an_offloaded_gradient() -> None:
+    parameters = [nn.Parameter(torch.empty(1024, 4096, device="meta")) for _ in range(4)]
+    for engine in ("zero1-offload", "zero2-offload"):
+        held = run_of(settings(engine)).engine.held(parameters, AdamW(), 2, 1)
+        assert held.stepping == 2 * 4 * 4096**2 + 8 * 1024 * 4096  # bucket and copy, and one gradient in float64
+
+
 def test_a_bucket_that_leaves_amid_the_backward_is_made_flat_beside_activations() -> None:
     engine = run_of(settings("zero2-bf16")).engine
     small, large = ([nn.Parameter(torch.empty(size, device="meta"))] for size in (400_000_000, 600_000_000))
