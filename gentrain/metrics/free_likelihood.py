@@ -73,25 +73,20 @@ def flow_log_density(
     Args:
         probes: random vectors for each divergence (Hutchinson); 0 = exact, one backward pass per coordinate.
     """
-    path = denoiser.path
+    import torchdiffeq  # loads scipy
+
+    path, dtype = denoiser.path, x.dtype
     least, most = (ratio ** (1 / 7) for ratio in ratios(path))
-    u = torch.linspace(least, most, steps + 1, dtype=torch.float64) ** 7
-    times = path.time_of_log_snr(-2 * u.log())
-    log_density = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    grid = torch.linspace(least, most, steps + 1, dtype=torch.float64, device=x.device) ** 7
 
-    def at(y: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        t = times[number].to(y).expand(len(y))
-        return with_divergence(lambda y: denoiser.eps(expand(path.alpha(t), y) * y, t, condition), y, noise, probes)
+    def field(u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        t = path.time_of_log_snr(-2 * u.log()).to(dtype).expand(len(x))
+        return with_divergence(lambda y: denoiser.eps(expand(path.alpha(t), y) * y, t, condition), state[0].to(dtype), noise, probes)
 
-    for number in range(steps):
-        h = float(u[number + 1] - u[number])
-        first, divergence = at(x, number)
-        second, divergence_there = at(x + h * first, number + 1)
-        x = x + h / 2 * (first + second)
-        log_density += h / 2 * (divergence + divergence_there)
-    normal = -x.double().square().flatten(1).sum(1) / (2 * float(u[-1]) ** 2) - x[0].numel() * math.log(
-        math.sqrt(2 * math.pi) * float(u[-1])
-    )
+    start = (x.double(), x.new_zeros(len(x), dtype=torch.float64))
+    ends = torchdiffeq.odeint(field, start, grid[[0, -1]], method="heun2", options={"grid_constructor": lambda *_: grid})
+    y, log_density = (end[-1] for end in ends)
+    normal = -y.square().flatten(1).sum(1) / (2 * float(grid[-1]) ** 2) - x[0].numel() * math.log(math.sqrt(2 * math.pi) * float(grid[-1]))
     return log_density + normal
 
 
