@@ -1,4 +1,4 @@
-"""The methods beside which `sfd` is measured: gradient_ascent, npo, esd."""
+"""The methods beside which `sfd` is measured: gradient_ascent, npo; esd has a file of its own."""
 
 import math
 from types import SimpleNamespace
@@ -9,17 +9,15 @@ import torch
 
 from gentrain.data.toys import Rings
 from gentrain.methods.base import Clock
-from gentrain.methods.esd import ErasedDiffusion, partly_denoised
 from gentrain.methods.forgetting import Forgetting
 from gentrain.methods.gradient_ascent import GradientAscent, ascent_loss
 from gentrain.methods.npo import NegativePreference, npo_loss
-from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.paths.rectified_flow import RectifiedFlow
 from tests.methods.toy import TinyNetwork, batch_of, noise_of
 
 PATH = RectifiedFlow()
-METHODS: list[Any] = [GradientAscent, NegativePreference, ErasedDiffusion]
+METHODS: list[Any] = [GradientAscent, NegativePreference]
 
 
 def nets_of() -> SimpleNamespace:
@@ -85,40 +83,3 @@ def test_npo_asks_the_original_what_the_error_was() -> None:
     nets, batch = nets_of(), batch_of(30)
     loss = made(NegativePreference).loss(nets, batch, noise_of(30))
     assert loss.logs["error_forgotten"].abs() > 1e-4
-
-
-def velocity_by_label(x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
-    return torch.where(condition["label"] < 0, 2.0, 1.0)[:, None].expand_as(x)
-
-
-def test_esd_leads_away_from_the_class() -> None:
-    """Original velocities: 1 with the class, 2 without. The target with strength 0.5 is 2 - 0.5 (1 - 2) = 2.5, wherever x_t is."""
-    original = Denoiser(lambda x, t, c: velocity_by_label(x, t, c), PATH, "velocity")
-    for velocity, expected in ((2.5, 0.0), (2.0, 0.25)):
-        model = Denoiser(lambda x, t, c, v=velocity: torch.full_like(x, v), PATH, "velocity")
-        method, noise = made(ErasedDiffusion, strength=0.5), noise_of(64)
-        found = method.loss(SimpleNamespace(original=original, model=model), batch_of(64), noise).value.item()
-        t = noise_of(64).uniform((64,), 0.02, 1.0)  # the first draw
-        # the error of eps is (1 - t) times that of the velocity
-        assert found == pytest.approx(expected * (1 - t).square().mean().item(), rel=1e-4, abs=1e-9)
-
-
-def test_esd_walks_with_the_model_itself() -> None:
-    nets = nets_of()
-    made(ErasedDiffusion, steps=4).loss(nets, {"x": torch.zeros(8, 2)}, noise_of(8))
-    assert (len(nets.model.network.seen), len(nets.original.network.seen)) == (5, 1)  # four steps and the loss; the target
-
-
-def test_esd_asks_for_the_class_whatever_the_batch_holds() -> None:
-    nets = nets_of()
-    made(ErasedDiffusion).loss(nets, {"x": torch.zeros(8, 2)}, noise_of(8))
-    assert nets.model.network.seen[-1].tolist() == [1] * 8
-    assert nets.original.network.seen[-1].tolist() == [1] * 8 + [-1] * 8
-
-
-def test_partly_denoised_follows_the_flow() -> None:
-    """Velocities of 1 with the class and 2 without: guided by 3 that is 2 + 3 (1 - 2) = -1: x at time t is x(1) + (t - 1) (-1)."""
-    denoiser = Denoiser(velocity_by_label, PATH, "velocity")
-    x, t = torch.zeros(4, 2), torch.tensor([0.1, 0.4, 0.7, 1.0])
-    found = partly_denoised(denoiser, x, t, 3, {"label": torch.ones(4, dtype=torch.int64)}, 3.0)
-    torch.testing.assert_close(found, (1 - t)[:, None].expand(4, 2))
