@@ -90,17 +90,16 @@ def test_omega_has_a_least_value() -> None:
     assert score_identity_loss(x_g, x_g, fake, 1.0).item() == pytest.approx(-1 / 1e-5)
 
 
-@pytest.mark.parametrize("path, prediction", [(RectifiedFlow(), "velocity"), (VariancePreserving(), "v"), (VariancePreserving(), "x0")])
-def test_the_fake_score_loss_weighs_the_error_of_x0_by_the_snr(path: Path, prediction: Any) -> None:
+@pytest.mark.parametrize("path, prediction", [(RectifiedFlow(), "velocity"), (VariancePreserving(), "v"), (VariancePreserving(), "eps")])
+def test_the_fake_score_loss_is_the_error_of_what_its_network_predicts(path: Path, prediction: Any) -> None:
     x0, eps = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     t = torch.linspace(0.2, 0.8, 5, dtype=torch.float64) * path.t_max
     x_t = path.perturb(x0, eps, t)
     denoiser = Denoiser(lambda x, t, c: 0.3 * x + 0.1, path, prediction)
-    error = (denoiser.x0(x_t, t) - x0).square().sum(1)
-    torch.testing.assert_close(fake_score_loss(denoiser.eps(x_t, t), eps), path.log_snr(t).exp() * error)
-    if isinstance(path, RectifiedFlow):
-        error = (denoiser.velocity(x_t, t) - path.velocity(x0, eps, t)).square().sum(1)
-        torch.testing.assert_close(fake_score_loss(denoiser.eps(x_t, t), eps), (1 - t) ** 2 * error)
+    loss = fake_score_loss(denoiser, x0, eps, t, denoiser.x0(x_t, t))
+    alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+    truth = {"velocity": eps - x0, "v": alpha * eps - sigma * x0, "eps": eps}[prediction]
+    torch.testing.assert_close(loss, (0.3 * x_t + 0.1 - truth).square().sum(1))
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------------
