@@ -18,7 +18,7 @@ from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.data.base import Data
 from gentrain.data.loader import Loader
 from gentrain.metrics.accuracy import class_accuracy
-from gentrain.metrics.base import Metric
+from gentrain.metrics.base import Metric, bootstrap_interval
 from gentrain.metrics.distances import distance_metric, energy_distance, frechet_distance, kernel_metric, sliced_wasserstein
 from gentrain.metrics.features import Features
 from gentrain.metrics.neighbours import neighbour_metrics
@@ -52,11 +52,18 @@ class Evaluate(Stage):
     features: Features | None = option(None, "network whose features are compared; null = the judge, without one the samples themselves")
     data: Data | None = option(None, "what to compare with; null = the judge's data")
     reference: PositiveInt = option(10_000, "held-out items to compare with, at most", unit="samples")
+    baseline: str | None = option(
+        None, "name of the samples whose Frechet distance is taken from that of each other, with the interval of that"
+    )
     actors: NonNegativeInt = option(0, "size of the Ray fleet that reads features; 0 = in this process, without Ray")
 
     def __post_init__(self) -> None:
         if not self.samples:
             raise ConfigError("expected at least one name: directory of a generate stage", key="samples")
+        if self.baseline is not None and self.baseline not in self.samples:
+            raise ConfigError(f"no samples of that name; choose one of {', '.join(self.samples)}", key="baseline")
+        if self.baseline is not None and self.judge is None and self.features is None:
+            raise ConfigError("only distances of features are compared; name a judge or features, or leave it out", key="baseline")
         if self.judge is None and self.data is None:
             raise ConfigError("without a judge `data` is needed, to know what to compare the samples with", key="data")
 
@@ -85,7 +92,7 @@ class Evaluate(Stage):
         return metric
 
     def _with_features(self, judge: Any, held_out: dict[str, Tensor]) -> list[Metric]:
-        metrics = []
+        metrics, read_of = [], {}
         if self.features is not None:
             self._refuse_shape(held_out["x"].shape[1:])
         try:
@@ -100,15 +107,34 @@ class Evaluate(Stage):
                 metrics.append(class_accuracy(apply_network(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
             features = source.read(samples["x"])
             if min(len(features), len(real)) > real.shape[1]:
+                read_of[name] = features
                 metrics.append(distance_metric(f"{kind.frechet}, {name}", frechet_distance, features, real, of))
             else:
                 self._too_few(name, len(features), *real.shape)
             metrics.append(kernel_metric(f"{kind.kernel}, {name}", features, real, of))
             metrics += neighbour_metrics(features, real, name, of, NEIGHBOURS)
+        if self.baseline in read_of:
+            metrics += self._differences(read_of, real, kind.frechet)
         if judge is None:
             return metrics
         read = apply_network(judge, held_out["x"]).argmax(1)
         return [*metrics, class_accuracy(read, held_out["label"], "accuracy of the judge on held-out data")]
+
+    def _differences(self, features: dict[str, Tensor], real: Tensor, what: str) -> list[Metric]:
+        """Of equal numbers the i-th of both sets are drawn again together: where they share noise and label most of the spread goes."""
+        dim, metrics, base = real.shape[1], [], str(self.baseline)
+
+        def difference(pairs: Tensor, real: Tensor) -> float:
+            return frechet_distance(pairs[:, :dim], real) - frechet_distance(pairs[:, dim:], real)
+
+        for name, of in features.items():
+            if name != base:
+                if len(of) != len(features[base]):
+                    raise ConfigError(f"{len(of)} samples, and {len(features[base])} of {base}; draw as many", key=f"samples.{name}")
+                found = bootstrap_interval(difference, torch.cat([of, features[base]], 1), real)
+                definition = f"below 0: {name} is nearer to the held-out data than {base}; paired bootstrap interval"
+                metrics.append(Metric(f"{what}, {name} minus {base}", *found, "lower", definition))
+        return metrics
 
     def _refuse_shape(self, shape: torch.Size) -> None:
         if len(shape) != 3 or shape[0] not in (1, 3):

@@ -54,6 +54,38 @@ def test_features_of_a_pretrained_network(tmp_path: Path, cache: Path, monkeypat
     assert asked == [300, 300]  # those of held-out items were known
 
 
+def test_distances_are_compared_with_a_baseline_in_pairs(tmp_path: Path) -> None:
+    real = Digits().split("train").x[:300]
+    worse, order = 0.9 * real, torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    sets = {name: drawn(tmp_path / name, x) for name, x in {"base": real, "worse": worse, "shuffled": worse[order]}.items()}
+    encoder = {"name": "image_encoder", "directory": str(vit(tmp_path / "vit"))}
+    metrics = evaluate(tmp_path / "scores", samples=sets, features=encoder, baseline="base")
+    assert "Frechet distance, base minus base" not in metrics
+    paired, apart = (metrics[f"Frechet distance, {name} minus base"] for name in ("worse", "shuffled"))
+    plain = metrics["Frechet distance, worse"]["value"] - metrics["Frechet distance, base"]["value"]
+    for found in (paired, apart):
+        assert found["low"] < found["value"] < found["high"]
+        assert found["value"] == pytest.approx(plain, rel=0.25)
+    assert paired["low"] > 0  # worse is further away
+    assert paired["high"] - paired["low"] < 0.7 * (apart["high"] - apart["low"])
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"baseline": "bas"}, "baseline: no samples of that name; choose one of base, few"),
+        ({"baseline": "base", "features": None}, "baseline: only distances of features are compared"),
+        ({"baseline": "base"}, "samples.few: 200 samples, and 300 of base; draw as many"),
+    ],
+)
+def test_a_baseline_that_cannot_be_one(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    real = Digits().split("train").x
+    sets = {name: drawn(tmp_path / name, real[:count]) for name, count in (("base", 300), ("few", 200))}
+    encoder = {"name": "image_encoder", "directory": str(vit(tmp_path / "vit"))}
+    with pytest.raises(ConfigError, match=told):
+        evaluate(tmp_path / "scores", **{"samples": sets, "features": encoder, **changes})
+
+
 def test_portions_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than one portion of a fleet or of a network."""
     source = FeatureSource(None, of_features.ImageEncoder(str(vit(tmp_path / "vit"))), 0)
