@@ -58,8 +58,8 @@ class ErasedDiffusion(Forgetting):
     strength: NonNegativeFloat = option(
         1.0, "of the guidance away from the class: surrogate - strength (class - surrogate)", source="eq. 7"
     )
-    surrogate: Literal["null", "replacement"] = option(
-        "null", "what is answered instead: the null class, or what the concepts' rules draw instead", source="arXiv:2312.16145"
+    surrogate: Literal["replacement"] | None = option(
+        None, "what is answered instead: what the concepts' rules draw; null = the null class", source="arXiv:2312.16145"
     )
     remain_weight: NonNegativeFloat = option(
         1.0, "of the term that holds what remains; 0 = none, as in the paper", source="arXiv:2312.16145"
@@ -70,7 +70,7 @@ class ErasedDiffusion(Forgetting):
     def check_data(self, data: Data) -> None:
         super().check_data(data)
         if self.surrogate == "replacement" and not self.prompted:
-            raise ConfigError("only the data set `concepts` has rules for it; take null", key="surrogate")
+            raise ConfigError("only the data set `concepts` has rules for it; leave it out", key="surrogate")
 
     def updates(self, clock: Clock) -> Iterator[Update]:
         yield Update("model", self.forget_loss, *([self.remain_loss] if self.remain_weight else []))

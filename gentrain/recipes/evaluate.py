@@ -62,6 +62,8 @@ class Evaluate(Stage):
             raise ConfigError("expected at least one name: directory of a generate stage", key="samples")
         if self.baseline is not None and self.baseline not in self.samples:
             raise ConfigError(f"no samples of that name; choose one of {', '.join(self.samples)}", key="baseline")
+        if self.baseline is not None and len(self.samples) == 1:
+            raise ConfigError("these are the only samples; name others beside them, or leave it out", key="baseline")
         if self.baseline is not None and self.judge is None and self.features is None:
             raise ConfigError("only distances of features are compared; name a judge or features, or leave it out", key="baseline")
         if self.judge is None and self.data is None:
@@ -93,6 +95,8 @@ class Evaluate(Stage):
 
     def _with_features(self, judge: Any, held_out: dict[str, Tensor]) -> list[Metric]:
         metrics, read_of = [], {}
+        sets = read_samples(self.samples, held_out["x"].shape[1:])
+        self._refuse_other_counts({name: len(samples["x"]) for name, samples in sets})
         if self.features is not None:
             self._refuse_shape(held_out["x"].shape[1:])
         try:
@@ -102,7 +106,7 @@ class Evaluate(Stage):
         real = source.read_once(held_out["x"])
         kind, whose = (self.features, self.features.told) if self.features is not None else (Features, "the judge's")
         of = f"of {whose} {real.shape[1]} features"
-        for name, samples in read_samples(self.samples, held_out["x"].shape[1:]):
+        for name, samples in sets:
             if judge is not None and (samples["label"] >= 0).any():  # they were drawn of some class
                 metrics.append(class_accuracy(apply_network(judge, samples["x"]).argmax(1), samples["label"], f"class accuracy, {name}"))
             features = source.read(samples["x"])
@@ -129,12 +133,15 @@ class Evaluate(Stage):
 
         for name, of in features.items():
             if name != base:
-                if len(of) != len(features[base]):
-                    raise ConfigError(f"{len(of)} samples, and {len(features[base])} of {base}; draw as many", key=f"samples.{name}")
                 found = bootstrap_interval(difference, torch.cat([of, features[base]], 1), real)
                 definition = f"below 0: {name} is nearer to the held-out data than {base}; paired bootstrap interval"
                 metrics.append(Metric(f"{what}, {name} minus {base}", *found, "lower", definition))
         return metrics
+
+    def _refuse_other_counts(self, counts: dict[str, int]) -> None:
+        for name, count in counts.items():
+            if self.baseline is not None and count != counts[self.baseline]:
+                raise ConfigError(f"{count} samples, and {counts[self.baseline]} of {self.baseline}; draw as many", key=f"samples.{name}")
 
     def _refuse_shape(self, shape: torch.Size) -> None:
         if len(shape) != 3 or shape[0] not in (1, 3):

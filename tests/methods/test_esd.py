@@ -112,11 +112,11 @@ def assert_same_step(nets: SimpleNamespace, ours: Tensor, by_hand: Tensor) -> No
         torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("strength, surrogate", [(1.0, "null"), (0.5, "null"), (0.0, "replacement"), (0.7, "replacement")])
+@pytest.mark.parametrize("strength, surrogate", [(1.0, None), (0.5, None), (0.0, "replacement"), (0.7, "replacement")])
 def test_the_forget_term_is_the_one_computed_by_hand(strength: float, surrogate: Any) -> None:
     nets, method = nets_of(), of_concept(strength=strength, surrogate=surrogate, steps=4)
     ours = method.forget_loss(nets, prompted_batch(), double_noise())
-    assert_same_step(nets, ours.value, forget_by_hand(nets, double_noise(), strength, {"null": -1, "replacement": 2}[surrogate]))
+    assert_same_step(nets, ours.value, forget_by_hand(nets, double_noise(), strength, {None: -1, "replacement": 2}[surrogate]))
 
 
 def test_the_remain_term_of_concepts_is_the_one_computed_by_hand() -> None:
@@ -162,7 +162,7 @@ def test_what_is_as_the_original_costs_nothing_to_hold() -> None:
 
 
 def test_only_concepts_have_a_replacement() -> None:
-    with pytest.raises(ConfigError, match="only the data set `concepts` has rules for it; take null") as raised:
+    with pytest.raises(ConfigError, match="only the data set `concepts` has rules for it; leave it out") as raised:
         of_class(surrogate="replacement")
     assert raised.value.key == "surrogate"
 

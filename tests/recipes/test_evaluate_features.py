@@ -75,6 +75,7 @@ def test_distances_are_compared_with_a_baseline_in_pairs(tmp_path: Path) -> None
     [
         ({"baseline": "bas"}, "baseline: no samples of that name; choose one of base, few"),
         ({"baseline": "base", "features": None}, "baseline: only distances of features are compared"),
+        ({"baseline": "base", "samples": {"base": "drawn"}}, "baseline: these are the only samples; name others beside them"),
         ({"baseline": "base"}, "samples.few: 200 samples, and 300 of base; draw as many"),
     ],
 )
