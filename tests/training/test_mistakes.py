@@ -45,6 +45,7 @@ MISTAKES = [
     ("engine", RUN, "engine.precison=bf16", LINE, "engine.precison", "did you mean 'precision'?"),
     ("optimizer", RUN, "optimizer={name: adamw, learning_rate: 1}", LINE, "optimizer.learning_rate", "valid keys: lr, beta1"),
     ("role", RUN, "roles.model.optimiser=sgd", LINE, "roles.model.optimiser", "did you mean 'optimizer'?"),
+    ("an average that stays", RUN, "optimizer={name: adamw, beta1: 1}", LINE, "optimizer.beta1", "expected a number >= 0 and < 1, got 1"),
     # components
     ("no such method", RUN, "method=flow_maching", LINE, "method.name", "'flow_maching'; did you mean 'flow_matching'?"),
     ("no such path", RUN, "path=rectifed_flow", LINE, "path.name", "did you mean 'rectified_flow'?"),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from gentrain.config import Component, Fraction, option
+from gentrain.config import Component, option
 
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of an average: at 1 it would never leave its beginning
 Partition = Literal["elementwise", "global_scalar", "per_tensor", "matrix"]
 
 
@@ -57,8 +58,8 @@ class AdamLike(Optimizer):
     """The fields that Adam's relatives share."""
 
     lr: PositiveFloat = option(1e-3, "peak learning rate")
-    beta1: Fraction = option(0.9, "decay of the gradient average", unit="per step")
-    beta2: Fraction = option(0.999, "decay of the squared-gradient average", unit="per step")
+    beta1: Decay = option(0.9, "decay of the gradient average", unit="per step")
+    beta2: Decay = option(0.999, "decay of the squared-gradient average", unit="per step")
     eps: PositiveFloat = option(1e-8, "added to the root of the squared-gradient average")
     weight_decay: NonNegativeFloat = option(0.0, "decoupled; multiplied by the learning rate")
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from gentrain.config import Fraction, option, register
-from gentrain.training.optimizers.base import AdamLike, Averaging, Optimizer, counted, decay_groups
+from gentrain.config import option, register
+from gentrain.training.optimizers.base import AdamLike, Averaging, Decay, Optimizer, counted, decay_groups
 
 
 @register("adamw")
@@ -55,7 +55,7 @@ class SGD(Optimizer):
 
     needs = "elementwise"
     lr: PositiveFloat = option(1e-2, "peak learning rate")
-    momentum: Fraction = option(0.9, "decay of the velocity", unit="per step")
+    momentum: Decay = option(0.9, "decay of the velocity", unit="per step")
     weight_decay: NonNegativeFloat = option(0.0, "added to the gradient")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -69,8 +69,8 @@ class Lion(Optimizer):
 
     needs = "elementwise"
     lr: PositiveFloat = option(1e-4, "peak learning rate", source="arXiv:2302.06675, algorithm 2")
-    beta1: Fraction = option(0.9, "share of the average in the step's direction", source="arXiv:2302.06675, algorithm 2")
-    beta2: Fraction = option(0.99, "decay of the gradient average", unit="per step", source="arXiv:2302.06675, algorithm 2")
+    beta1: Decay = option(0.9, "share of the average in the step's direction", source="arXiv:2302.06675, algorithm 2")
+    beta2: Decay = option(0.99, "decay of the gradient average", unit="per step", source="arXiv:2302.06675, algorithm 2")
     weight_decay: NonNegativeFloat = option(0.0, "decoupled; multiplied by the learning rate")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -91,9 +91,9 @@ class AdEMAMix(Optimizer):
 
     needs = "elementwise"
     lr: PositiveFloat = option(1e-3, "peak learning rate")
-    beta1: Fraction = option(0.9, "decay of the quick gradient average", unit="per step", source="arXiv:2409.03137, section 3")
-    beta2: Fraction = option(0.999, "decay of the squared-gradient average", unit="per step", source="arXiv:2409.03137, section 3")
-    beta3: Fraction = option(0.9999, "decay of the slow gradient average", unit="per step", source="arXiv:2409.03137, section 3")
+    beta1: Decay = option(0.9, "decay of the quick gradient average", unit="per step", source="arXiv:2409.03137, section 3")
+    beta2: Decay = option(0.999, "decay of the squared-gradient average", unit="per step", source="arXiv:2409.03137, section 3")
+    beta3: Decay = option(0.9999, "decay of the slow gradient average", unit="per step", source="arXiv:2409.03137, section 3")
     alpha: NonNegativeFloat = option(5.0, "weight of the slow average; the quick one's is 1", source="arXiv:2409.03137, section 3")
     warmup: PositiveInt | None = option(
         None, "steps over which alpha and beta3 reach their values; null = there from the start", unit="optimiser steps"

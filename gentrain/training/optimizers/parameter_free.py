@@ -11,8 +11,8 @@ import torch.distributed as dist
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from gentrain.config import Fraction, option, register
-from gentrain.training.optimizers.base import Optimizer, decay_groups
+from gentrain.config import option, register
+from gentrain.training.optimizers.base import Decay, Optimizer, decay_groups
 
 Held = list[tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]]  # parameter, gradient, state, group
 
@@ -113,8 +113,8 @@ class Prodigy(Optimizer):
     needs = "global_scalar"
     one_lr = True
     lr: PositiveFloat = option(1.0, "multiplies the step size that it finds")
-    beta1: Fraction = option(0.9, "decay of the gradient average", unit="per step")
-    beta2: Fraction = option(0.999, "decay of the squared-gradient average; its root is that of the estimate", unit="per step")
+    beta1: Decay = option(0.9, "decay of the gradient average", unit="per step")
+    beta2: Decay = option(0.999, "decay of the squared-gradient average; its root is that of the estimate", unit="per step")
     eps: PositiveFloat = option(1e-8, "times the estimate, added to the root of the squared-gradient average")
     d0: PositiveFloat = option(1e-6, "first estimate of the distance", source="arXiv:2306.06101, section 6")
     weight_decay: NonNegativeFloat = option(0.0, "decoupled; multiplied by the estimate and the learning rate")

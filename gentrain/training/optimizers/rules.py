@@ -10,8 +10,8 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from gentrain.config import Fraction, option, register
-from gentrain.training.optimizers.base import AdamLike, Optimizer, Rule, decay_groups
+from gentrain.config import option, register
+from gentrain.training.optimizers.base import AdamLike, Decay, Optimizer, Rule, decay_groups
 
 
 class _AdaMomentumRule(Rule):
@@ -36,7 +36,7 @@ class AdaMomentum(AdamLike):
     """
 
     needs = "elementwise"
-    beta2: Fraction = option(0.999, "decay of the average of its square", unit="per step")
+    beta2: Decay = option(0.999, "decay of the average of its square", unit="per step")
     eps: PositiveFloat = option(1e-16, "added to the average of squares at every step: it may be about the square of Adam's")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -103,8 +103,8 @@ class OptimisticAMSGrad(Optimizer):
 
     needs = "elementwise"
     lr: PositiveFloat = option(1e-3, "peak learning rate")
-    beta1: Fraction = option(0.9, "decay of the gradient average", unit="per step")
-    beta2: Fraction = option(0.999, "decay of the average of squared differences", unit="per step")
+    beta1: Decay = option(0.9, "decay of the gradient average", unit="per step")
+    beta2: Decay = option(0.999, "decay of the average of squared differences", unit="per step")
     eps: PositiveFloat = option(1e-8, "where that average starts: its largest value so far is never less")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

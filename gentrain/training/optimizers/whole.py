@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from gentrain.config import ConfigError, Fraction, option, register
-from gentrain.training.optimizers.base import AdamLike, Optimizer, by_shape, counted, decay_groups
+from gentrain.training.optimizers.base import AdamLike, Decay, Optimizer, by_shape, counted, decay_groups
 
 
 @register("mars")
@@ -25,8 +25,8 @@ class MARS(Optimizer):
 
     needs = "matrix"
     lr: PositiveFloat = option(3e-3, "peak learning rate", source="arXiv:2411.10438, section 5")
-    beta1: Fraction = option(0.95, "decay of the gradient average", unit="per step", source="arXiv:2411.10438, section 5")
-    beta2: Fraction = option(0.99, "decay of the squared-gradient average", unit="per step", source="arXiv:2411.10438, section 5")
+    beta1: Decay = option(0.95, "decay of the gradient average", unit="per step", source="arXiv:2411.10438, section 5")
+    beta2: Decay = option(0.99, "decay of the squared-gradient average", unit="per step", source="arXiv:2411.10438, section 5")
     gamma: NonNegativeFloat = option(0.025, "strength of the correction; 0 = none", source="arXiv:2411.10438, section 5")
     eps: PositiveFloat = option(1e-8, "added to the root of the squared-gradient average")
     weight_decay: NonNegativeFloat = option(0.0, "decoupled; multiplied by the learning rate")
@@ -71,7 +71,7 @@ class SGDP(Optimizer):
 
     needs = "matrix"
     lr: PositiveFloat = option(1e-2, "peak learning rate")
-    momentum: Fraction = option(0.9, "decay of the velocity", unit="per step")
+    momentum: Decay = option(0.9, "decay of the velocity", unit="per step")
     delta: PositiveFloat = option(
         0.1, "a tensor counts as scale-invariant where the cosine of gradient and weights is below delta / sqrt(size)", source="section 3.3"
     )
@@ -98,7 +98,7 @@ class SGDSaI(Optimizer):
 
     needs = "per_tensor"
     lr: PositiveFloat = option(1e-2, "peak learning rate")
-    momentum: Fraction = option(0.9, "decay of the velocity", unit="per step")
+    momentum: Decay = option(0.9, "decay of the velocity", unit="per step")
     eps: PositiveFloat = option(1e-8, "added to the gradient's standard deviation")
     weight_decay: NonNegativeFloat = option(0.0, "decoupled; multiplied by the learning rate")
 
@@ -125,10 +125,10 @@ class Muon(Optimizer):
 
     needs = "matrix"
     lr: PositiveFloat = option(1e-3, "peak learning rate, of matrices and of the rest")
-    momentum: Fraction = option(0.95, "decay of the momentum of matrices, Nesterov's", unit="per step")
+    momentum: Decay = option(0.95, "decay of the momentum of matrices, Nesterov's", unit="per step")
     steps: PositiveInt = option(5, "Newton-Schulz iterations")
-    beta1: Fraction = option(0.9, "AdamW's decay of the gradient average", unit="per step")
-    beta2: Fraction = option(0.95, "AdamW's decay of the squared-gradient average", unit="per step")
+    beta1: Decay = option(0.9, "AdamW's decay of the gradient average", unit="per step")
+    beta2: Decay = option(0.95, "AdamW's decay of the squared-gradient average", unit="per step")
     eps: PositiveFloat = option(1e-8, "AdamW's, added to the root of the squared-gradient average")
     weight_decay: NonNegativeFloat = option(0.0, "decoupled; multiplied by the learning rate")
 
@@ -151,8 +151,8 @@ class SOAP(AdamLike):
 
     needs = "matrix"
     lr: PositiveFloat = option(3e-3, "peak learning rate", source="arXiv:2409.11321, section 5")
-    beta1: Fraction = option(0.95, "decay of the gradient average", unit="per step", source="arXiv:2409.11321, section 5")
-    beta2: Fraction = option(
+    beta1: Decay = option(0.95, "decay of the gradient average", unit="per step", source="arXiv:2409.11321, section 5")
+    beta2: Decay = option(
         0.95, "decay of the squared-gradient average and of the statistics", unit="per step", source="arXiv:2409.11321, section 5"
     )
     every: PositiveInt = option(10, "between updates of the eigenvectors", unit="optimiser steps", source="arXiv:2409.11321, section 5")
