@@ -59,8 +59,9 @@ stages:
       roles: {fake_score: {weights: '${output:student}'}, student: {weights: '${output:student}'}}
   student_drawn: {<<: *drawn, run: '${output:student}', seed: 0}
   unlearned_drawn: {<<: *drawn, run: '${output:unlearned}', seed: 0}
-  inversion:
+  inversion: &attack
     {name: inversion, run: '${output:unlearned}', forget: cat, judge: '${output:judge}', images: 4, attempts: 1, count: 8, steps: 1}
+  relearning: {<<: *attack, name: relearning, steps: [1], back: 1.0, lr: 1.0e-6}
   scores:
     name: unlearning
     forget: cat
@@ -68,7 +69,7 @@ stages:
     judge: ${output:judge}
     before: ${output:student_drawn}
     after: ${output:unlearned_drawn}
-    attacks: ['${output:inversion}']
+    attacks: ['${output:relearning}', '${output:inversion}']
     gate: &gate {forget: 1.0, remain_loss: 1.0, distance_factor: 100.0, distance_floor: 1000000.0}
   pipeline: {name: export, run: '${output:unlearned}', scores: '${output:scores}', gate: '${output:scores}'}
   erased:
@@ -216,6 +217,15 @@ def test_what_eval_unlearn_does_not_know_is_refused(out: Path, tmp_path: Path, c
     given = {"samples": str(out / "unlearned_drawn"), "pipeline": "p", "forget": ["cat"], "concept": "cat", "instead": "dog", **change}
     with pytest.raises(ConfigError, match=said):
         EvalUnlearn(**given).execute(tmp_path)
+
+
+def test_relearning_fine_tunes_what_draws_for_the_prompt(out: Path) -> None:
+    found = read_finding(str(out / "relearning"))
+    assert found.weights == digest_of(load_weights(str(out / "unlearned")))
+    (read,) = found.curve["shares"]
+    assert found.metric.name == "steps until relearnt" and "0" in read
+    table = json.loads((out / "scores/metrics.json").read_text())["metrics"]
+    assert {"steps until relearnt, after", "success of inversion, after"} <= {row["name"] for row in table}
 
 
 def test_an_inversion_of_prompts_learns_what_the_network_is_given(out: Path) -> None:
