@@ -18,6 +18,7 @@ from gentrain.cluster.launch import launch
 from gentrain.cluster.sweeps import is_sweep, load_sweep
 from gentrain.recipes.base import RecipeConfig, Stage, _dependencies, _texts, is_recipe, load_recipe
 from gentrain.recipes.train import Train
+from gentrain.recipes.train_best import TrainBest
 from gentrain.training.cluster import Cluster
 from gentrain.training.loop import Outcome
 from gentrain.training.run import RunConfig, load_run
@@ -118,9 +119,11 @@ def wanted(recipe: RecipeConfig, only: str | None) -> list[str]:
 
 
 def make(stage: Stage, directory: Path) -> None:
-    if isinstance(stage, Train):
+    if isinstance(stage, Train | TrainBest):
         shorten(stage.run)
     fewer(stage)
+    if isinstance(stage, TrainBest):
+        stage.count = 150  # more than the judge has features
     fewer(getattr(stage, "sampler", None))
     stage.execute(directory)
     if isinstance(stage, Train):

@@ -79,7 +79,10 @@ class Contest(Sweep):
         if not (drawn / INFO).is_file():
             sampler = None if self.sampler is None else build(Sampler, Document(self.sampler, "sampler"))
             Generate(str(run.directory), self.count, sampler=sampler, seed=self.seed, actors=self.actors).execute(drawn)
-        return _DISTANCES[self.by](*self.compared(drawn, run.data))
+        try:
+            return _DISTANCES[self.by](*self.compared(drawn, run.data))
+        except ValueError as error:
+            raise ConfigError(str(error), key="count") from error
 
     def compared(self, drawn: Path, data: Data) -> tuple[Tensor, Tensor]:
         """What is compared of samples and of held-out data: they themselves, or the judge's features of them, [N, D] each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +130,15 @@ def contest(out: Path, **settings: Any) -> dict[str, Any]:
 def longer(out: Path) -> dict[str, Any]:
     run = round_of(str(out / "start"), str(out / "fakes"))
     return run | {"training": run["training"] | {"samples": 1920, "keep_last": 3}}
+
+
+def test_too_few_samples_for_the_judges_features_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "drawn" / "1").mkdir(parents=True)
+    (tmp_path / "drawn" / "1" / "info.json").write_text("{}")
+    monkeypatch.setattr(Contest, "compared", lambda *_: (torch.zeros(20, 30), torch.zeros(50, 30)))
+    run: Any = SimpleNamespace(directory=tmp_path, storage=SimpleNamespace(latest=lambda: "1"), data=None)
+    with pytest.raises(ConfigError, match="count: 20 samples cannot give a covariance of 30 features; use more"):
+        Contest(metric="frechet distance", by="frechet").value(run)
 
 
 @pytest.mark.parametrize("patience, seen", [(1, 960), (2, 1280)])
