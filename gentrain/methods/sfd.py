@@ -39,18 +39,18 @@ def score_identity_loss(x_g: Tensor, teacher_x0: Tensor, fake_x0: Tensor, alpha:
     return (difference * (error - alpha * difference)).flatten(1).sum(1) / omega
 
 
-def fake_score_loss(denoiser: Denoiser, x: Tensor, eps: Tensor, t: Tensor, predicted_x0: Tensor) -> Tensor:
+def fake_score_loss(denoiser: Denoiser, x: Tensor, t: Tensor, predicted_x0: Tensor) -> Tensor:
     """Squared error of what the network predicts, the sum over C, H, W: [B, ...] each, t [B] -> [B].
 
     For a network that predicts eps it is the published |predicted - eps|^2 (arXiv:2409.11219), SNR times the squared error of x0. For a
     velocity on the rectified flow that would be (1 - t)^2 times the network's own error, which lets the fake score fall behind the student
     where there is much noise: measured in docs/methods/sfd.md.
 
-    predicted_x0: the network's, guided or not, at x_t = path.perturb(x, eps, t).
+    predicted_x0: the network's, guided or not, at a noised x.
     """
-    path, x_t = denoiser.path, denoiser.path.perturb(x, eps, t)
-    predicted_eps = (x_t - expand(path.alpha(t), x_t) * predicted_x0) / expand(path.sigma(t), x_t)
-    return (denoiser.target(predicted_x0, predicted_eps, t) - denoiser.target(x, eps, t)).square().flatten(1).sum(1)
+    error = predicted_x0 - x
+    ratio = expand(denoiser.path.alpha(t) / denoiser.path.sigma(t), error)
+    return denoiser.target(error, -ratio * error, t).square().flatten(1).sum(1)  # at x_t an error of x0 is -alpha / sigma times one of eps
 
 
 @register("sfd")
@@ -154,12 +154,12 @@ class ScoreForgetting(Forgetting):
         path, shape = nets.student.path, tuple(batch["x"].shape)
         with torch.no_grad():
             x = generate(nets.student, path.draw_eps(noise, shape), self.sigma, asked)
-        t, eps = self._times(noise, path), path.draw_eps(noise, shape)
-        x_t = path.perturb(x, eps, t)
+        t = self._times(noise, path)
+        x_t = path.perturb(x, path.draw_eps(noise, shape), t)
         if asked is not None and self.condition_dropout:
             asked = drop_condition(asked, noise.bernoulli(self.condition_dropout, (len(noise),)))
         x0 = guided_x0(nets.fake_score, x_t, t, asked, self.fake_guidance)
-        return fake_score_loss(nets.fake_score, x, eps, t, x0).mean()
+        return fake_score_loss(nets.fake_score, x, t, x0).mean()
 
     def _student(
         self, nets: Nets, batch: Batch, noise: Noise, asked: Condition | None, override: Condition | None, negative: Condition | None = None

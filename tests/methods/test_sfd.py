@@ -96,7 +96,7 @@ def test_the_fake_score_loss_is_the_error_of_what_its_network_predicts(path: Pat
     t = torch.linspace(0.2, 0.8, 5, dtype=torch.float64) * path.t_max
     x_t = path.perturb(x0, eps, t)
     denoiser = Denoiser(lambda x, t, c: 0.3 * x + 0.1, path, prediction)
-    loss = fake_score_loss(denoiser, x0, eps, t, denoiser.x0(x_t, t))
+    loss = fake_score_loss(denoiser, x0, t, denoiser.x0(x_t, t))
     alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
     truth = {"velocity": eps - x0, "v": alpha * eps - sigma * x0, "eps": eps}[prediction]
     torch.testing.assert_close(loss, (0.3 * x_t + 0.1 - truth).square().sum(1))
