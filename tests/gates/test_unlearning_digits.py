@@ -1,6 +1,6 @@
 """Each of the ten digits of MNIST-5k is forgotten once, from one teacher, one one-step student and one judge, those of the quickstart.
 
-80 steps of `sfd` as configs/mnist5k/sfd.yaml has them, for each digit with the one that it is most easily taken for in its place.
+160 steps of `sfd` as configs/mnist5k/sfd.yaml has them, for each digit with the one that it is most easily taken for in its place.
 5,000 one-step samples of the digit and 1,000 of the nine others, the same noise before and after. No teacher, student or judge is
 trained twice; the seed of training is one. As many as 5,000, for the judge takes some good 9s for 7s: the upper end of a share of .014
 is .023 of 1,000, .018 of 5,000.
