@@ -81,7 +81,8 @@ def divergence_weight(name: Divergence, logits: Tensor, bins: Tensor, group: Gro
     A critic's logits drift apart over the times, so ratios are first divided by their mean over the samples of the same bin, on all ranks.
 
     Args:
-        logits: [B] of the critic at the noised samples, log(teacher's density / student's) once it is optimal.
+        logits: [B] of the critic at the noised samples, log(data's density / student's) once it is optimal: the teacher's, where that has
+            learnt the data and is not guided.
         bins: [B] int64 in [0, 10), of the times.
     """
     ratio = logits.detach().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).exp()
@@ -310,7 +311,7 @@ class DistributionMatching(LedByScores):
         if self._alone:
             loss = Loss(x_g.new_zeros(()))
         else:
-            counts: Tensor | float = 1.0
+            counts = None
             if self._divergence is not None and logits is not None:
                 counts = divergence_weight(self._divergence, logits, at.bins, nets.group)
             loss = self.led_by_scores(nets, x_g, at, condition, told, noise, counts)

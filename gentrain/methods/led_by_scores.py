@@ -11,6 +11,7 @@ from gentrain.config import ConfigError
 from gentrain.methods.base import Loss, Method, Nets
 from gentrain.methods.sfd import score_identity_loss
 from gentrain.models.base import Condition
+from gentrain.models.denoiser import drop_condition
 from gentrain.noise import Noise
 from gentrain.paths.base import Path, TimeLaw, expand
 from gentrain.samplers.guidance import guided_x0
@@ -98,13 +99,13 @@ class LedByScores(Method):
         known: Condition | None,
         told: Condition | None,
         noise: Noise,
-        counts: Tensor | float = 1.0,
+        counts: Tensor | None = None,
     ) -> Loss:
         """The part of the student's loss that comes of the difference of the scores at its noised samples.
 
         Args:
             known: the teacher's condition. told: the fake score's.
-            counts: [B], by which rows' gradients are multiplied (not for sid).
+            counts: [B], by which each row's whole gradient is multiplied, guidance and all (not for sid); None = 1.
         """
         through = self.generator_loss == "sid"  # whose gradient flows through both predictions
         with torch.set_grad_enabled(through):
@@ -113,8 +114,8 @@ class LedByScores(Method):
         if through:
             value = score_identity_loss(x_g, teacher_x0, fake_x0, self.alpha).mean() / x_g[0].numel()
         else:
-            weight = counts * self._weight(nets, x_g, teacher_x0, at.t)
-            value = pseudo_target_loss(x_g, self._gradient(nets, x_g, fake_x0, teacher_x0, weight, known, noise))
+            gradient = self._gradient(nets, x_g, fake_x0, teacher_x0, at.t, known, noise)
+            value = pseudo_target_loss(x_g, gradient if counts is None else expand(counts, x_g) * gradient)
         # the losses are no distances: this tells how far the student's law is from the teacher's
         return Loss(value, {"score_gap": (fake_x0 - teacher_x0).detach().abs().mean()})
 
@@ -123,12 +124,15 @@ class LedByScores(Method):
 
     @torch.no_grad()
     def _gradient(
-        self, nets: Nets, x_g: Tensor, fake_x0: Tensor, teacher_x0: Tensor, weight: Tensor, known: Condition | None, noise: Noise
+        self, nets: Nets, x_g: Tensor, fake_x0: Tensor, teacher_x0: Tensor, t: Tensor, known: Condition | None, noise: Noise
     ) -> Tensor:
         """What the student's samples are moved against, [B, ...]."""
+        weight = self._weight(nets, x_g, teacher_x0, t)
         if self.guidance_times is None:
             return expand(weight, x_g) * (fake_x0 - teacher_x0)
         at = noised_by(self.guidance_times, nets.student.path, x_g, noise)
-        conditional, null = nets.teacher.x0(at.x_t, at.t, known), nets.teacher.x0(at.x_t, at.t, None)
+        # only what guides is dropped, as where guidance is tied: how an image was augmented is known to both
+        nothing = None if known is None else drop_condition(known, torch.ones_like(at.bins, dtype=torch.bool))
+        conditional, null = nets.teacher.x0(at.x_t, at.t, known), nets.teacher.x0(at.x_t, at.t, nothing)
         there = self._weight(nets, x_g, conditional, at.t)
         return decoupled_guidance(fake_x0, teacher_x0, conditional, null, self.guidance - 1, weight, there)

@@ -32,7 +32,7 @@ from gentrain.paths.base import Path
 from gentrain.paths.rectified_flow import RectifiedFlow
 from gentrain.paths.times import LogNormal
 from gentrain.paths.variance_exploding import VarianceExploding
-from gentrain.samplers.one_step import OneStep, generate
+from gentrain.samplers.one_step import OneStep
 from gentrain.training.run import load_run
 from tests.methods.toy import TinyNetwork, batch_of, noise_of
 
@@ -225,16 +225,18 @@ def by_hand(nets: SimpleNamespace, method: DistributionMatching) -> tuple[Tensor
     """(x_g, x_t, t, eps, condition): what the method's draws must give, in the order in which it makes them."""
     noise, batch = noise_of(16), batch_of(16)
     condition = {"label": batch["label"]}
-    x_g = generate(nets.student, noise.normal((16, 2)), method.sigma, condition)
+    start = method.sigma / (1 + method.sigma) if isinstance(nets.student.path, RectifiedFlow) else method.sigma
+    at_start = torch.full((16,), start)
+    x_g = nets.student.x0(nets.student.path.sigma(at_start)[0] * noise.normal((16, 2)), at_start, condition)
     u = noise.uniform((16,))
     t, eps = method.times.sample(u, nets.student.path), noise.normal((16, 2))
     return x_g, nets.student.path.perturb(x_g, eps, t), t, eps, condition
 
 
 @pytest.mark.parametrize("name", ["vsd", "dmd"])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_the_students_gradient_is_the_pseudo_targets(name: GeneratorLoss, guidance: float) -> None:
-    nets, method = nets_of(), DistributionMatching(generator_loss=name, guidance=guidance)
+@pytest.mark.parametrize(("guidance", "sigma"), [(1.0, 2.5), (2.0, 1.5)])
+def test_the_students_gradient_is_the_pseudo_targets(name: GeneratorLoss, guidance: float, sigma: float) -> None:
+    nets, method = nets_of(), DistributionMatching(generator_loss=name, guidance=guidance, sigma=sigma)
     loss_of(method, "student", nets).backward()
     got = gradients(nets, "student")
     nets.student.network.zero_grad()
@@ -269,26 +271,6 @@ def test_sid_is_the_score_identity_with_gradients_through_both_networks() -> Non
     cut = score_identity_loss(x_g, nets.teacher.x0(x_t.detach(), t, condition), nets.fake_score.x0(x_t, t, condition), 1.2).mean() / 2
     cut.backward()
     assert not torch.allclose(got[0], gradients(nets, "student")[0], rtol=1e-3)
-
-
-@pytest.mark.parametrize("name", ["vsd", "dmd"])
-def test_decoupled_guidance_has_times_and_weights_of_its_own(name: GeneratorLoss) -> None:
-    law = LogNormal(mean=1.0, std=0.5)
-    nets, method = nets_of(), DistributionMatching(generator_loss=name, guidance=2.5, guidance_times=law)
-    value = loss_of(method, "student", nets)
-    with torch.no_grad():
-        x_g, x_t, t, _, condition = by_hand(nets, method)
-        noise = noise_of(16)
-        for shape in ((16, 2), (16,), (16, 2)):
-            noise.normal(shape)
-        s = law.sample(noise.uniform((16,)), nets.student.path)
-        x_s = nets.student.path.perturb(x_g, noise.normal((16, 2)), s)
-        teacher, conditional = nets.teacher.x0(x_t, t, condition), nets.teacher.x0(x_s, s, condition)
-        null = nets.teacher.x0(x_s, s, {"label": torch.full((16,), -1)})
-        places = ((s, conditional), (t, teacher))
-        there, here = ((1 - at) if name == "vsd" else 1 / ((x_g - x0).abs().mean(1) + 1e-6) for at, x0 in places)
-        gradient = here[:, None] * (nets.fake_score.x0(x_t, t, condition) - teacher) - 1.5 * there[:, None] * (conditional - null)
-    torch.testing.assert_close(value.detach(), gradient.square().mean() / 2)
 
 
 def test_rkl_is_dmd2_exactly() -> None:
@@ -333,9 +315,12 @@ def test_the_adversarial_term_reaches_the_student_through_the_critic() -> None:
     assert got[0].abs().max() > 0
 
 
-@pytest.mark.parametrize(("path", "prediction"), [(RectifiedFlow(), "velocity"), (VarianceExploding(), "edm")])
-def test_the_fake_score_learns_to_denoise_what_the_student_draws(path: Path, prediction: str) -> None:
-    nets, method = nets_of(path, prediction), DistributionMatching()
+@pytest.mark.parametrize(
+    ("path", "prediction", "sigma"),
+    [(RectifiedFlow(), "velocity", 2.5), (RectifiedFlow(), "velocity", 1.5), (VarianceExploding(), "edm", 2.5)],
+)
+def test_the_fake_score_learns_to_denoise_what_the_student_draws(path: Path, prediction: str, sigma: float) -> None:
+    nets, method = nets_of(path, prediction), DistributionMatching(sigma=sigma)
     value = loss_of(method, "fake_score", nets)
     with torch.no_grad():
         x_g, x_t, t, eps, condition = by_hand(nets, method)
@@ -349,17 +334,31 @@ def test_the_fake_score_learns_to_denoise_what_the_student_draws(path: Path, pre
 
 
 def test_spectral_decoupling_adds_half_the_squared_logits_of_the_critic() -> None:
-    """arXiv:2011.09468, eq. 15: lambda / 2 times the mean square, with its gradient."""
+    """arXiv:2011.09468, eq. 15: lambda / 2 times the mean square, of data and samples, with its gradient."""
+    assert spectral_decoupling(torch.tensor([2.0, -4.0, 1.0])).item() == pytest.approx((4 + 16 + 1) / 6)
     values, found = [], []
     for weight in (0.0, 0.3):
         nets = nets_of()
-        loss = loss_of(DistributionMatching(critic_weight=1.0, spectral_decoupling=weight), "critic", nets)
-        loss.backward()
-        values.append(loss.item())
+        values.append(loss_of(DistributionMatching(critic_weight=1.0, spectral_decoupling=weight), "critic", nets))
+        values[-1].backward()
         found.append(gradients(nets, "critic"))
-    logits = torch.tensor([2.0, -4.0, 1.0])
-    assert spectral_decoupling(logits).item() == pytest.approx((4 + 16 + 1) / 6)
-    assert values[1] > values[0] and any((a - b).abs().max() > 1e-4 for a, b in zip(*found, strict=True))
+    nets.critic.network.zero_grad()
+    logits = torch.cat(logits_by_hand(nets))
+    expected = 0.3 * logits.square().sum() / 64
+    torch.testing.assert_close((values[1] - values[0]).detach(), expected.detach())
+    expected.backward()
+    for without, ours, theirs in zip(*found, gradients(nets, "critic"), strict=True):
+        torch.testing.assert_close(ours - without, theirs, rtol=1e-4, atol=1e-6)
+
+
+def logits_by_hand(nets: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """The critic's of data and of samples, [16] each, as the method draws."""
+    _, x_t, t, _, condition = by_hand(nets, DistributionMatching())
+    noise = noise_of(16)
+    for shape in ((16, 2), (16,), (16, 2)):
+        noise.normal(shape)
+    real = nets.student.path.perturb(batch_of(16)["x"], noise.normal((16, 2)), t)
+    return logits_of(nets.critic.raw(real, t, condition)), logits_of(nets.critic.raw(x_t.detach(), t, condition))
 
 
 def test_the_critic_tells_noised_data_from_noised_samples() -> None:
@@ -367,13 +366,7 @@ def test_the_critic_tells_noised_data_from_noised_samples() -> None:
     nets.student.network.requires_grad_(True)
     loss = method.critic_loss(nets, batch_of(16), noise_of(16))
     with torch.no_grad():
-        _, x_t, t, _, condition = by_hand(nets, method)
-        noise = noise_of(16)
-        for shape in ((16, 2), (16,), (16, 2)):
-            noise.normal(shape)
-        real = nets.student.path.perturb(batch_of(16)["x"], noise.normal((16, 2)), t)
-        real_logits = logits_of(nets.critic.raw(real, t, condition))
-        fake_logits = logits_of(nets.critic.raw(x_t, t, condition))
+        real_logits, fake_logits = logits_by_hand(nets)
     torch.testing.assert_close(loss.value.detach(), gan_critic_loss(real_logits, fake_logits))
     loss.value.backward()
     assert all(p.grad is None for p in nets.student.network.parameters())
