@@ -104,8 +104,8 @@ def linear(weight: Tensor, seen: list[set[str]], reads_step: bool) -> Denoiser:
     return Denoiser(network, RectifiedFlow(), "x0")
 
 
-@pytest.mark.parametrize("loss", ["vsd", "dmd", "sid"])
-def test_the_fake_score_alone_is_told_the_step_and_no_gradient_passes_through_the_calls_before(loss: Any) -> None:
+@pytest.mark.parametrize(("loss", "sigma"), [("vsd", 2.5), ("dmd", 1.5), ("sid", 2.5)])
+def test_the_fake_score_alone_is_told_the_step_and_no_gradient_passes_through_the_calls_before(loss: Any, sigma: float) -> None:
     """Three linear networks by hand, in two steps: values and gradients of both losses."""
     weights = {
         name: torch.tensor(values, dtype=torch.float64, requires_grad=True)
@@ -115,7 +115,7 @@ def test_the_fake_score_alone_is_told_the_step_and_no_gradient_passes_through_th
     }  # fmt: skip
     seen: dict[str, list[set[str]]] = {name: [] for name in weights}
     nets: Any = SimpleNamespace(**{name: linear(weights[name], seen[name], name == "fake_score") for name in weights})
-    method = DistributionMatching(generator_loss=loss, steps=2, fake_score_reads_step=True)
+    method = DistributionMatching(generator_loss=loss, steps=2, fake_score_reads_step=True, sigma=sigma)
     label, rows = torch.arange(16) % 3, torch.arange(16)
     batch = {"x": torch.zeros(16, 2, dtype=torch.float64), "label": label}
 
@@ -124,9 +124,10 @@ def test_the_fake_score_alone_is_told_the_step_and_no_gradient_passes_through_th
         noise, (w, f) = Doubles(1, rows), (weights["student"], weights["fake_score"])
         z, second = noise.normal((16, 2)), noise.randint(0, 2, (16,)) == 1
         assert 0 < second.sum() < 16
-        t = 5 / 7 - 5 / 14 * second.double()
-        first = (w[0] * 5 / 7 * z + (w[1] * 5 / 7 + w[2] * label)[:, None]).detach()
-        x_t = torch.where(second[:, None], 9 / 14 * first + 5 / 14 * noise.normal((16, 2)), 5 / 7 * z)
+        start = sigma / (1 + sigma)
+        t = start - start / 2 * second.double()
+        first = (w[0] * start * z + (w[1] * start + w[2] * label)[:, None]).detach()
+        x_t = torch.where(second[:, None], (1 - start / 2) * first + start / 2 * noise.normal((16, 2)), start * z)
         x_g = w[0] * x_t + (w[1] * t + w[2] * label)[:, None]
         s, eps = method.times.sample(noise.uniform((16,)), RectifiedFlow()), noise.normal((16, 2))
         x_s = (1 - s)[:, None] * x_g + s[:, None] * eps

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gentrain.data.toys import Mixture
 from gentrain.extractors.closed_form import Signs
+from gentrain.extractors.label import Label
 from gentrain.methods.base import Clock
 from gentrain.methods.noise_consistency import NoiseConsistency, diffused, dual_loss
 from gentrain.models.control import CONTROL
@@ -18,25 +20,26 @@ from gentrain.models.multiplier import Multiplier
 from gentrain.noise import Noise
 from gentrain.paths.dual import Dual
 from gentrain.paths.rectified_flow import RectifiedFlow
-from gentrain.samplers.one_step import time_at
 from gentrain.training.optimizers import decay_groups
 
 PATH = RectifiedFlow()
-START = time_at(PATH, 2.5)
 ROWS = torch.arange(6)
 
 
 class Steered(nn.Module):
-    """x = b z + a c, where it is given a control."""
+    """x = b z + a c, where it is given a control; z comes times t, at the time where sigma / alpha = t / (1 - t) is `sigma`."""
 
-    def __init__(self, a: float, b: float):
+    def __init__(self, a: float, b: float, sigma: float = 2.5):
         super().__init__()
+        self.start = sigma / (1 + sigma)
         self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
         self.seen: list[Any] = []
 
     def forward(self, x: Tensor, t: Tensor, condition: Any = None) -> Tensor:
         self.seen.append(condition)
-        return self.b * x / START + (0 if condition is None else self.a * condition[CONTROL])
+        torch.testing.assert_close(t, torch.full_like(t, 1000 * self.start))
+        control = (condition or {}).get(CONTROL, torch.zeros(len(x)))
+        return self.b * x / self.start + self.a * control.reshape(len(x), -1)
 
 
 def nets_of(student: Steered, teacher: Steered) -> Any:
@@ -60,10 +63,10 @@ def test_diffused_noise_is_of_the_law_of_noise() -> None:
     assert torch.equal(diffused(z, eps, torch.ones(100_000)), eps)
 
 
-@pytest.mark.parametrize("distance", ["huber", "l2"])
-def test_the_loss_by_hand(distance: Any) -> None:
-    method = NoiseConsistency(control=Signs(), levels=4, distance=distance)
-    student, teacher = Steered(0.3, 0.8), Steered(9.0, 1.1)
+@pytest.mark.parametrize(("distance", "at"), [("huber", 2.5), ("l2", 1.5)])
+def test_the_loss_by_hand(distance: Any, at: float) -> None:
+    method = NoiseConsistency(control=Signs(), levels=4, distance=distance, sigma=at)
+    student, teacher = Steered(0.3, 0.8, at), Steered(9.0, 1.1, at)
     nets = nets_of(student, teacher)
     loss = method.student_loss(nets, {"x": torch.zeros(6, 2)}, Noise(3, ROWS))
     loss.value.backward()
@@ -85,6 +88,24 @@ def test_the_loss_by_hand(distance: Any) -> None:
     assert loss.logs["multiplier"].item() == pytest.approx(1, abs=1e-6)
     assert teacher.b.grad is None and nets.multiplier.raw.grad is None
     assert teacher.seen == [None]  # the generator knows no control
+
+
+def test_what_the_generator_knows_goes_to_both_and_the_control_to_the_student() -> None:
+    """A label and an embedded prompt go to both, in both losses; a control that is the label is shown to the student alone."""
+    batch = {"x": torch.zeros(6, 2), "label": ROWS % 3, "condition/text": torch.randn(6, 4)}
+    label = Label()
+    label.check_data(Mixture(components=3))
+    for control in (Signs(), label):
+        known = {} if control is label else {"label": batch["label"], "text": batch["condition/text"]}
+        method, nets = NoiseConsistency(control=control), nets_of(Steered(0.3, 0.8), Steered(0.0, 1.1))
+        nets.judge = lambda x: x.repeat(1, 2)[:, :3]
+        method.student_loss(nets, batch, Noise(3, ROWS))
+        method.multiplier_loss(nets, batch, Noise(3, ROWS))
+        student, teacher = nets.student.network.seen, nets.teacher.network.seen
+        assert (len(student), len(teacher)) == (4, 2)
+        for seen, own in [*((each, {CONTROL}) for each in student), *((each or {}, set()) for each in teacher)]:
+            assert set(seen) == {*known, *own}
+            assert all(torch.equal(seen[key], value) for key, value in known.items())
 
 
 def test_the_multiplier_rises_while_the_boundary_is_farther_than_the_margin_and_falls_else() -> None:

@@ -216,8 +216,8 @@ def time_by_hand(sigma: float) -> float:
     return low
 
 
-def generated(student: torch.nn.Module, z: Tensor, label: Tensor) -> Tensor:
-    t = torch.full((len(z),), time_by_hand(2.5), dtype=torch.float64)
+def generated(student: torch.nn.Module, z: Tensor, label: Tensor, sigma: float = 2.5) -> Tensor:
+    t = torch.full((len(z),), time_by_hand(sigma), dtype=torch.float64)
     a, s = at_time(t)
     return (s * z - s * student(s * z, t, {"label": label})) / a
 
@@ -263,8 +263,9 @@ def test_the_times_are_those_of_the_noise_levels() -> None:
     assert (flow.min().item(), flow.max().item()) == pytest.approx((0.137 / 1.137, 13 / 14), abs=1e-3)
 
 
-def test_the_fake_score_step_is_the_one_computed_by_hand() -> None:
-    count, method, nets = 32, method_of(mu=0.3, lam=0.7), nets_of()
+@pytest.mark.parametrize("sigma", [2.5, 1.5])
+def test_the_fake_score_step_is_the_one_computed_by_hand(sigma: float) -> None:
+    count, method, nets = 32, method_of(mu=0.3, lam=0.7, sigma=sigma), nets_of()
     remain, forget = run_update(method, nets, 0, count)
     found = gradients(nets, "fake_score")
     assert all(g is None for role in ("teacher", "student") for g in gradients(nets, role))
@@ -276,7 +277,7 @@ def test_the_fake_score_step_is_the_one_computed_by_hand() -> None:
         (0.3, torch.ones(count, dtype=torch.int64), forget),
     ):
         a, s = at_time(t)
-        x = generated(student, z, label).detach()
+        x = generated(student, z, label, sigma).detach()
         total = total + weight * (fake(a * x + s * eps, t, {"label": label}) - eps).square().sum(1).mean()
     total.backward()
     for ours, theirs in zip(found, gradients(nets, "fake_score"), strict=True):
@@ -291,9 +292,9 @@ def test_what_the_student_draws_for_the_fake_score_holds_no_gradient() -> None:
     assert all(g is not None for g in gradients(nets, "fake_score"))
 
 
-@pytest.mark.parametrize("alpha, guidance", [(1.2, 1.0), (1.0, 3.0)])
-def test_the_student_step_is_the_one_computed_by_hand(alpha: float, guidance: float) -> None:
-    count, method, nets = 32, method_of(mu=0.3, lam=0.7, alpha=alpha, guidance=guidance), nets_of()
+@pytest.mark.parametrize("alpha, guidance, sigma", [(1.2, 1.0, 2.5), (1.0, 3.0, 1.5)])
+def test_the_student_step_is_the_one_computed_by_hand(alpha: float, guidance: float, sigma: float) -> None:
+    count, method, nets = 32, method_of(mu=0.3, lam=0.7, alpha=alpha, guidance=guidance, sigma=sigma), nets_of()
     remain, forget = run_update(method, nets, 1, count)
     found = gradients(nets, "student")
     assert all(g is None for role in ("teacher", "fake_score") for g in gradients(nets, role))
@@ -303,7 +304,7 @@ def test_the_student_step_is_the_one_computed_by_hand(alpha: float, guidance: fl
     kept, lost = remaining_by_hand(remain[0]), torch.ones(count, dtype=torch.int64)
     for weight, label, asked, (z, t, eps) in ((1.0, kept, kept, remain[1:]), (0.7, lost, torch.zeros_like(lost), forget[1:])):
         a, s = at_time(t)
-        x_g = generated(student, z, label)
+        x_g = generated(student, z, label, sigma)
         x_t = a * x_g + s * eps
         null = x0_by_hand(teacher, x_t, t, torch.full((count,), -1))
         y = null + guidance * (x0_by_hand(teacher, x_t, t, asked) - null)
