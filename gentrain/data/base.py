@@ -136,6 +136,11 @@ class Data(Component, kind="data"):
         return False
 
     @property
+    def blank(self) -> bool:
+        """Whether x is 0 in all items: only its shape counts, and the labels or prompts. For methods that learn from no data."""
+        return False
+
+    @property
     def to_come(self) -> bool:
         """Whether the file is missing that tells its shape: an earlier stage of a recipe may write it."""
         return False
@@ -191,6 +196,10 @@ class Wrapped(Data):
     @property
     def weighted(self) -> bool:
         return self.data.weighted
+
+    @property
+    def blank(self) -> bool:
+        return self.data.blank
 
     @property
     def to_come(self) -> bool:

@@ -79,6 +79,10 @@ class Combined(Data):
         return list(dict.fromkeys(name for part in self.parts for name in part.data.class_names))
 
     @property
+    def blank(self) -> bool:
+        return any(part.data.blank for part in self.parts)
+
+    @property
     def weighted(self) -> bool:
         return any(part.data.weighted for part in self.parts)
 

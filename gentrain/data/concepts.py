@@ -94,6 +94,10 @@ class Concepts(Data):
         return ()
 
     @property
+    def blank(self) -> bool:
+        return True
+
+    @property
     def licence(self) -> str:
         return f"prompts alone: {self.prompts.licence}"
 

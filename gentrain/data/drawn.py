@@ -28,6 +28,10 @@ class Drawn(Labels):
     held_out: Fraction = option(0.1, "part that is kept from training: the last of the samples")
 
     @property
+    def blank(self) -> bool:
+        return False
+
+    @property
     def licence(self) -> str:
         return f"drawn by a model (samples in {self.directory}): what binds its output binds them"
 

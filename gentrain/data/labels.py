@@ -55,6 +55,10 @@ class Labels(Data):
         return self.classes
 
     @property
+    def blank(self) -> bool:
+        return True
+
+    @property
     def licence(self) -> str:
         return "no data were read: the data of the model that this one was made from are described there"
 

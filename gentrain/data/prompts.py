@@ -37,6 +37,10 @@ class Prompts(Data):
     def class_names(self) -> Sequence[str]:
         return ()
 
+    @property
+    def blank(self) -> bool:
+        return True
+
     @cached_property
     def captions(self) -> Sequence[str]:
         """Raises ValueError when there are none, or the file cannot be read."""

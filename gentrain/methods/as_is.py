@@ -18,5 +18,9 @@ class AsIs(Method):
     roles: ClassVar[dict[str, Role]] = {"model": Frozen(given=True)}
     generator: ClassVar[str | None] = "model"
 
+    @property
+    def reads_data(self) -> bool:
+        return False
+
     def updates(self, clock: Clock) -> Iterator[Update]:
         raise ValueError("as_is trains nothing; draw from a run of it that the stage `adopt` has written")

@@ -61,6 +61,8 @@ class Role:
         model: its network where the config names none for the role; None = the run's.
         flow: its weights must be those of a generator whose flow samplers follow, no few-step student's.
         one_step: its weights must be those of a generator that is drawn from by the method's own sampler, if they are of a run that trains.
+        alike: its weights, if they are those of a student of one or a few calls, must be of one that the method's own sampler draws from.
+        consistency: its weights must be those of a consistency function, if they are of a run that trains.
         given: the config must name its weights, or a pretrained network: random ones would teach nothing.
         control: its network has a branch for this control, see models.control. Weights without one may be loaded.
         heads: what it learns in place of a network: heads on the features of one that starts as `init` does.
@@ -74,6 +76,8 @@ class Role:
     given: bool = False
     flow: bool = False
     one_step: bool = False
+    alike: bool = False
+    consistency: bool = False
     control: Extractor | None = None
     heads: Heads | None = None
 
@@ -189,6 +193,11 @@ class Method(Component, kind="method"):
     @property
     def forward_mode(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether it learns from the data themselves; False = from their shape, labels and prompts at most, so that x may be blank."""
+        return True
 
     def check(self, path: Path) -> None:
         """Raises ValueError, or ConfigError about one of its keys, naming what would do, when the method does not work on the path.

@@ -26,7 +26,7 @@ from gentrain.paths.times import LogNormal
 from gentrain.rewards.base import Texts
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.few_step import FewStep, require_apart, require_few_step, simulate
-from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
+from gentrain.samplers.one_step import SIGMA, OneStep, check_sigma, generate, require_one_step
 
 Divergence = Literal["rkl", "kl", "js", "sf", "neyman", "sh", "jf"]
 GeneratorLoss = Literal["vsd", "dmd", "sid", "rkl", "kl", "js", "sf", "neyman", "sh", "jf", "ladd"]
@@ -125,7 +125,7 @@ class DistributionMatching(LedByScores):
     """
 
     roles: ClassVar[dict[str, Role]] = {
-        "teacher": Frozen(given=True),
+        "teacher": Frozen(given=True, flow=True),
         "fake_score": Trained(init="teacher"),
         "student": Trained(init="teacher", ema=True),
     }
@@ -218,8 +218,12 @@ class DistributionMatching(LedByScores):
     def _has_critic(self) -> bool:
         return self.critic_weight > 0 or self._divergence is not None
 
+    @property
+    def reads_data(self) -> bool:
+        return self._has_critic or self.prompt_critic is not None
+
     def check(self, path: Path) -> None:
-        time_at(path, self.sigma)
+        check_sigma(path, self.sigma)
         try:
             require_apart(path, self.sigma, self.steps)
         except ValueError as error:

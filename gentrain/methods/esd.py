@@ -67,6 +67,10 @@ class ErasedDiffusion(Forgetting):
     guidance: NonNegativeFloat = option(3.0, "of the samples that it is trained on", source="arXiv:2303.07345, code release")
     steps: PositiveInt = option(5, "of the way from noise to the time that is trained")
 
+    @property
+    def reads_data(self) -> bool:
+        return False
+
     def check_data(self, data: Data) -> None:
         super().check_data(data)
         if self.surrogate == "replacement" and not self.prompted:

@@ -33,7 +33,7 @@ from gentrain.paths.base import Path, TimeLaw
 from gentrain.paths.times import LogNormal
 from gentrain.rewards.base import Reward
 from gentrain.samplers.base import Sampler
-from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
+from gentrain.samplers.one_step import SIGMA, OneStep, check_sigma, generate, require_one_step
 
 
 @register("jdm")
@@ -85,17 +85,22 @@ class JDM(LedByScores):
             raise ConfigError("the class is the control, and the teacher knows none to guide by; set it to 1", key="guidance")
         if self.reward is not None and not self.reward.differentiable:
             raise ConfigError(f"the reward {self.reward.registered_name} has no gradient to follow", key="reward")
+        seen_by_fake = self.control if self.fake_score_conditioning == "control" else None
         roles: dict[str, Role] = {
-            "teacher": Frozen(given=True),
-            "fake_score": Trained(init="teacher", control=self.control if self.fake_score_conditioning == "control" else None),
+            "teacher": Frozen(given=True, flow=True),
+            "fake_score": Trained(init="teacher", alike=True, control=seen_by_fake),
             "student": Trained(init="teacher", ema=True, one_step=True, control=self.control, trainable=BRANCH),
         }
         if self.condition_at == "noisy":
-            roles["consistency"] = Frozen(given=True)
+            roles["consistency"] = Frozen(given=True, consistency=True)
         vars(self)["roles"] = with_judges(roles, control=self.control, reward=self.reward)
 
+    @property
+    def reads_data(self) -> bool:
+        return not self.control.labels
+
     def check(self, path: Path) -> None:
-        time_at(path, self.sigma)
+        check_sigma(path, self.sigma)
         if path.space.bounds is not None:
             raise ValueError("jdm needs samples that may move freely, not a space with walls; take free or dual")
 

@@ -22,7 +22,7 @@ from gentrain.models.multiplier import Multiplier
 from gentrain.noise import Noise
 from gentrain.paths.base import Path, expand
 from gentrain.samplers.base import Sampler
-from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
+from gentrain.samplers.one_step import SIGMA, OneStep, check_sigma, generate, require_one_step
 
 
 def diffused(z: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
@@ -63,8 +63,12 @@ class NoiseConsistency(Method):
         }
         vars(self)["roles"] = with_judges(roles, control=self.control)
 
+    @property
+    def reads_data(self) -> bool:
+        return False
+
     def check(self, path: Path) -> None:
-        time_at(path, self.sigma)
+        check_sigma(path, self.sigma)
         if not path.space.normal:  # see diffused
             raise ValueError(
                 "noise_consistency adds draws of noise up, which leaves only a normal law as it is; take free, or dual with nu .inf"

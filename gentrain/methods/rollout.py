@@ -108,6 +108,10 @@ class RewardedRollout(Method):
         assert isinstance(self.sampler, Chain)
         return self.sampler
 
+    @property
+    def reads_data(self) -> bool:
+        return False
+
     def check(self, path: Path) -> None:
         if isinstance(path, ReflectedHeat) or not isinstance(path.space, Free):
             raise ValueError(f"{self.registered_name} needs x_t = alpha x0 + sigma eps with normal noise in free space")

@@ -21,7 +21,7 @@ from gentrain.noise import Noise
 from gentrain.paths.base import Path, expand
 from gentrain.samplers.base import Sampler
 from gentrain.samplers.guidance import guided_x0
-from gentrain.samplers.one_step import SIGMA, OneStep, generate, require_one_step, time_at
+from gentrain.samplers.one_step import SIGMA, OneStep, check_sigma, generate, require_one_step, time_at
 
 _LEAST_OMEGA = 1e-5
 CLASSIFIER = "classifier"
@@ -68,9 +68,9 @@ class ScoreForgetting(Forgetting):
     """
 
     roles: ClassVar[dict[str, Role]] = {
-        "teacher": Frozen(given=True),
-        "fake_score": Trained(init="teacher"),
-        "student": Trained(init="teacher", ema=True),
+        "teacher": Frozen(given=True, flow=True),
+        "fake_score": Trained(init="teacher", alike=True),
+        "student": Trained(init="teacher", ema=True, alike=True),
     }
     generator: ClassVar[str | None] = "student"
     guarded: ClassVar[tuple[str, ...]] = ("loss/fake_score", "grad_norm/fake_score")
@@ -100,9 +100,15 @@ class ScoreForgetting(Forgetting):
         if self.override == CLASSIFIER:
             vars(self)["roles"] = {**type(self).roles, "judge": Frozen(given=True, denoiser=False, classifier=True)}
 
+    @property
+    def reads_data(self) -> bool:
+        return False
+
     def check(self, path: Path) -> None:
-        for sigma in (self.sigma, self.sigma_min, self.sigma_max):
-            time_at(path, sigma)
+        if path.space.bounds is not None:
+            raise ValueError("sfd needs samples that may move freely, not a space with walls; take free or dual")
+        for key in ("sigma", "sigma_min", "sigma_max"):
+            check_sigma(path, getattr(self, key), key)
 
     def own_sampler(self) -> Sampler:
         return OneStep(sigma=self.sigma)

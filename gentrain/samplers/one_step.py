@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from gentrain.config import option, register
+from gentrain.config import errors_about, option, register
 from gentrain.models.base import Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise
@@ -19,15 +19,21 @@ from gentrain.samplers.base import Sampler
 SIGMA = 2.5  # SiD's sigma_init (arXiv:2404.04057, section 4)
 
 
-def time_at(path: Path, sigma: float) -> float:
-    """The time at which sigma(t) / alpha(t) is `sigma`. Raises ValueError where the path has none."""
+def time_at(path: Path, sigma: float, key: str = "sigma") -> float:
+    """The time at which sigma(t) / alpha(t) is `sigma`. Raises ValueError, naming the option `key`, where the path has none."""
     t = path.time_of_log_snr(torch.tensor(-2 * math.log(sigma), dtype=torch.float64))
     there = (-path.log_snr(t) / 2).exp()
     if not torch.isclose(there, there.new_tensor(sigma), rtol=1e-6):
         raise ValueError(
-            f"{path.registered_name} never has sigma / alpha = {sigma:g}, the nearest is {there:.4g}; set sigma to that or inside"
+            f"{path.registered_name} never has sigma / alpha = {sigma:g}, the nearest is {there:.4g}; set {key} to that or inside"
         )
     return float(t)
+
+
+def check_sigma(path: Path, sigma: float, key: str = "sigma") -> None:
+    """Raises ConfigError about the option `key` where the path has no such time."""
+    with errors_about(key):
+        time_at(path, sigma, key)
 
 
 def generate(denoiser: Denoiser, z: Tensor, sigma: float, condition: Condition | None) -> Tensor:

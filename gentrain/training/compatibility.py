@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from gentrain.config import ConfigError, errors_about
+from gentrain.data.concepts import Concepts
 from gentrain.data.tokens import TokenData
 from gentrain.methods.base import Clock, Follow, Method, Trained
 from gentrain.models.adapters import Adapter
@@ -150,6 +151,24 @@ def _check_data(run: RunConfig) -> None:
         raise ConfigError(f"{run.method.registered_name} does not weigh its samples, which have weights; these do: {able}", key="data")
     with errors_about("method", otherwise="data"):
         run.method.check_data(run.data)
+    if run.data.blank and run.method.reads_data:
+        said = f"{run.method.registered_name} learns from the data themselves here, and {run.data.registered_name} holds none: each x is 0"
+        raise ConfigError(f"{said}; name a data set that does", key="data")
+    with errors_about("", otherwise="data"):
+        _check_prompts(run)
+
+
+def _check_prompts(run: RunConfig) -> None:
+    """That the networks read prompts, where they are all that the method goes by."""
+    data, reads = run.data, f"{run.model.registered_name} reads no prompts"
+    if isinstance(data, Concepts) and not run.codec().takes_prompts:
+        remedy = "take the network of a text-to-image pipeline (model: pretrained), or data with classes and method.forget"
+        raise ConfigError(f"{reads}, so that nothing would be forgotten; {remedy}", key="data")
+    for key, none in (("guidance", 1.0), ("mixing", 0.0)):
+        given = getattr(run.method, key, none)
+        guided = any(weight != none for weight in (given if isinstance(given, list | tuple) else [given]))
+        if guided and not data.class_names and data.captions and not run.codec().takes_prompts:
+            raise ConfigError(f"{reads}, so that the captions guide nothing; set it to {none:g}", key=f"method.{key}")
 
 
 def _check_tokens(run: RunConfig) -> None:

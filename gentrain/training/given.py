@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from gentrain.config import ConfigError
-from gentrain.methods.base import Trained
+from gentrain.methods.base import Frozen, Trained
 from gentrain.models.base import Model
 from gentrain.paths.base import same_law
+from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.euler import Euler
+from gentrain.samplers.few_step import FewStep
+from gentrain.samplers.one_step import OneStep
 from gentrain.training.run import CONFIG, RunConfig, described, open_run
+
+log = logging.getLogger(__name__)
 
 
 def source_of(run: RunConfig, role: str) -> str:
@@ -20,8 +26,7 @@ def source_of(run: RunConfig, role: str) -> str:
 
 def refuse_other_law(run: RunConfig, role: str) -> None:
     """Raises ConfigError when the weights that a role starts from were trained on another path, as another prediction or with another scale
-    of time than the run reads them, follow no flow where one is needed, are drawn from otherwise where one call is, or by a model that
-    reads otherwise.
+    of time than the run reads them, are of another kind of generator than the role needs, or by a model that reads otherwise.
 
     Weights that are not there yet, which only a plan may meet, are not looked at.
     """
@@ -33,16 +38,7 @@ def refuse_other_law(run: RunConfig, role: str) -> None:
     refuse_other_reading(theirs, source, run.model_of(role), f"roles.{role}.weights")
     if not run.method.roles[role].denoiser or not theirs.method.roles[source].denoiser:
         return
-    if run.method.roles[role].flow:
-        try:
-            theirs.method.check_sampler(Euler())
-        except ValueError as error:
-            said = f"{weights} holds a student of {theirs.method.registered_name}, which follows no flow; name its teacher's run"
-            raise ConfigError(said, key=f"roles.{role}.weights") from error
-    drawn = (theirs.method.own_sampler(), run.method.own_sampler())
-    if run.method.roles[role].one_step and isinstance(theirs.method.roles[source], Trained) and drawn[0] != drawn[1]:
-        said = f"what {weights} holds is drawn from by {described(drawn[0])}, and here by {described(drawn[1])}"
-        raise ConfigError(f"{said}; name the run of a one-step student of that sigma", key=f"roles.{role}.weights")
+    _refuse_other_kind(theirs, source, run, role)
     models = (theirs.model_of(source), run.model_of(role))
     scales = [getattr(model, "time_scale", None) for model in models]
     if models[0].registered_name == models[1].registered_name and scales[0] != scales[1]:
@@ -50,6 +46,43 @@ def refuse_other_law(run: RunConfig, role: str) -> None:
     if theirs.prediction != run.prediction or not same_law(theirs.path, run.path):
         said = f"path: {described(theirs.path)} and prediction: {theirs.prediction}"
         raise ConfigError(f"{weights} was trained otherwise than it is read here; give this run its {said}", key=f"roles.{role}.weights")
+
+
+def _refuse_other_kind(theirs: RunConfig, source: str, run: RunConfig, role: str) -> None:
+    """Raises ConfigError when the role needs a flow, a consistency function or a student of its calls, and a run's role is none."""
+    wanted, weights, key = run.method.roles[role], run.role_settings(role).weights, f"roles.{role}.weights"
+    if wanted.flow:
+        try:
+            theirs.method.check_sampler(Euler())
+        except ValueError as error:
+            said = f"{weights} holds a student of {theirs.method.registered_name}, which follows no flow; name its teacher's run"
+            raise ConfigError(said, key=key) from error
+    if not isinstance(theirs.method.roles[source], Trained):
+        return
+    drawn, here = theirs.method.own_sampler(), run.method.own_sampler()
+    if drawn != here and (wanted.one_step or (wanted.alike and isinstance(drawn, OneStep | FewStep))):
+        remedy = "name the run of a one-step student of that sigma" + (", or its teacher's" if wanted.alike else "")
+        raise ConfigError(f"what {weights} holds is drawn from by {described(drawn)}, and here by {described(here)}; {remedy}", key=key)
+    if wanted.consistency and not isinstance(drawn, Consistency):
+        said = f"{weights} was trained by {theirs.method.registered_name}, which makes no consistency function"
+        raise ConfigError(f"{said}; name a run of consistency_distillation or its kin", key=key)
+
+
+def warn_of_untrained_null(run: RunConfig) -> None:
+    """Of frozen roles that guide by a null class which their own training left out. Before training, not whenever a run is opened."""
+    given = getattr(run.method, "guidance", 1.0)
+    guided = any(weight != 1 for weight in (given if isinstance(given, list | tuple) else [given]))
+    for name, role in run.method.roles.items():
+        weights = run.role_settings(name).weights
+        if not guided or weights is None or not isinstance(role, Frozen) or not role.denoiser or role.consistency:
+            continue
+        if getattr(open_run(weights, f"roles.{name}.weights").method, "label_dropout", None) == 0:
+            log.warning(
+                "method.guidance asks role %r for the null class, which %s, trained with method.label_dropout = 0, has never met: train it "
+                "with 0.1, or set method.guidance to 1",
+                name,
+                weights,
+            )
 
 
 def refuse_other_reading(theirs: RunConfig, source: str, model: Model, key: str) -> None:

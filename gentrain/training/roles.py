@@ -24,7 +24,7 @@ from gentrain.training.blocks import compile_blocks, recompute
 from gentrain.training.checkpoint import Checkpoint, CheckpointError
 from gentrain.training.compatibility import warn_of_fast_times
 from gentrain.training.engine import RoleEngine, State, as_read, frozen
-from gentrain.training.given import refuse_other_law, source_of
+from gentrain.training.given import refuse_other_law, source_of, warn_of_untrained_null
 from gentrain.training.learning import dropouts, hold_the_rest, number_groups
 from gentrain.training.run import RunConfig, open_run
 from gentrain.training.saving import together
@@ -68,6 +68,7 @@ class Roles:
         run.check_space()
         if world.rank == 0:
             warn_of_fast_times(run)
+            warn_of_untrained_null(run)
         self.engines: dict[str, RoleEngine] = {}
         self.frozen: dict[str, nn.Module] = {}
         self.codec = run.codec().to(world.device)

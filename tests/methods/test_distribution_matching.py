@@ -410,7 +410,7 @@ training: {samples: 64, batch_size: 16}
     [
         ("roles={}", "roles.teacher.weights", "needs the weights of its teacher"),
         ("method.generator_loss=tv", "method.generator_loss", "expected one of vsd, dmd, sid"),
-        ("method.sigma=100", "path", "never has sigma / alpha = 100"),
+        ("method.sigma=100", "method.sigma", "never has sigma / alpha = 100"),
         ("sampler=heun", "sampler", "one step at sigma 2.5"),
         ("path={name: reflected_heat}", "path", "not a space with walls; take free or dual"),
         ("method={generator_loss: sid, guidance_times: uniform}", "method.guidance_times", "leave guidance_times out"),

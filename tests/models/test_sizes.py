@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from benchmarks.sizes import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from gentrain.config import register
+from gentrain.data.prompts import Prompts
 from gentrain.training.memory import memory_of
 from gentrain.training.roles import count_parameters
 from gentrain.training.run import RunConfig
 from tests.distributed.cases import run_of
 
 MIB = 2**20
+
+
+@register("pictured_prompts")
+@dataclass
+class Pictured(Prompts):
+    """As if there were an image to each."""
+
+    blank: ClassVar[bool] = False  # type: ignore[misc]
 
 
 def run(root: Path, make: Callable[[Path], None], **more: Any) -> RunConfig:
@@ -25,7 +36,7 @@ def run(root: Path, make: Callable[[Path], None], **more: Any) -> RunConfig:
         {
             "model": {"name": "pretrained", "directory": str(root / make.__name__)},
             "method": "diffusion" if make in (stable_diffusion, stable_diffusion_xl) else "flow_matching",
-            "data": {"name": "prompts", "path": str(root / "prompts.txt"), "size": 512},
+            "data": {"name": "pictured_prompts", "path": str(root / "prompts.txt"), "size": 512},
             "training": {"samples": 8, "batch_size": 8},
             "cluster": {"place": "ray", "workers": 8},
             "output": str(root / "run"),
