@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
+
+from torch import nn
 
 from gentrain.config import ConfigError
 from gentrain.methods.base import Frozen, Trained
@@ -13,9 +16,14 @@ from gentrain.samplers.consistency import Consistency
 from gentrain.samplers.euler import Euler
 from gentrain.samplers.few_step import FewStep
 from gentrain.samplers.one_step import OneStep
+from gentrain.training.engine import State
 from gentrain.training.run import CONFIG, RunConfig, described, open_run
 
 log = logging.getLogger(__name__)
+
+_GAINED = ("inputs.", "control.")
+_AUGMENT = ("inputs.projections.augment.weight",)
+_CLASSES = re.compile("label_embedding|class_embed")  # parameters that have a row for each class, and one for none
 
 
 def source_of(run: RunConfig, role: str) -> str:
@@ -92,3 +100,38 @@ def refuse_other_reading(theirs: RunConfig, source: str, model: Model, key: str)
         if getattr(trained, name) != getattr(model, name):
             said = f"{theirs.output} was trained with {trained.registered_name} of {name}: {getattr(trained, name)}"
             raise ConfigError(f"{said}, and is read here with {name}: {getattr(model, name)}; make them equal", key=key)
+
+
+def load_into(module: nn.Module, weights: State, key: str) -> None:
+    """Gives a network weights, which may lack inputs and controls of its own. Raises ConfigError when they are of another network."""
+    # inputs and controls that the weights' network did not have add nothing at first: see models.inputs, models.control
+    gained = {name: value for name, value in module.state_dict().items() if name.startswith(_GAINED) and name not in weights}
+    # what a network was told of the augmentation of its images adds nothing where nobody tells it
+    weights = {name: value for name, value in weights.items() if name not in _AUGMENT or name in module.state_dict()} | gained
+    mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (module.state_dict(), weights))
+    if mine != theirs:
+        raise ConfigError(_difference(mine, theirs), key=key)
+    module.load_state_dict(weights)
+    if any(name.startswith("control.") for name in gained):
+        module.begin_control()  # type: ignore[operator]
+
+
+def _difference(mine: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]]) -> str:
+    """Why weights of the shapes `theirs` are not those of a role's network, by parameter, with the remedy."""
+    other = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+    name, gained = other[0], [name for name in other if name not in mine]
+    if name.startswith("inputs.projections.") and name in gained:
+        said = f"the network that these weights are of is given {name.split('.')[2]!r}, too, and this role's is not"
+        return f"{said}; name a run without, such as the one that they began from"
+    if all(name.startswith("control.") for name in other):
+        what = "has the branch of a control, which this role has not" if other == gained else "has the branch of another control"
+        return f"the network that these weights are of {what}; name a run without one, such as the one that they began from"
+    if all(_CLASSES.search(name) for name in other):
+        there, here = (where[name][0] - 1 if name in where else 0 for where in (theirs, mine))
+        said = f"the network that these weights are of knows {there or 'no'} classes, and this role's knows {here or 'none'}"
+        without = "name a run on the data set `unlabelled`" if here == 0 else "wrap the data in the data set `unlabelled`"
+        return f"{said}; {'take the data of that run, or name one on these' if there and here else without}"
+    shapes = " and ".join(
+        f"{list(where[name]) if name in where else 'absent'} in {what}" for where, what in ((theirs, "them"), (mine, "it"))
+    )
+    return f"the weights are of another network: {name!r} is {shapes}; give the role the `model:` of the run they come from"

@@ -24,15 +24,12 @@ from gentrain.training.blocks import compile_blocks, recompute
 from gentrain.training.checkpoint import Checkpoint, CheckpointError
 from gentrain.training.compatibility import warn_of_fast_times
 from gentrain.training.engine import RoleEngine, State, as_read, frozen
-from gentrain.training.given import refuse_other_law, source_of, warn_of_untrained_null
+from gentrain.training.given import load_into, refuse_other_law, source_of, warn_of_untrained_null
 from gentrain.training.learning import dropouts, hold_the_rest, number_groups
 from gentrain.training.run import RunConfig, open_run
 from gentrain.training.saving import together
 from gentrain.training.world import RankGroup, World
 from gentrain.training.zero import shard_frozen
-
-_GAINED = ("inputs.", "control.")
-_AUGMENT = ("inputs.projections.augment.weight",)
 
 
 class RoleNets:
@@ -87,7 +84,7 @@ class Roles:
             else:
                 module = build_network(run, name)
                 if resume is None or not isinstance(role, Trained):
-                    _load_into(module, _first_weights(run, name, module), f"roles.{name}.weights")
+                    load_into(module, _first_weights(run, name, module), f"roles.{name}.weights")
                 if name in drawing:
                     self.digests[name] = digest_of(module.state_dict())  # before they are rounded
                 module = module.to(run.engine_of(name).live_dtype)
@@ -283,7 +280,7 @@ def network_above(run: RunConfig, role: str, base: Base) -> OnBase:
 def _first_base(run: RunConfig, role: str) -> Base:
     """What lies below what the role learns, on the host."""
     network = build_network(run, role)
-    _load_into(network, _first_weights(run, role, network), f"roles.{role}.weights")
+    load_into(network, _first_weights(run, role, network), f"roles.{role}.weights")
     base = Base(network)
     base.digest = digest_of(network.state_dict())
     return base
@@ -335,29 +332,6 @@ def _first_weights(run: RunConfig, role: str, module: nn.Module) -> State:
     return _first_weights(run, copied, build_network(run, copied)) if copied is not None else module.state_dict()
 
 
-def _load_into(module: nn.Module, weights: State, key: str) -> None:
-    # inputs and controls that the weights' network did not have add nothing at first: see models.inputs, models.control
-    gained = {name: value for name, value in module.state_dict().items() if name.startswith(_GAINED) and name not in weights}
-    # what a network was told of the augmentation of its images adds nothing where nobody tells it
-    weights = {name: value for name, value in weights.items() if name not in _AUGMENT or name in module.state_dict()} | gained
-    mine, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (module.state_dict(), weights))
-    if mine != theirs:
-        name = min(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-        if name.startswith("inputs.projections.") and name not in mine:
-            what = name.split(".")[2]
-            said = f"the network that these weights are of is given {what!r}, too, and this role's is not"
-            raise ConfigError(f"{said}; name a run without, such as the one that they began from", key=key)
-        shapes = " and ".join(
-            f"{list(where[name]) if name in where else 'absent'} in {what}" for where, what in ((theirs, "them"), (mine, "it"))
-        )
-        raise ConfigError(
-            f"the weights are of another network: {name!r} is {shapes}; give the role the `model:` of the run they come from", key=key
-        )
-    module.load_state_dict(weights)
-    if any(name.startswith("control.") for name in gained):
-        module.begin_control()  # type: ignore[operator]
-
-
 def load_weights(directory: str, key: str = "", role: str = "") -> State:
     """Weights of a run's newest checkpoint: the average where it keeps one. Raises ConfigError.
 
@@ -394,7 +368,7 @@ def _load_above(run: RunConfig, role: str) -> OnBase:
 
     weights = run.storage.read_newest(read)
     assert weights is not None
-    _load_into(module, weights, f"roles.{role}")
+    load_into(module, weights, f"roles.{role}")
     return module
 
 
@@ -415,7 +389,7 @@ def load_network(directory: str | Path, null_prompt: str | None = None) -> tuple
         module: nn.Module = _load_above(run, role)
     else:
         module = build_network(run, role)
-        _load_into(module, weights, "model")
+        load_into(module, weights, "model")
     module.eval().requires_grad_(False)
     run.fit_space()
     return run.seen(role, module), run

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gentrain.config import ConfigError
-from gentrain.training.given import refuse_other_law, warn_of_untrained_null
+from gentrain.training.given import load_into, refuse_other_law, warn_of_untrained_null
+from gentrain.training.roles import build_network
 from gentrain.training.run import RunConfig, save_config
 from tests.distributed.cases import run_of
 
@@ -103,3 +105,43 @@ def test_a_teacher_that_never_met_the_null_class_is_told(runs: Path, method: dic
         assert not caplog.records
         warn_of_untrained_null(using(runs, method | {"guidance": 2}, teacher="unguided"))
     assert "method.guidance asks role 'teacher' for the null class, which " in caplog.text and "has never met" in caplog.text
+
+
+# --- weights of another network -------------------------------------------------------------------------------------------------
+
+
+def states(name: str, **changed: Any) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The role's network, and its weights."""
+    settings = {"method": "flow_matching", "data": "rings", "model": "mlp", "training": {"samples": 8}, "output": "unused"}
+    network = build_network(run_of(settings | changed), name)
+    return network, network.state_dict()
+
+
+LABELLED = states("model")
+UNLABELLED = states("model", data={"name": "unlabelled", "data": "rings"})
+OTHERWISE = states("model", data={"name": "rings", "rings": 5})
+STEERED_FLOW = states("model", method={"name": "flow_matching", "control": "signs"}, roles={"model": {"weights": "unused"}})
+
+
+@pytest.mark.parametrize(
+    ("role", "weights", "said"),
+    [
+        (LABELLED, UNLABELLED, "knows no classes, and this role's knows 3; wrap the data in the data set `unlabelled`"),
+        (UNLABELLED, LABELLED, "knows 3 classes, and this role's knows none; name a run on the data set `unlabelled`"),
+        (LABELLED, OTHERWISE, "knows 5 classes, and this role's knows 3; take the data of that run, or name one on these"),
+        (LABELLED, STEERED_FLOW, "has the branch of a control, which this role has not; name a run without one"),
+        (LABELLED, states("model", model={"name": "mlp", "width": 8}), "give the role the `model:` of the run they come from"),
+    ],
+)
+def test_what_another_network_has_otherwise_is_told(role: Any, weights: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_into(role[0], weights[1], "roles.teacher.weights")
+    assert caught.value.key == "roles.teacher.weights"
+    load_into(role[0], role[1], "roles.teacher.weights")
+
+
+def test_of_two_controls_the_other_is_told() -> None:
+    weights = {name: value[:1] if name.startswith("control.") else value for name, value in STEERED_FLOW[1].items()}
+    with pytest.raises(ConfigError, match="has the branch of another control; name a run without one"):
+        load_into(STEERED_FLOW[0], weights, "roles.student.weights")
+    load_into(STEERED_FLOW[0], LABELLED[1], "roles.student.weights")  # a branch begins anew
