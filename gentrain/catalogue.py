@@ -121,7 +121,8 @@ def roles_table(name: str, run: RunConfig) -> Table:
             numbers = ("known when its data are written" if run.data.to_come else "known when its pipeline is written", "")
         else:
             count, learning = count_parameters(run, role)
-            refuse_other_law(run, role)
+            with run.errors_here():
+                refuse_other_law(run, role)
             numbers = (f"{count:,}", f"{learning:,}" if learns else "")
         table.add_row(role, run.model_of(role).registered_name, *numbers, average, engine)
     return table

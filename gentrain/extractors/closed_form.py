@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, pad, softplus
 
@@ -30,7 +30,7 @@ def grey(images: Tensor) -> Tensor:
 class DownSampling(Map):
     """The image in blocks of their mean colour, in [0, 1]: a control of super-resolution."""
 
-    factor: PositiveInt = option(4, "side of a block", unit="pixels")
+    factor: Annotated[int, Field(ge=2)] = option(4, "side of a block", unit="pixels")
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         if shape[1] % self.factor or shape[2] % self.factor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot
 
-from gentrain.config import register
+from gentrain.config import errors_about, register
+from gentrain.data.base import Data
 from gentrain.extractors.base import Map, OfImage
 from gentrain.models.control import Form
 from gentrain.models.hub import fetched, files_of
@@ -57,6 +58,15 @@ _loaded = cache(_Pretrained)
 class _OfDirectory(FromPretrained, OfImage):
     model_class: ClassVar[str]
 
+    def check_data(self, data: Data) -> None:
+        super().check_data(data)
+        with errors_about("directory"):
+            self._config()
+            self.form(tuple(data.shape))
+
+    def _config(self) -> dict[str, Any]:
+        return read_json(local_file(self.directory, self.revision, "config.json"))
+
     def found(self, x: Tensor, output: str) -> Tensor:
         return _loaded(self.directory, self.revision, self.model_class, x.device)(x, output)
 
@@ -87,7 +97,7 @@ class Segmentation(_OfDirectory):
 
     def form(self, shape: tuple[int, ...]) -> Form:
         """Raises ValueError when the model's configuration names no classes."""
-        classes = read_json(local_file(self.directory, self.revision, "config.json")).get("id2label")
+        classes = self._config().get("id2label")
         if not isinstance(classes, dict):
             raise ValueError(f"{self.directory} names no classes; take a model for semantic segmentation")
         return Form((len(classes), *shape[1:]))

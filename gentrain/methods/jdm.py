@@ -100,6 +100,8 @@ class JDM(LedByScores):
         return not self.control.labels
 
     def check(self, path: Path) -> None:
+        if not self.condition_weight and self.reward is None:
+            raise ConfigError("the student would learn nothing of the control; set it above 0", key="condition_weight")
         check_sigma(path, self.sigma)
         if path.space.bounds is not None:
             raise ValueError("jdm needs samples that may move freely, not a space with walls; take free or dual")

@@ -23,14 +23,18 @@ def check_parts(run: RunConfig) -> None:
     """Of what a role learns beside a whole network. Raises ConfigError."""
     every: dict[str, RunConfig | RoleSettings] = {"": run, **{f"roles.{name}.": settings for name, settings in run.roles.items()}}
     for name, given in every.items():
-        if name and run.method.roles[name.split(".")[1]].heads is not None and (given.adapter or given.trainable):
-            raise ConfigError("this role learns heads on the features of a network; leave it out", key=name.removesuffix("."))
+        role = run.method.roles[name.split(".")[1]] if name else None
+        if role is not None and role.heads is not None:
+            for key in ("weights", "model", "adapter", "trainable"):
+                if getattr(given, key):
+                    raise ConfigError(f"this role learns heads on the features of {role.heads.of}; leave it out", key=f"{name}{key}")
+        for key in ("adapter", "trainable"):
+            if role is not None and not isinstance(role, Trained) and getattr(given, key):
+                raise ConfigError("this role does not learn; leave it out", key=f"{name}{key}")
         if given.trainable is None:
             continue
         if given.adapter is not None:
             raise ConfigError("a role learns an adapter or some of its parameters, not both; leave one out", key=f"{name}trainable")
-        if name and not isinstance(run.method.roles[name.split(".")[1]], Trained):
-            raise ConfigError("this role does not learn; leave it out", key=f"{name}trainable")
         try:
             check_pattern(given.trainable)
         except ValueError as error:
@@ -43,11 +47,12 @@ def check_parts(run: RunConfig) -> None:
 
 
 def check_optimizers(run: RunConfig) -> None:
-    """Of each role that learns: with its engine, its average, its groups and the batch. Raises ConfigError."""
+    """Of each role that learns: with its engine, its average, its groups and the batch; others have none. Raises ConfigError."""
     for name, role in run.method.roles.items():
         if not isinstance(role, Trained):
-            if run.role_settings(name).groups:
-                raise ConfigError("this role does not learn; leave it out", key=f"roles.{name}.groups")
+            for key in ("optimizer", "schedule", "groups"):
+                if getattr(run.role_settings(name), key):
+                    raise ConfigError("this role does not learn; leave it out", key=f"roles.{name}.{key}")
             continue
         try:
             optimizer = run.optimizer_of(name)

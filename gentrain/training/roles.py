@@ -84,7 +84,7 @@ class Roles:
             else:
                 module = build_network(run, name)
                 if resume is None or not isinstance(role, Trained):
-                    load_into(module, _first_weights(run, name, module), f"roles.{name}.weights")
+                    _begin(run, name, module)
                 if name in drawing:
                     self.digests[name] = digest_of(module.state_dict())  # before they are rounded
                 module = module.to(run.engine_of(name).live_dtype)
@@ -195,6 +195,7 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
     """The role's network with the random weights that (seed, role) give. Raises ConfigError when it does not fit the data."""
     torch.manual_seed(derive(run.seed, "weights", role))
     model, classifies = run.model_of(role), run.method.roles[role].classifier
+    of_role = run.role_settings(role).model is not None or (classifies and not all(each.classifier for each in run.method.roles.values()))
     try:
         with torch.device("cpu"):  # sets that are held in memory may be read here, and on "meta" tensors hold no numbers
             classes = len(run.data.class_names)
@@ -225,8 +226,7 @@ def build_network(run: RunConfig, role: str) -> nn.Module:
             _add_control(network, part.control, codec.decoded_shape, model)
         return network
     except ValueError as error:
-        key = f"roles.{role}.model" if run.role_settings(role).model is not None else "model"
-        raise ConfigError(str(error), source=run.output, key=key) from error
+        raise ConfigError(str(error), source=run.output, key=f"roles.{role}.model" if of_role else "model") from error
 
 
 def _add_control(network: nn.Module, control: Extractor, shape: tuple[int, ...], model: Model) -> None:
@@ -235,7 +235,8 @@ def _add_control(network: nn.Module, control: Extractor, shape: tuple[int, ...],
         raise ValueError(f"{model.registered_name} takes no control; take unet, dit or mlp")
     with errors_about("method.control"):
         control.check_shape(shape)
-    add(control.form(shape))
+        form = control.form(shape)
+    add(form)
 
 
 def count_parameters(run: RunConfig, role: str) -> tuple[int, int]:
@@ -263,8 +264,13 @@ def network_above(run: RunConfig, role: str, base: Base) -> OnBase:
             key = "adapter.targets" if settings.adapter is None else f"roles.{role}.adapter.targets"
             above, inputs = Adapted(base, part), run.method.roles[role].inputs
             if inputs and not any(name.startswith("inputs.") for name in above.targets):
-                remedy = ", or take two equal weights in method.guidance, which need no input" if inputs == ("guidance",) else ""
-                raise ValueError(f"no layer that reads {', '.join(inputs)} is among the targets; name {inputs[0]}, too{remedy}")
+                remedy = f"name {inputs[0]}, too"
+                if any(run.part_of(name) == part and not each.inputs for name, each in run.method.roles.items()):
+                    key = f"roles.{role}.adapter.targets"
+                    remedy = f"give the role an adapter of its own that names {inputs[0]}, too: the others have no such layer"
+                elif inputs == ("guidance",):
+                    remedy += ", or take two equal weights in method.guidance, which need no input"
+                raise ValueError(f"no layer that reads {', '.join(inputs)} is among the targets; {remedy}")
             return above
         if isinstance(part, Heads):
             key = "method.critic_heads.layers"
@@ -280,7 +286,7 @@ def network_above(run: RunConfig, role: str, base: Base) -> OnBase:
 def _first_base(run: RunConfig, role: str) -> Base:
     """What lies below what the role learns, on the host."""
     network = build_network(run, role)
-    load_into(network, _first_weights(run, role, network), f"roles.{role}.weights")
+    _begin(run, role, network)
     base = Base(network)
     base.digest = digest_of(network.state_dict())
     return base
@@ -320,6 +326,12 @@ def _refuse_other_bases(resume: Checkpoint, bases: dict[str, str]) -> None:
                 f"what role {role!r} learnt in {resume.where} was trained on other weights than those below it now; "
                 "restore the pipeline or the run that they came from"
             )
+
+
+def _begin(run: RunConfig, role: str, network: nn.Module) -> None:
+    """Gives the role's freshly built network what it starts from."""
+    with run.errors_here():
+        load_into(network, _first_weights(run, role, network), f"roles.{role}.weights")
 
 
 def _first_weights(run: RunConfig, role: str, module: nn.Module) -> State:

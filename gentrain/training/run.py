@@ -268,7 +268,7 @@ class RunConfig:
 
     def fit_space(self) -> None:
         """Completes the data set and the path's space with what they take from the items. Raises ConfigError."""
-        with self._errors_here():
+        with self.errors_here():
             with errors_about("", otherwise="data"):
                 self.data.fit()
             self.method.fit()
@@ -277,11 +277,11 @@ class RunConfig:
 
     def check_space(self) -> None:
         """After `fit_space`, before training: raises ConfigError when the data lie outside of the set that the path is confined to."""
-        with self._errors_here(), errors_about("", otherwise="path.space"):
+        with self.errors_here(), errors_about("", otherwise="path.space"):
             self.path.space.check(self.data)
 
     @contextmanager
-    def _errors_here(self) -> Iterator[None]:
+    def errors_here(self) -> Iterator[None]:
         """A ConfigError that leaves it and names no file is about this run."""
         try:
             yield
@@ -292,7 +292,8 @@ class RunConfig:
         return self.roles.get(role) or RoleSettings()
 
     def model_of(self, role: str) -> Model:
-        return self.role_settings(role).model or self.method.roles[role].model or self.model
+        part = self.method.roles[role]
+        return self.model_of(part.heads.of) if part.heads else self.role_settings(role).model or part.model or self.model
 
     def seen(self, role: str, network: Any) -> Any:
         """The role's network, or what stands for it, as methods see it: a Denoiser or a TokenModel, or bare."""

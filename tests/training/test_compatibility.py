@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gentrain.config import ConfigError
+from gentrain.training.roles import Roles, build_network, count_parameters
 from gentrain.training.run import RunConfig
+from gentrain.training.world import World
 from tests.distributed.cases import run_of
 from tests.methods.captioned import CaptionedPatches
 from tests.models.pipelines import stable_diffusion
@@ -130,3 +133,65 @@ def test_a_level_that_the_path_never_has_is_one_of_its_key(key: str) -> None:
     value = 1e-4 if key == "sigma_min" else 100
     refused(f"method.{key}", rf"never has sigma / alpha = .* set {key} to that", method | {key: value}, LABELS, path=path)
     run(method | {key: 1.0 if key == "sigma_min" else 70}, LABELS, path=path)
+
+
+# --- settings without effect ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "value"), [("adapter", {"rank": 2}), ("trainable", "x"), ("optimizer", "adamw"), ("schedule", "constant")])
+def test_a_frozen_role_learns_by_nothing(key: str, value: Any) -> None:
+    roles = {"teacher": {"weights": "runs/teacher", key: value}, "consistency": {"weights": "runs/consistency"}}
+    noisy = BLURRED | {"condition_at": "noisy"}
+    refused(f"roles.teacher.{key}", "this role does not learn; leave it out", noisy, "digits", roles=roles)
+    roles = {"teacher": {"weights": "runs/teacher"}, "consistency": {"weights": "runs/consistency", key: value}}
+    refused(f"roles.consistency.{key}", "this role does not learn; leave it out", noisy, "digits", roles=roles)
+    roles = {"teacher": {"weights": "runs/teacher", "placement": "sharded"}, "fake_score": {key: value}}
+    run(MATCHING, "digits", roles=roles)
+
+
+def test_a_control_that_counts_for_nothing_is_refused() -> None:
+    said = "learn nothing of the control; set it above 0"
+    refused("method.condition_weight", said, BLURRED | {"condition_weight": 0}, "digits")
+    run(BLURRED | {"condition_weight": 0.01}, "digits")
+    refused(
+        "method.control.factor", "expected a whole number >= 2", BLURRED | {"control": {"name": "down_sampling", "factor": 1}}, "digits"
+    )
+
+
+def test_a_judge_without_a_network_of_its_own_is_told_where_it_goes() -> None:
+    judged, judge = {"name": "jdm", "control": "label"}, {"weights": "runs/judge"}
+    roles = {"teacher": {"weights": "runs/teacher"}, "judge": judge}
+    with pytest.raises(ConfigError, match=r"a network that classifies is needed, and unet does not; there are: cnn$") as caught:
+        build_network(run(judged, "digits", roles=roles), "judge")
+    assert caught.value.key == "roles.judge.model"
+    build_network(run(judged, "digits", roles=roles | {"judge": judge | {"model": "cnn"}}), "judge")
+
+
+@pytest.mark.parametrize("control", ["depth", "segmentation"])
+def test_the_model_of_a_control_is_looked_for_before_training(tmp_path: Path, control: str) -> None:
+    steered = {"name": "jdm", "control": {"name": control, "directory": str(tmp_path)}}
+    refused("method.control.directory", "config.json does not exist; name a directory", steered, "digits")
+    (tmp_path / "config.json").write_text("{}")
+    if control == "segmentation":
+        refused("method.control.directory", "names no classes", steered, "digits")
+    (tmp_path / "config.json").write_text('{"id2label": {"0": "sky"}}')
+    run(steered, "digits")
+
+
+def test_of_an_adapter_that_reads_no_step_the_role_is_told() -> None:
+    told, part = MATCHING | {"steps": 2, "fake_score_reads_step": True}, {"rank": 2, "targets": ["linear"]}
+    few = {"rank": 2, "targets": ["output"]}
+    data, teacher = {"name": "labels", "size": [2], "classes": ["a", "b"]}, {"teacher": {"weights": "runs/teacher"}}
+    with pytest.raises(ConfigError, match="give the role an adapter of its own that names step, too") as caught:
+        count_parameters(run(told, data, model="mlp", adapter=few, roles=teacher), "fake_score")
+    assert caught.value.key == "roles.fake_score.adapter.targets"
+    mended = run(told, data, model="mlp", adapter=few, roles=teacher | {"fake_score": {"adapter": few | {"targets": ["output", "step"]}}})
+    for settings in (mended, run(told, data, model="mlp", adapter=part, roles=teacher)):
+        assert count_parameters(settings, "fake_score")[1] and count_parameters(settings, "student")[1]
+
+
+def test_mistaken_weights_are_those_of_the_run(tmp_path: Path) -> None:
+    mistaken = run("flow_matching", "digits", None, roles={"model": {"weights": str(tmp_path)}}, output=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="is not a run's directory") as caught:
+        Roles(mistaken, World(0, 1, torch.device("cpu")))
+    assert (caught.value.source, caught.value.key) == (str(tmp_path / "out"), "roles.model.weights")

@@ -157,9 +157,10 @@ def test_groups_that_would_do_nothing_are_refused() -> None:
     for name in ("prodigy", "dog", "schedule_free", "nag_gs"):
         with pytest.raises(ConfigError, match=rf"roles\.model\.groups: {name} has one step size for all .*take adamw"):
             run_of(settings | {"optimizer": name} | _grouped(SLOW))
-    teacher = {"teacher": {"weights": "runs/teacher", "groups": SLOW}}
-    with pytest.raises(ConfigError, match=r"roles\.teacher\.groups: this role does not learn; leave it out"):
-        run_of(values(Path("unused"), "distribution_matching") | {"roles": teacher})
+    for key, value in {"groups": SLOW, "optimizer": "adamw", "schedule": "constant"}.items():
+        teacher = {"teacher": {"weights": "runs/teacher", key: value}}
+        with pytest.raises(ConfigError, match=rf"roles\.teacher\.{key}: this role does not learn; leave it out"):
+            run_of(values(Path("unused"), "distribution_matching") | {"roles": teacher})
 
 
 # --- the batch ----------------------------------------------------------------------------------------------------------------
