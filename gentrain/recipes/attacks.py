@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from gentrain.models.base import Codec, Condition
 from gentrain.models.denoiser import Denoiser
 from gentrain.noise import Noise, derive
 from gentrain.recipes.base import Stage
-from gentrain.recipes.evaluate import load_judge, write_metrics
+from gentrain.recipes.evaluate import judged_classes, load_judge, write_metrics
 from gentrain.recipes.features import apply_network
 from gentrain.recipes.generate import GRID
 from gentrain.samplers.base import Sampler
@@ -118,13 +118,22 @@ class Attack(Stage):
     sampler: Sampler | None = option(None, "null = the run's")
     seed: NonNegativeInt = option(0, "of the attack's noise")
 
+    def check(self, places: Mapping[Path, Stage]) -> None:
+        names = judged_classes(places, self.judge)
+        if names is not None:
+            self._class_of(names)
+
+    def _class_of(self, names: Sequence[str]) -> int:
+        """The number of the forgotten one."""
+        try:
+            return class_number(self.forget, names)
+        except ValueError as error:
+            raise ConfigError(str(error), key="forget") from error
+
     def target(self) -> Target:
         """Raises ConfigError when the run generates nothing, or nothing that the judge can read."""
         judge, known = load_judge(self.judge, self.data)
-        try:
-            forgotten = class_number(self.forget, known.class_names)
-        except ValueError as error:
-            raise ConfigError(str(error), key="forget") from error
+        forgotten = self._class_of(known.class_names)
         denoiser, run = load_network(self.run)
         if not isinstance(denoiser, Denoiser) or run.data.shape != known.shape:
             raise ConfigError(f"{self.run} draws nothing of the shape {known.shape} that {self.judge} judges", key="run")

@@ -71,6 +71,12 @@ class Stage(Component, kind="stage"):
     def place(self, directory: Path) -> None:
         """Told its directory before `settings` is asked for."""
 
+    def check(self, places: Mapping[Path, Stage]) -> None:
+        """Raises ConfigError, about a key of its own, for what other stages show to be impossible: as the recipe loads, before any runs.
+
+        places: the absolute directory of each stage before it -> that stage.
+        """
+
     @property
     def trained(self) -> RunConfig | None:
         """The run that it trains, if it does."""
@@ -152,6 +158,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> RecipeConfig
         stage.place(recipe.directory / name)
     _check_order(recipe, document.error)
     _check_samplers(recipe, document.error)
+    _check_stages(recipe, document.error)
     return recipe
 
 
@@ -206,6 +213,16 @@ def _check_samplers(recipe: RecipeConfig, error: Callable[[str, str], ConfigErro
             run.drawn_with(sampler)
         except ConfigError as wrong:
             raise error(f"stages.{name}.sampler", wrong.message) from wrong
+
+
+def _check_stages(recipe: RecipeConfig, error: Callable[[str, str], ConfigError]) -> None:
+    places: dict[Path, Stage] = {}
+    for name, stage in recipe.stages.items():
+        try:
+            stage.check(places)
+        except ConfigError as wrong:
+            raise error(f"stages.{name}.{wrong.key}", wrong.message) from wrong
+        places[(recipe.directory / name).absolute()] = stage
 
 
 def run_recipe(recipe: RecipeConfig, say: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ from torch import Tensor
 from gentrain.config import ConfigError, option, register, to_dict
 from gentrain.data.base import Data
 from gentrain.data.loader import Loader
+from gentrain.methods.base import Trained
 from gentrain.metrics.accuracy import class_accuracy
 from gentrain.metrics.base import Metric, bootstrap_interval
 from gentrain.metrics.distances import distance_metric, energy_distance, frechet_distance, kernel_metric, sliced_wasserstein
 from gentrain.metrics.features import Features
 from gentrain.metrics.neighbours import neighbour_metrics
 from gentrain.models.adapters import digest_of
+from gentrain.recipes.adopt import Adopt
 from gentrain.recipes.base import Stage
 from gentrain.recipes.controls import condition_error
 from gentrain.recipes.features import FeatureSource, apply_network
-from gentrain.recipes.generate import INFO, SAMPLES
+from gentrain.recipes.generate import INFO, SAMPLES, Generate
 from gentrain.training.roles import load_network, load_weights
 from gentrain.training.run import open_run
 
@@ -68,6 +71,11 @@ class Evaluate(Stage):
             raise ConfigError("only distances of features are compared; name a judge or features, or leave it out", key="baseline")
         if self.judge is None and self.data is None:
             raise ConfigError("without a judge `data` is needed, to know what to compare the samples with", key="data")
+
+    def check(self, places: Mapping[Path, Stage]) -> None:
+        refuse_runs(places, {f"samples.{name}": place for name, place in self.samples.items()})
+        if self.judge is not None:
+            judged_classes(places, self.judge)
 
     def settings(self) -> dict[str, Any]:
         values = super().settings()
@@ -205,6 +213,27 @@ def own_samples(run: Path, place: Path) -> str:
         raise ConfigError(f"{run} holds a {method.registered_name}, which draws nothing that could be compared; {remedy}")
     refuse_former_weights(run, weights_of(place), f"{place} holds samples")
     return str(place)
+
+
+def judged_classes(places: Mapping[Path, Stage], judge: str) -> list[str] | None:
+    """The classes that a judge tells apart which another stage trains, None where no stage says. Raises ConfigError for what is none."""
+    stage = places.get(Path(judge).absolute())
+    if isinstance(stage, Generate):
+        raise ConfigError(f"{judge} will hold samples; name a run of the method `classifier`", key="judge")
+    if stage is None or (run := stage.trained) is None:
+        return None
+    if not any(isinstance(each, Trained) and each.classifier for each in run.method.roles.values()):
+        raise ConfigError(f"{judge} will be a run of {run.method.registered_name}; a judge is one of `classifier`", key="judge")
+    return None if run.data.to_come else list(run.data.class_names)
+
+
+def refuse_runs(places: Mapping[Path, Stage], samples: Mapping[str, str]) -> None:
+    """Raises ConfigError where another stage makes a run of what should be samples; key -> directory."""
+    for key, place in samples.items():
+        stage = places.get(Path(place).absolute())
+        if stage is not None and (stage.trained is not None or isinstance(stage, Adopt)):
+            told = f"{place} will be a run, that of a stage `{stage.registered_name}`, and no samples"
+            raise ConfigError(f"{told}; name the directory of a stage `generate` that draws from it", key=key)
 
 
 def load_judge(directory: str, data: Data | None) -> tuple[Any, Data]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from gentrain.metrics.unlearning import forget_accuracy, override_rate, remain_a
 from gentrain.models.adapters import digest_of
 from gentrain.recipes.attacks import read_finding
 from gentrain.recipes.base import Stage
-from gentrain.recipes.evaluate import load_judge, read_held_out, read_samples, write_metrics
+from gentrain.recipes.evaluate import judged_classes, load_judge, read_held_out, read_samples, refuse_runs, write_metrics
 from gentrain.recipes.features import apply_network, cached_features
 from gentrain.recipes.generate import GRID, INFO
 from gentrain.recipes.oracle import oracle_distances
@@ -124,14 +125,30 @@ class Unlearning(Stage):
     oracle_draws: PositiveInt = option(8, "noise levels for each of them")
     reference: PositiveInt = option(10_000, "held-out items to compare with, at most", unit="samples")
 
+    def __post_init__(self) -> None:
+        forgotten, overrides = (_several(each) for each in (self.forget, self.override))
+        if not forgotten:
+            raise ConfigError("name at least one class", key="forget")
+        if overrides and len(overrides) != len(forgotten):
+            raise ConfigError(f"expected one class for each of the {len(forgotten)} forgotten ones, got {len(overrides)}", key="override")
+        _refuse_forgotten(forgotten, overrides)
+        if taken := {"before", "after"} & set(self.others):
+            raise ConfigError("`before` and `after` are taken; use other names", key=f"others.{min(taken)}")
+        if self.oracle is not None and len(forgotten) > 1:
+            raise ConfigError("an oracle is compared for one forgotten class; leave it out", key="oracle")
+
+    def check(self, places: Mapping[Path, Stage]) -> None:
+        refuse_runs(places, {f"others.{name}": place for name, place in self.others.items()} | {"before": self.before, "after": self.after})
+        names = judged_classes(places, self.judge)
+        if names is not None:
+            self._classes(names)
+
     def execute(self, directory: Path) -> None:
         judge, data = load_judge(self.judge, None)
         names = list(data.class_names)
         forgotten, overrides = self._classes(names)
         held_out = read_held_out(data, self.reference)
         places = {**self.others, "before": self.before, "after": self.after}
-        if len(places) != len(self.others) + 2:
-            raise ConfigError("`before` and `after` are taken; use other names", key="others")
         sets = dict(read_samples(self.others, held_out["x"].shape[1:], "others.{}"))
         sets |= read_samples({"before": self.before, "after": self.after}, held_out["x"].shape[1:], "{}")
         self._refuse_other_noise(places, sets)
@@ -159,8 +176,6 @@ class Unlearning(Stage):
                 raise ConfigError(str(error), key=f"others.{name}" if name in self.others else name) from error
         release = self._release(", ".join(names[each] for each in forgotten), measured)
         if self.oracle is not None:
-            if len(forgotten) > 1:
-                raise ConfigError("an oracle is compared for one forgotten class; leave it out", key="oracle")
             runs = {name: str(read_info(place).get("run")) for name, place in places.items()}
             for name, metric in oracle_distances(self.oracle, runs, forgotten[0], self.oracle_count, self.oracle_draws).items():
                 measured[name].further.append(metric)
@@ -176,18 +191,12 @@ class Unlearning(Stage):
         """The forgotten classes, and what is drawn in the place of each, if anything in particular."""
         places: list[list[int]] = []
         for key, given in (("forget", self.forget), ("override", self.override)):
-            several = [] if given is None else given if isinstance(given, list) else [given]
             try:
-                places.append([class_number(each, names) for each in several])
+                places.append([class_number(each, names) for each in _several(given)])
             except ValueError as error:
                 raise ConfigError(str(error), key=key) from error
         forgotten, overrides = places
-        if not forgotten:
-            raise ConfigError("name at least one class", key="forget")
-        if overrides and len(overrides) != len(forgotten):
-            raise ConfigError(f"expected one class for each of the {len(forgotten)} forgotten ones, got {len(overrides)}", key="override")
-        if both := set(forgotten) & set(overrides):
-            raise ConfigError(f"{names[min(both)]!r} is to be forgotten; name another one, or null", key="override")
+        _refuse_forgotten([names[each] for each in forgotten], [names[each] for each in overrides])
         return forgotten, overrides
 
     def _refuse_other_prompts(self, places: dict[str, str], names: list[str]) -> None:
@@ -246,6 +255,16 @@ class Unlearning(Stage):
             }  # fmt: skip
             attacks.append(told)
         return attacks
+
+
+def _several(given: int | str | list[int | str] | None) -> list[int | str]:
+    return [] if given is None else given if isinstance(given, list) else [given]
+
+
+def _refuse_forgotten(forgotten: Sequence[int | str], overrides: Sequence[int | str]) -> None:
+    for each in overrides:
+        if each in forgotten:
+            raise ConfigError(f"{each!r} is to be forgotten; name another one, or null", key="override")
 
 
 def _as_metric(attack: Attacked) -> Metric:

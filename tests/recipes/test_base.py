@@ -216,6 +216,20 @@ def test_a_sampler_that_cannot_draw_from_the_run_is_told_before_anything_is_trai
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("judge=${output:generator}", "judge: out/generator will be a run of flow_matching; a judge is one of `classifier`"),
+        ("judge=${output:drawn}", "judge: out/drawn will hold samples; name a run of the method `classifier`"),
+        ("samples.drawn=${output:generator}", "samples.drawn: out/generator will be a run, that of a stage `train`, and no samples"),
+    ],
+)
+def test_a_stage_that_reads_what_will_not_be_there_is_told_before_anything_is_trained(tmp_path: Path, change: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"command line: stages\.scores\.{said}"):
+        _run(tmp_path, f"stages.scores.{change}", text=DIGITS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_that_was_killed_runs_again(copy: Path) -> None:
     states = _states(copy)
     states["fine"]["status"] = "running"  # what a kill leaves behind

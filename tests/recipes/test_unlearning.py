@@ -13,8 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gentrain.config import ConfigError
+from gentrain.data.toys import Rings
 from gentrain.metrics.base import Metric
+from gentrain.models.mlp import MLP
+from gentrain.recipes.adopt import Adopt
 from gentrain.recipes.base import load_recipe, run_recipe
+from gentrain.recipes.evaluate import refuse_runs
 from gentrain.recipes.export import Export
 from gentrain.recipes.oracle import _law_of, oracle_distances
 from gentrain.recipes.unlearning import Gate, Measured, Release, Unlearning, statement, unmet
@@ -186,20 +190,57 @@ def test_numbers_of_other_weights_open_no_gate(out: Path, tmp_path: Path) -> Non
     "change, said",
     [
         ({"forget": 11}, "forget: there is no class 11"),
-        ({"override": 3}, "override: '3' is to be forgotten"),
+        ({"override": 3}, "override: 3 is to be forgotten"),
+        ({"override": "3"}, "override: '3' is to be forgotten"),
         ({"forget": [3, 5], "override": 8}, "override: expected one class for each of the 2 forgotten ones, got 1"),
         ({"forget": []}, "forget: name at least one class"),
         ({"forget": [3, 5], "oracle": "nowhere"}, "oracle: an oracle is compared for one forgotten class"),
         ({"gate": Gate(inversion=0.1)}, "attacks: the gate asks for success of inversion"),
         ({"attacks": ["nowhere"]}, r"attacks: nowhere/attack.json cannot be read .* run the attack first"),
         ({"oracle": "nowhere"}, "nowhere is not a run's directory"),
-        ({"others": {"after": "x"}}, "others: `before` and `after` are taken"),
+        ({"others": {"after": "x"}}, "others.after: `before` and `after` are taken"),
         ({"before": "nowhere"}, "before: nowhere/samples.safetensors does not exist"),
     ],
 )
 def test_mistakes_are_told(out: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         stage_of(out, **change).execute(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("scores.override='3'", "scores.override: '3' is to be forgotten; name another one, or null"),
+        ("scores.override=3", "scores.override: '3' is to be forgotten"),  # by number, and by name
+        ("scores.override=10", r"scores.override: there is no class 10; the classes are 0, 1, .* \(0 to 9\)"),
+        ("scores.forget=eleven", "scores.forget: no class is called 'eleven'; the classes are 0, 1, "),
+        ("scores.forget=[]", "scores.forget: name at least one class"),
+        ("scores.judge=${output:teacher}", "scores.judge: out/teacher will be a run of flow_matching; a judge is one of `classifier`"),
+        (
+            "scores.judge=${output:student_drawn}",
+            "scores.judge: out/student_drawn will hold samples; name a run of the method `classifier`",
+        ),
+        (
+            "scores.before=${output:student}",
+            "scores.before: out/student will be a run, that of a stage `train`, and no samples; name the dir",
+        ),
+        ("scores.after=${output:unlearned}", "scores.after: out/unlearned will be a run"),
+        ("scores.others.teacher=${output:teacher}", "scores.others.teacher: out/teacher will be a run"),
+        ("relearning.forget=11", "relearning.forget: there is no class 11; the classes are 0, 1, "),
+        ("relearning.judge=${output:teacher}", "relearning.judge: out/teacher will be a run of flow_matching"),
+    ],
+)
+def test_what_cannot_be_is_told_as_the_recipe_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, said: str) -> None:
+    (tmp_path / "toy.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"stages\.{said}") as raised:
+        load_recipe("toy.yaml", ["output=out", f"stages.{change}"])
+    assert raised.value.source == "command line" and not (tmp_path / "out").exists()
+
+
+def test_an_adopted_pipeline_is_a_run_too() -> None:
+    with pytest.raises(ConfigError, match="before: a will be a run, that of a stage `adopt`, and no samples"):
+        refuse_runs({Path("a").absolute(): Adopt(MLP(), Rings())}, {"before": "a"})
 
 
 def test_other_noise_is_refused(out: Path, tmp_path: Path) -> None:
