@@ -1,9 +1,9 @@
 """Each of the ten digits of MNIST-5k is forgotten once, from one teacher, one one-step student and one judge, those of the quickstart.
 
-160 steps of `sfd` as configs/mnist5k/sfd.yaml has them, for each digit with the one that it is most easily taken for in its place.
-5,000 one-step samples of the digit and 1,000 of the nine others, the same noise before and after. No teacher, student or judge is
-trained twice; the seed of training is one. As many as 5,000, for the judge takes some good 9s for 7s: the upper end of a share of .014
-is .023 of 1,000, .018 of 5,000.
+80 steps of `sfd` as configs/mnist5k/sfd.yaml has them, for each digit with one that it is easily taken for in its place; the 7 is not
+to be drawn as a 9, for the judge reads 2 in 100 of the student's own 9s as a 7, and could tell no forgetting below that. 5,000 one-step
+samples of the digit and 1,000 of the nine others, the same noise before and after. No teacher, student or judge is trained twice; the
+seed of training is one.
 
 Asked: the digit in at most 2 % of what is asked for it, upper end of the interval; the others read as well as before and at no greater
 Frechet distance, within the intervals of the student before.
@@ -29,7 +29,7 @@ from gentrain.training.loop import Outcome
 from gentrain.training.run import load_run, open_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OVERRIDES = {0: 6, 1: 7, 2: 7, 3: 8, 4: 9, 5: 6, 6: 0, 7: 9, 8: 3, 9: 4}
+OVERRIDES = {0: 6, 1: 7, 2: 7, 3: 8, 4: 9, 5: 6, 6: 0, 7: 1, 8: 3, 9: 4}
 FORGOTTEN, OTHERS = 5_000, 1_000  # samples of the digit, and of the others together
 
 
