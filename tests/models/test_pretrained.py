@@ -499,7 +499,7 @@ def test_a_pipeline_of_classes_refuses_data_with_nothing_but_prompts(tmp_path: P
     (tmp_path / "prompts.txt").write_text("cat\n")
     data = {"name": "prompts", "path": str(tmp_path / "prompts.txt"), "size": SIDE}
     with pytest.raises(ConfigError, match=r"model: the pipeline in .* takes classes, and the data have prompts"):
-        run_of(_run(PIPELINES["dit"](tmp_path / "dit"), data=data)).codec()
+        run_of(_run(PIPELINES["dit"](tmp_path / "dit"), data=data, method="distribution_matching")).codec()
 
 
 def test_classes_are_no_prompts(family: Opened) -> None:
